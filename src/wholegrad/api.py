@@ -1,0 +1,321 @@
+"""The public calls: ``plan``, ``backward``, ``measure`` and ``predict``. Everything else is behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from wholegrad.errors import NumericsError, PlanError, ShapeError
+from wholegrad.graph.capture import capture
+from wholegrad.graph.graph import Graph, Kind, Ref
+from wholegrad.plan import memory
+from wholegrad.plan.plan import Placement, Plan, parse_bytes
+from wholegrad.plan.planner import Request, check_elements, make_plan
+from wholegrad.run import process
+from wholegrad.run.executor import Executor, ProgressFn, Sink
+from wholegrad.run.sources import Source, model_dtype
+from wholegrad.slide.arrays import as_reader
+from wholegrad.slide.reader import MapReader
+
+LossFn = Callable[..., torch.Tensor]
+SHARE = 0.6  # of the memory that is free, where nobody names a budget
+
+
+def image_source(image: Any, dtype: torch.dtype) -> Source:
+    """An image as the model will see it: ``(N, C, H, W)`` in ``dtype``, 8-bit values divided by 255.
+
+    Args:
+        image: a reader, NumPy array, memmap, Zarr array or CPU tensor of shape ``(C, H, W)``, or ``(N, C, H, W)``
+            for arrays and tensors.
+
+    Raises:
+        ShapeError: any other rank.
+    """
+    if isinstance(image, Source):
+        return image
+    return Source(_readers(image, "image"), dtype, scale=True)
+
+
+def target_source(target: Any) -> Source | None:
+    """A target as the loss will see it: a batch axis in front of ``(C, H, W)``, dtype as stored.
+
+    A target of shape ``(H, W)`` is handed over as ``(1, H, W)``, which is what cross-entropy expects.
+    """
+    if target is None or isinstance(target, Source):
+        return target
+    rank = 3 if not isinstance(target, MapReader) and len(target.shape) == 2 else 4
+    return Source(_readers(target, "target"), None, scale=False, rank=rank)
+
+
+def _readers(value: Any, name: str) -> Sequence[MapReader]:
+    if isinstance(value, MapReader):
+        return [value]
+    shape = tuple(getattr(value, "shape", ()))
+    if len(shape) == 4:
+        return [as_reader(value[i], name=name) for i in range(shape[0])]
+    if len(shape) == 3 or (len(shape) == 2 and name == "target"):
+        return [as_reader(value, name=name)]
+    raise ShapeError(name, f"has shape {shape}", "give (C, H, W), or (N, C, H, W) for a batch")
+
+
+def _check_sizes(image: Source, target: Source | None) -> None:
+    if target is not None and image.shape[-2:] != target.shape[-2:]:
+        raise ShapeError(
+            "target",
+            f"is {target.shape[-2]} x {target.shape[-1]} but the image is {image.shape[-2]} x {image.shape[-1]} pixels",
+            "give both the same height and width (open_mask aligns a mask to its slide)",
+        )
+
+
+def joint_tensors(model: nn.Module, loss_fn: Any, metrics: Mapping[str, Any] | None) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of model, loss and metrics by the names that the captured graph has for them."""
+    parts: list[tuple[str, Any]] = [("model", model), ("loss", loss_fn)]
+    parts += [(f"metrics.{name}", fn) for name, fn in (metrics or {}).items()]
+    return {
+        f"{prefix}.{name}": tensor
+        for prefix, part in parts
+        if isinstance(part, nn.Module)
+        for name, tensor in (*part.named_parameters(), *part.named_buffers())
+    }
+
+
+def budget_bytes(budget: str | int | None) -> int:
+    """Bytes of a budget; without one, a safe share of what is free, on top of what this process has already.
+
+    Raises:
+        PlanError: the budget cannot be read.
+    """
+    if budget is None:
+        return process.resident() + int(SHARE * process.available())
+    try:
+        return parse_bytes(budget)
+    except ValueError as error:
+        raise PlanError("budget", str(error), 'write for example "1.5GiB"') from error
+
+
+def _request(
+    image: Source,
+    target: Source | None,
+    budget: str | int | None,
+    backward: bool,
+    sinks: tuple[Ref, ...] = (),
+    **fixed: Any,
+) -> Request:
+    caches = image.cache_bytes + (target.cache_bytes if target else 0)
+    reserved = process.resident() + memory.LIBRARIES + caches
+    return Request(budget_bytes(budget), reserved, backward, sinks, **fixed)
+
+
+def _boundary_refs(graph: Graph, names: Sequence[str] | None) -> frozenset[Ref] | None:
+    """Boundaries named by module path (the last map that the module computes) or node name."""
+    if names is None:
+        return None
+    found = set()
+    for name in names:
+        nodes = [n for n in graph.of_kind(Kind.MAP) if name in (n.path, n.name)]
+        if not nodes:
+            known = ", ".join(dict.fromkeys(n.path for n in graph.of_kind(Kind.MAP) if n.path))
+            raise PlanError(f"boundary {name!r}", "is no module that computes a map", f"choose from: {known}")
+        found.add(Ref(nodes[-1].index))
+    return frozenset(found)
+
+
+def plan(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    image: Any,
+    target: Any = None,
+    *,
+    budget: str | int | None = None,
+    metrics: Mapping[str, Callable[..., torch.Tensor]] | None = None,
+    tile: tuple[int, int] | None = None,
+    boundaries: Sequence[str] | None = None,
+    placement: str | None = None,
+    spill_dir: str | Path | None = None,
+) -> Plan:
+    """Plan one training step; nothing is read or run.
+
+    Args:
+        model: any module, in the mode (train or eval) in which it will run.
+        loss_fn: ``loss_fn(output, target)`` to one number.
+        image: ``(C, H, W)`` pixels: a slide, array, memmap or CPU tensor; only its shape matters here.
+        target: likewise, of the same height and width.
+        budget: the whole process's peak, such as ``"1.5GiB"`` or bytes; without one, a safe share of what is free.
+        metrics: functions ``fn(output, target)`` to a small tensor, computed in the same pass without gradient.
+        tile: height and width of every tile in pixels of the largest map that a segment owns.
+        boundaries: module paths (or node names) whose outputs are kept, instead of the planner's choice.
+        placement: ``"host"`` or ``"disk"`` for all boundaries.
+        spill_dir: folder for boundaries on disk; default the system's temporary folder.
+
+    Raises:
+        ShapeError: image and target do not fit together.
+        CaptureError, UnsupportedOpError: model or loss cannot be captured.
+        BudgetError: no plan fits; says the smallest budget that would do.
+    """
+    source, labels = image_source(image, model_dtype(model)), target_source(target)
+    _check_sizes(source, labels)
+    graph = _capture(model, loss_fn, source, labels, metrics)
+    fixed = {
+        "tile": tile,
+        "boundaries": _boundary_refs(graph, boundaries),
+        "placement": None if placement is None else Placement(placement),
+        "spill_dir": None if spill_dir is None else Path(spill_dir),
+    }
+    made = make_plan(graph, _request(source, labels, budget, loss_fn is not None, **fixed))
+    check_elements(made)
+    return made
+
+
+def _capture(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    image: Source,
+    target: Source | None,
+    metrics: Mapping[str, Callable[..., torch.Tensor]] | None,
+) -> Graph:
+    described = None if target is None else (target.shape, target.out_dtype)
+    return capture(model, loss_fn, image.shape, described, dtype=image.out_dtype, metrics=metrics)
+
+
+def _check_plan(made: Plan, image: Source, target: Source | None, metrics: Mapping[str, Any] | None) -> None:
+    if made.image_shape != image.shape:
+        raise PlanError("plan", f"was made for an image of {made.image_shape}, this one is {image.shape}", "plan again")
+    if (target is None) != (made.graph.target is None):
+        raise PlanError("plan", "was made with a target and run without, or the reverse", "plan again")
+    if set(made.graph.metrics) != set(metrics or {}):
+        raise PlanError("plan", f"was made for the metrics {sorted(made.graph.metrics)}", "pass the same metrics")
+
+
+@overload
+def backward(
+    model: nn.Module, loss_fn: LossFn, image: Any, target: Any = ..., *, plan: Plan | None = ...,
+    budget: str | int | None = ..., metrics: None = ..., progress: ProgressFn | None = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def backward(
+    model: nn.Module, loss_fn: LossFn, image: Any, target: Any = ..., *, plan: Plan | None = ...,
+    budget: str | int | None = ..., metrics: Mapping[str, Callable[..., torch.Tensor]],
+    progress: ProgressFn | None = ...,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...  # fmt: skip
+def backward(
+    model: nn.Module,
+    loss_fn: LossFn,
+    image: Any,
+    target: Any = None,
+    *,
+    plan: Plan | None = None,
+    budget: str | int | None = None,
+    metrics: Mapping[str, Callable[..., torch.Tensor]] | None = None,
+    progress: ProgressFn | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Add to every ``param.grad`` what ``loss_fn(model(image), target).backward()`` would add, and return the loss.
+
+    Args:
+        plan: from :func:`plan` for the same model, loss, shapes and metrics; made here if missing.
+        progress: called after each tile.
+
+    Returns:
+        The loss, 0-dimensional in float64; with ``metrics`` also their values by name.
+
+    Raises:
+        NumericsError: loss or a gradient is not finite; no ``param.grad`` was touched.
+        PlanError: the plan belongs to other shapes or metrics.
+        SlideError: pixels cannot be read.
+    """
+    source, labels = image_source(image, model_dtype(model)), target_source(target)
+    _check_sizes(source, labels)
+    made = plan if plan is not None else _plan(model, loss_fn, source, labels, budget=budget, metrics=metrics)
+    _check_plan(made, source, labels, metrics)
+    tensors = joint_tensors(model, loss_fn, metrics)
+    executor = Executor(made, tensors, source, labels, progress=progress)
+    try:
+        with process.reuse_memory():
+            executor.forward()
+            executor.backward()
+    finally:
+        executor.close()
+    assert made.graph.loss is not None
+    loss = executor.small.values[made.graph.loss].detach().to(torch.float64).reshape(())
+    if not torch.isfinite(loss):
+        raise NumericsError("loss", f"is {loss.item()}", "lower the learning rate, or check weights and pixels")
+    _leave_gradients(made.graph, executor, tensors)
+    if metrics is None:
+        return loss
+    return loss, {name: executor.small.values[ref] for name, ref in made.graph.metrics.items()}
+
+
+_plan = plan
+
+
+def _leave_gradients(graph: Graph, executor: Executor, tensors: Mapping[str, torch.Tensor]) -> None:
+    found = []
+    for node in graph.of_kind(Kind.PARAMETER):
+        grad = executor.small.grads.get(Ref(node.index))
+        if grad is None or not node.needs_grad:
+            continue
+        if not torch.isfinite(grad).all():
+            raise NumericsError(node.name, "has a gradient that is not finite", "lower the learning rate")
+        found.append((tensors[node.name], grad))
+    for parameter, grad in found:
+        grad = grad.to(parameter.dtype).reshape(parameter.shape)
+        parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
+
+def measure(
+    model: nn.Module,
+    image: Any,
+    target: Any,
+    *,
+    metrics: Mapping[str, Callable[..., torch.Tensor]],
+    budget: str | int | None = None,
+    progress: ProgressFn | None = None,
+) -> dict[str, torch.Tensor]:
+    """Metrics of one image, forward only.
+
+    Args:
+        metrics: functions ``fn(output, target)`` to a small tensor.
+
+    Returns:
+        Their values by name, floating-point ones in float64.
+    """
+    source, labels = image_source(image, model_dtype(model)), target_source(target)
+    _check_sizes(source, labels)
+    graph = _capture(model, _no_loss, source, labels, metrics)
+    made = make_plan(graph, _request(source, labels, budget, False))
+    check_elements(made)
+    executor = Executor(made, joint_tensors(model, None, metrics), source, labels, progress=progress)
+    try:
+        with process.reuse_memory():
+            executor.forward()
+    finally:
+        executor.close()
+    return {name: executor.small.values[ref] for name, ref in graph.metrics.items()}
+
+
+def _no_loss(output: Any, target: Any) -> torch.Tensor:
+    return torch.zeros(())
+
+
+def run_outputs(
+    model: nn.Module,
+    image: Source,
+    sinks: Callable[[Graph], Mapping[Ref, Sink]],
+    budget: str | int | None,
+    tile: tuple[int, int] | None = None,
+    progress: ProgressFn | None = None,
+) -> None:
+    """Run the model forward and hand each box of its output maps to a sink."""
+    graph = _capture(model, None, image, None, None)
+    taken = dict(sinks(graph))
+    made = make_plan(graph, _request(image, None, budget, False, tuple(taken), tile=tile))
+    check_elements(made)
+    executor = Executor(made, joint_tensors(model, None, None), image, None, taken, progress)
+    try:
+        with process.reuse_memory():
+            executor.forward()
+    finally:
+        executor.close()

@@ -1,0 +1,150 @@
+"""What a rule is, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from wholegrad.graph.geometry import Box, Interval
+from wholegrad.graph.graph import Node, Ref, Spec, unsupported
+from wholegrad.graph.layout import Layout, Role, shape_of
+
+
+@dataclass(frozen=True)
+class LayoutRequest:
+    """What a rule sees when a node is captured.
+
+    Attributes:
+        place: module path and op, for errors.
+        op, args, kwargs: the call, with Refs for tensors.
+        specs: operand Specs by Ref.
+        shapes: the shapes of the outputs, as PyTorch inferred them.
+    """
+
+    place: str
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    specs: dict[Ref, Spec]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def layout(self, ref: Ref) -> Layout:
+        return self.specs[ref].layout
+
+    def refuse(self, cause: str) -> Exception:
+        """The error to raise when this call has no locality that the rule knows."""
+        return unsupported(self.place, cause)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Where a node runs: its own box and, by position in ``node.operands``, the boxes of its map operands."""
+
+    box: Box
+    operands: tuple[Box | None, ...]
+    specs: tuple[Spec, ...]
+    outputs: tuple[Spec, ...]
+
+
+class Rule:
+    """One op's rule. Subclass :class:`MapRule` or :class:`ReductionRule`."""
+
+    def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
+        """Layouts of the outputs.
+
+        Raises:
+            UnsupportedOpError: the call is used in a way that has no locality.
+        """
+        raise NotImplementedError
+
+    def needs(self, node: Node, specs: Sequence[Spec], operand: int, role: Role, out: Interval) -> Interval:
+        """The interval of map operand ``operand`` that ``out`` depends on, clipped to that map, never empty.
+
+        Args:
+            specs: one Spec for each of ``node.operands``.
+            role: ``Role.ROW`` or ``Role.COL``.
+            out: non-empty interval of the node's own map along that axis.
+        """
+        return out
+
+    def macs(self, node: Node, specs: Sequence[Spec]) -> float:
+        """Multiply-adds for one output pixel (all channels); 0 for anything cheaper than a convolution."""
+        return 0.0
+
+
+class MapRule(Rule):
+    """An op that yields maps."""
+
+    def run(self, node: Node, tensors: Sequence[torch.Tensor], tile: Tile) -> tuple[torch.Tensor, ...]:
+        """The outputs on ``tile.box``, differentiable with respect to ``tensors``.
+
+        Args:
+            tensors: one for each of ``node.operands``: a small tensor whole, a map on exactly ``tile.operands[i]``.
+        """
+        table = dict(zip(node.operands, tensors, strict=True))
+        return node.call(table.__getitem__)
+
+
+class ReductionRule(Rule):
+    """An op that sums a map away (rule 3). Sums are merged in float64 in tile order."""
+
+    def partial(self, node: Node, tile: torch.Tensor) -> torch.Tensor:
+        """The partial result of the elements that a tile owns, differentiable with respect to them."""
+        raise NotImplementedError
+
+    def finish(self, node: Node, spec: Spec, total: torch.Tensor) -> torch.Tensor:
+        """The op's result from the sum of all partial results. ``spec`` is the operand's, at the true size."""
+        raise NotImplementedError
+
+
+_RULES: dict[Any, Rule] = {}
+R = TypeVar("R", bound=type[Rule])
+
+
+def register(*ops: Any) -> Callable[[R], R]:
+    """Class decorator: an instance of the class is the rule of these ATen overloads.
+
+    Raises:
+        TypeError: an argument is not an ``OpOverload`` such as ``torch.ops.aten.relu.default``.
+        ValueError: the overload has a rule already.
+    """
+
+    def add(cls: R) -> R:
+        rule = cls()
+        for op in ops:
+            if not isinstance(op, torch._ops.OpOverload):
+                raise TypeError(f"register takes ATen overloads such as torch.ops.aten.relu.default, not {op!r}")
+            if op in _RULES:
+                raise ValueError(f"{op} has a rule already: {type(_RULES[op]).__name__}")
+            _RULES[op] = rule
+        return cls
+
+    return add
+
+
+def registered() -> dict[Any, Rule]:
+    """A copy of the table of explicit rules."""
+    return dict(_RULES)
+
+
+def rule_for(op: Any) -> Rule | None:
+    """The rule of an overload: its own, or the pointwise one if PyTorch tags the op as pointwise."""
+    if op in _RULES:
+        return _RULES[op]
+    random = torch.Tag.nondeterministic_seeded in op.tags
+    return _RULES[torch.ops.aten.add.Tensor] if torch.Tag.pointwise in op.tags and not random else None
+
+
+def resized(layout: Layout, role: Role, size: int) -> Layout:
+    """``layout`` with the axis of this role made ``size`` long."""
+    return tuple(tuple(axis._replace(size=size) if axis.role is role else axis for axis in dim) for dim in layout)
+
+
+def checked(request: LayoutRequest, layout: Layout, index: int = 0) -> Layout:
+    """``layout`` if it has the shape that PyTorch inferred; a rule that disagrees is a defect."""
+    if shape_of(layout) != request.shapes[index]:
+        raise request.refuse(f"rule expects shape {shape_of(layout)}, PyTorch says {request.shapes[index]}")
+    return layout

@@ -1,0 +1,139 @@
+"""Cut the graph into segments: which maps are kept, what each tile computes, and on which boxes.
+
+Given the set of boundaries, the rest follows. Every boundary and every reduction is an *output* of exactly one
+segment; a segment computes its outputs from the boundaries (and image, target, small tensors) that earlier segments
+left, and whatever lies between is recomputed wherever it is needed. *Stages* number the segments: a value is
+available at stage s if segments 0 .. s-1 suffice to compute it.
+
+Boxes follow backwards from what a tile owns (rule 1), one axis at a time: :func:`spans`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from wholegrad.graph.geometry import Interval
+from wholegrad.graph.graph import READERS, SOURCES, Graph, Kind, Ref
+from wholegrad.graph.layout import Role
+from wholegrad.graph.rules import ReductionRule, rule_for
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What is computed tile by tile between boundaries.
+
+    Attributes:
+        outputs: boundary maps that this segment computes.
+        reductions: indices of the reduction nodes that it sums.
+        nodes: indices of the map nodes that a tile runs, in order.
+        maps: what a tile reads by box: image, target, boundaries of earlier segments.
+        smalls: the small tensors that a tile reads.
+        base: the largest map that is owned here; tile sizes count its pixels.
+    """
+
+    outputs: tuple[Ref, ...]
+    reductions: tuple[int, ...]
+    nodes: tuple[int, ...]
+    maps: tuple[Ref, ...]
+    smalls: tuple[Ref, ...]
+    base: Ref
+
+    def owned(self, graph: Graph) -> tuple[Ref, ...]:
+        """The maps whose elements the tiles share out: outputs, and what the reductions sum."""
+        return tuple(dict.fromkeys([*self.outputs, *(graph.nodes[i].operands[0] for i in self.reductions)]))
+
+
+def stages(graph: Graph, boundaries: frozenset[Ref], early: frozenset[int] = frozenset()) -> dict[int, int]:
+    """For each node the number of segments that must have run before its value can be had.
+
+    A boundary's or reduction's value is there one stage after the stage in which it is computed.
+
+    Args:
+        early: reductions to be finished before any other output of the same stage starts.
+    """
+    available: dict[int, int] = {}
+    kept = {ref.node for ref in boundaries}
+    for node in graph.nodes:
+        start = max((available[ref.node] for ref in node.operands), default=0)
+        if node.kind in SOURCES:
+            start = 0
+        elif node.kind is Kind.REDUCTION or node.index in kept:
+            late = bool(early) and node.index not in early and start == 0
+            start += 2 if late else 1
+        available[node.index] = start
+    return available
+
+
+def cut(graph: Graph, boundaries: frozenset[Ref], early: frozenset[int] = frozenset()) -> tuple[Segment, ...]:
+    """The segments that these boundaries make, in the order in which they run."""
+    available = stages(graph, boundaries, early)
+    kept = {ref.node for ref in boundaries}
+    groups: dict[int, tuple[list[Ref], list[int]]] = {}
+    for node in graph.nodes:
+        outputs, reductions = groups.setdefault(available[node.index], ([], []))
+        if node.index in kept:
+            outputs.extend(sorted(ref for ref in boundaries if ref.node == node.index))
+        elif node.kind is Kind.REDUCTION:
+            reductions.append(node.index)
+    return tuple(
+        _segment(graph, boundaries, outputs, reductions)
+        for _, (outputs, reductions) in sorted(groups.items())
+        if outputs or reductions
+    )
+
+
+def _segment(graph: Graph, boundaries: frozenset[Ref], outputs: list[Ref], reductions: list[int]) -> Segment:
+    own = {ref.node for ref in outputs}
+    inside: set[int] = set()
+    maps: dict[Ref, None] = {}
+    smalls: dict[Ref, None] = {}
+    stack = [graph.nodes[i].operands[0] for i in reductions] + list(outputs)
+    while stack:
+        ref = stack.pop()
+        node = graph.nodes[ref.node]
+        if node.kind in READERS or (ref in boundaries and ref.node not in own):
+            maps[ref] = None
+        elif not graph.spec(ref).is_map:
+            smalls[ref] = None
+        elif ref.node not in inside:
+            inside.add(ref.node)
+            stack.extend(node.operands)
+    owned = [*outputs, *(graph.nodes[i].operands[0] for i in reductions)]
+    base = max(owned, key=lambda ref: graph.spec(ref).rows * graph.spec(ref).cols)
+    return Segment(tuple(outputs), tuple(reductions), tuple(sorted(inside)), tuple(sorted(maps)),
+                   tuple(sorted(smalls)), base)  # fmt: skip
+
+
+def spans(
+    graph: Graph, segment: Segment, role: Role, owned: Mapping[Ref, Interval], only: Iterable[int] | None = None
+) -> dict[int, Interval]:
+    """The interval of every node that a tile must compute or read along one axis, by node index.
+
+    Args:
+        owned: the tile's own interval of each map in ``segment.owned``; one that is missing is not owned here.
+    """
+    need: dict[int, Interval] = {}
+
+    def ask(index: int, interval: Interval) -> None:
+        need[index] = need[index].union(interval) if index in need else interval
+
+    for ref, interval in owned.items():
+        ask(ref.node, interval)
+    for index in reversed(segment.nodes):
+        if index not in need:
+            continue
+        node = graph.nodes[index]
+        specs = [graph.spec(ref) for ref in node.operands]
+        rule = rule_for(node.op)
+        assert rule is not None
+        for position, (ref, spec) in enumerate(zip(node.operands, specs, strict=True)):
+            if spec.is_map:
+                ask(ref.node, rule.needs(node, specs, position, role, need[index]))
+    return need
+
+
+def reduction_rule(graph: Graph, index: int) -> ReductionRule:
+    rule = rule_for(graph.nodes[index].op)
+    assert isinstance(rule, ReductionRule)
+    return rule

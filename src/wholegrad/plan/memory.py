@@ -1,0 +1,135 @@
+"""Predict peak memory before anything runs: arithmetic over spans, no tensors.
+
+Words as in the documentation: *reserved* is what interpreter, libraries and allocator hold whatever the plan;
+*projected* is reserved plus boundaries, their gradients, parameters' gradients, readers' caches and the largest working
+set of a tile. A tile's working set follows the order in which the executor runs and frees: in the forward sweep a
+value dies after its last reader, in the backward sweep values stay until the pull-back has passed them.
+
+``SLACK`` covers what the arithmetic does not see (the libraries' own scratch space, fragmentation of the heap); it
+was set so that the measured peak stays below the projected one over the grid of ``tests/test_memory.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from wholegrad.graph.graph import READERS, Graph, Kind, Ref
+from wholegrad.graph.segment import Segment
+from wholegrad.plan.tiles import AxisTiles
+
+SLACK = 1.15
+LIBRARIES = 96 << 20  # oneDNN's kernels, thread stacks, autograd and decoders once they have run
+DOUBLE = 8
+
+
+@dataclass(frozen=True)
+class Working:
+    """Bytes that one tile of a segment needs at its largest."""
+
+    forward: int
+    backward: int
+
+
+def node_bytes(graph: Graph, index: int, rows: AxisTiles, cols: AxisTiles) -> int:
+    """The largest that a node's outputs get on one tile, in bytes."""
+    area = rows.largest.get(index, 0) * cols.largest.get(index, 0)
+    return area * sum(spec.pixel_bytes for spec in graph.nodes[index].outputs)
+
+
+def working(graph: Graph, segment: Segment, rows: AxisTiles, cols: AxisTiles) -> Working:
+    """What the largest tile of a segment needs, forward only and forward with pull-back."""
+    sizes = {i: node_bytes(graph, i, rows, cols) for i in (*segment.nodes, *(ref.node for ref in segment.maps))}
+    raw = sum(_raw(graph, ref, rows, cols) for ref in segment.maps)
+    forward = raw + _forward(graph, segment, sizes)
+    backward = raw + _backward(graph, segment, sizes)
+    return Working(int(forward * SLACK), int(backward * SLACK))
+
+
+def _raw(graph: Graph, ref: Ref, rows: AxisTiles, cols: AxisTiles) -> int:
+    """The reader's own copy of a box, before it becomes a tensor."""
+    if graph.nodes[ref.node].kind not in READERS:
+        return 0
+    spec = graph.spec(ref)
+    return rows.largest.get(ref.node, 0) * cols.largest.get(ref.node, 0) * spec.pixel_bytes
+
+
+def _copies(graph: Graph, index: int, sizes: Mapping[int, int]) -> int:
+    """Padded or cropped copies of a window op's input, and the library's rearranged ones."""
+    node = graph.nodes[index]
+    if node.op is not torch.ops.aten.convolution.default:
+        return 0
+    return sizes[node.operands[0].node] + (sizes[index] if node.args[6] else 0)
+
+
+def _forward(graph: Graph, segment: Segment, sizes: Mapping[int, int]) -> int:
+    """Peak of a walk that frees every value after its last reader."""
+    last: dict[int, int] = {}
+    inside = set(segment.nodes)
+    for index in segment.nodes:
+        for ref in graph.nodes[index].operands:
+            last[ref.node] = index
+    live = sum(sizes[ref.node] for ref in segment.maps)
+    peak = live
+    for index in segment.nodes:
+        live += sizes[index]
+        peak = max(peak, live + _copies(graph, index, sizes))
+        for ref in graph.nodes[index].operands:
+            if last[ref.node] == index and (ref.node in inside or ref in segment.maps):
+                live -= sizes[ref.node]
+    return peak + DOUBLE * _widest(graph, segment, sizes)
+
+
+def _widest(graph: Graph, segment: Segment, sizes: Mapping[int, int]) -> int:
+    """Pixels of the largest map that a reduction sums: room for one temporary in float64."""
+    found = [graph.nodes[i].operands[0] for i in segment.reductions]
+    return max((sizes[ref.node] // max(graph.spec(ref).dtype.itemsize, 1) for ref in found), default=0)
+
+
+def _backward(graph: Graph, segment: Segment, sizes: Mapping[int, int]) -> int:
+    """Peak of forward with everything kept, then the walk back with gradients coming and going."""
+    inside = set(segment.nodes)
+    kept = {i: sizes[i] + _copies(graph, i, sizes) for i in segment.nodes if graph.nodes[i].needs_grad}
+    inputs = sum(sizes[ref.node] for ref in segment.maps)
+    free = sum(sizes[i] for i in segment.nodes if not graph.nodes[i].needs_grad)
+    live = inputs + free + sum(kept.values())
+    peak = live + DOUBLE * _widest(graph, segment, sizes)
+    grads: dict[int, int] = {ref.node: sizes[ref.node] for ref in segment.owned(graph)}
+    for index in reversed(segment.nodes):
+        if index not in kept:
+            continue
+        grads.setdefault(index, sizes[index])
+        fresh = 0
+        for ref in graph.nodes[index].operands:
+            if graph.nodes[ref.node].needs_grad and (ref.node in inside or ref in segment.maps):
+                fresh += sizes[ref.node]  # a second contribution is a tensor of its own until it is added
+                grads[ref.node] = sizes[ref.node]
+        peak = max(peak, live + sum(grads.values()) + fresh + _copies(graph, index, sizes))
+        live -= kept[index]
+        del grads[index]
+    return peak
+
+
+def gradient_accumulators(graph: Graph) -> int:
+    """Parameters' gradients in float64 and once more in their own dtype."""
+    return sum(
+        node.outputs[0].nbytes + node.outputs[0].nbytes // node.outputs[0].dtype.itemsize * DOUBLE
+        for node in graph.of_kind(Kind.PARAMETER)
+    )
+
+
+def whole_image(graph: Graph) -> int:
+    """Bytes that autograd on the whole image would hold: every map that a gradient needs, and the largest gradient."""
+    maps = [
+        sum(spec.nbytes for spec in node.outputs)
+        for node in graph.nodes
+        if node.outputs[0].is_map and (node.needs_grad or node.kind in READERS) and not _is_view(node.op)
+    ]
+    return sum(maps) + 2 * max(maps, default=0) + gradient_accumulators(graph)
+
+
+def _is_view(op: object) -> bool:
+    returns = getattr(getattr(op, "_schema", None), "returns", ())
+    return bool(returns) and returns[0].alias_info is not None

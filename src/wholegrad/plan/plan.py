@@ -1,0 +1,164 @@
+"""The plan: what will run, in numbers. It prints, it compares, and the executor follows it to the letter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+
+from wholegrad.graph.graph import Graph, Ref
+from wholegrad.graph.segment import Segment
+from wholegrad.plan.memory import Working
+from wholegrad.plan.tiles import Grid, grid
+
+
+class Placement(StrEnum):
+    """Where a boundary lives."""
+
+    HOST = "host"
+    DISK = "disk"
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def parse_bytes(budget: str | int) -> int:
+    """Bytes from ``"1.5GiB"``, ``"800 MB"`` or a number of bytes.
+
+    Raises:
+        ValueError: no number, no unit, or not positive.
+    """
+    if isinstance(budget, int):
+        value = budget
+    else:
+        text = budget.strip()
+        digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+        unit = text[len(digits) :].strip().upper()
+        if unit not in _UNITS:
+            raise ValueError(f"budget {budget!r} needs a unit such as MiB or GiB")
+        value = int(float(digits) * _UNITS[unit])
+    if value <= 0:
+        raise ValueError(f"budget {budget!r} is not positive")
+    return value
+
+
+def show_bytes(count: float) -> str:
+    """``1.50 GiB``, ``12.0 MiB``."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}" if unit in ("GiB", "TiB") else f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """How one segment runs.
+
+    Attributes:
+        tile: height and width of a tile in pixels of ``segment.base``.
+        tiles: how many there are.
+        fused: forward and backward in one pass, in the backward sweep (rule 4).
+        working: the largest tile's bytes.
+        forward_macs: multiply-adds of one forward run over all tiles.
+        seconds: predicted seconds of one forward run over all tiles.
+    """
+
+    segment: Segment
+    tile: tuple[int, int]
+    tiles: int
+    fused: bool
+    working: Working
+    forward_macs: float
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What will run, and what it will need.
+
+    Attributes:
+        graph: the captured model, loss and metrics.
+        segments: in forward order.
+        placements: where each boundary lives.
+        budget: bytes allowed for the whole process; None if nobody asked.
+        reserved: bytes of interpreter and libraries.
+        projected: predicted peak of the whole process in bytes, at most ``budget``.
+        whole_image: bytes that whole-image autograd would need.
+        recompute: multiply-adds of all forward runs over those of one whole-image forward.
+        seconds: predicted, up to the speed of the machine.
+        spill_dir: folder of the boundaries on disk.
+    """
+
+    graph: Graph
+    segments: tuple[SegmentPlan, ...]
+    placements: dict[Ref, Placement]
+    budget: int | None
+    reserved: int
+    projected: int
+    whole_image: int
+    recompute: float
+    seconds: float
+    backward: bool
+    spill_dir: Path | None = None
+    _grids: dict[int, Grid] = field(default_factory=dict, repr=False)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles over all segments."""
+        return sum(part.tiles for part in self.segments)
+
+    @property
+    def boundaries(self) -> frozenset[Ref]:
+        return frozenset(self.placements)
+
+    @cached_property
+    def image_shape(self) -> tuple[int, ...]:
+        """``(N, C, H, W)``"""
+        return self.graph.image.outputs[0].shape
+
+    def grid(self, index: int) -> Grid:
+        """The tiles of segment ``index``."""
+        if index not in self._grids:
+            part = self.segments[index]
+            self._grids[index] = grid(self.graph, part.segment, part.tile)
+        return self._grids[index]
+
+    def describe_segment(self, index: int) -> tuple[str, str, str, str, str]:
+        """Module paths, what it yields, tile, tiles and bytes of a tile, as text."""
+        part = self.segments[index]
+        paths = [self.graph.nodes[i].path for i in part.segment.nodes]
+        named = [path for path in dict.fromkeys(paths) if path]
+        inside = ", ".join(named) if len(named) <= 4 else f"{named[0]} ... {named[-1]} ({len(named)} modules)"
+        yields = [f"map {'x'.join(map(str, self.graph.spec(ref).shape))}" for ref in part.segment.outputs]
+        if part.segment.reductions:
+            yields.append(f"{len(part.segment.reductions)} sums")
+        mode = ", one pass" if part.fused else ""
+        working = part.working.backward if self.backward else part.working.forward
+        return (
+            inside or "labels",
+            " + ".join(yields) + mode,
+            f"{part.tile[0]} x {part.tile[1]}",
+            str(part.tiles),
+            show_bytes(working),
+        )
+
+    def __str__(self) -> str:
+        rows = [("segment", "yields", "tile", "tiles", "a tile needs")]
+        rows += [self.describe_segment(i) for i in range(len(self.segments))]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        kept = sum(self.graph.spec(ref).nbytes for ref in self.placements)
+        where = sorted({str(place) for place in self.placements.values()}) or ["nowhere"]
+        shape = " x ".join(map(str, self.image_shape))
+        lines += [
+            "",
+            f"image {shape}; boundaries {show_bytes(kept)} in {' and '.join(where)}; "
+            f"forward work x {self.recompute:.2f}",
+            f"projected peak {show_bytes(self.projected)} (of which reserved {show_bytes(self.reserved)})"
+            + (f" of a budget of {show_bytes(self.budget)}" if self.budget else "")
+            + f"; whole-image autograd would need {show_bytes(self.whole_image)}",
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,305 @@
+"""Choose boundaries, tiles and placements: the least predicted time whose projected peak fits the budget.
+
+A greedy search. It starts with the cuts that reductions force, adds the one boundary that saves the most predicted
+time, and stops when none does. For each set of boundaries every segment takes the fastest tile that fits in what
+boundaries and reserved memory leave. Boundaries go to host memory while they fit there, else to disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wholegrad.errors import BudgetError, PlanError
+from wholegrad.graph import fusion
+from wholegrad.graph.graph import Graph, Kind, Node, Ref
+from wholegrad.graph.layout import Role
+from wholegrad.graph.segment import Segment, cut
+from wholegrad.plan import cost, memory
+from wholegrad.plan.plan import Placement, Plan, SegmentPlan, show_bytes
+from wholegrad.plan.tiles import AxisTiles, axis_tiles
+
+ELEMENT_LIMIT = 2**31  # rule 8
+TILE_EDGES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+MARGIN = 16 << 20  # added to the smallest budget that is reported
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the planner.
+
+    Attributes:
+        budget: bytes for the whole process; None for no limit.
+        reserved: bytes that interpreter and libraries take, readers' caches included.
+        backward: whether gradients are wanted.
+        sinks: output maps that are written to the caller's destination rather than kept (prediction).
+        tile, boundaries, placement: fixed by the caller where not None.
+    """
+
+    budget: int | None
+    reserved: int
+    backward: bool
+    sinks: tuple[Ref, ...] = ()
+    tile: tuple[int, int] | None = None
+    boundaries: frozenset[Ref] | None = None
+    placement: Placement | Mapping[Ref, Placement] | None = None
+    spill_dir: Path | None = None
+
+
+def make_plan(graph: Graph, request: Request) -> Plan:
+    """The plan of least predicted time that fits.
+
+    Raises:
+        BudgetError: none fits; carries the smallest budget that would do.
+        PlanError: what the caller fixed cannot be planned.
+    """
+    search = _Search(graph, request)
+    best = search.run()
+    if best is None:
+        smallest = search.smallest()
+        assert request.budget is not None
+        raise BudgetError(
+            f"budget {show_bytes(request.budget)}",
+            f"too small for an image of {' x '.join(map(str, graph.image.outputs[0].shape))}",
+            f"the smallest that would do is {show_bytes(smallest)} ({smallest} bytes)",
+            smallest,
+        )
+    return best
+
+
+def candidates(graph: Graph) -> list[Ref]:
+    """Maps worth keeping: one after each chain of ops, of those on a path from image to loss or output."""
+    roots = [ref.node for ref in graph.outputs] if graph.loss is None else [graph.loss.node]
+    alive = graph.ancestors(roots)
+    return [
+        Ref(node.index)
+        for node in graph.of_kind(Kind.MAP)
+        if node.index in alive and len(node.outputs) == 1 and _worth_keeping(graph, node)
+    ]
+
+
+def _worth_keeping(graph: Graph, node: Node) -> bool:
+    spec = node.outputs[0]
+    if not spec.dtype.is_floating_point or not node.needs_grad and graph.loss is not None:
+        return False
+    readers = [graph.nodes[i] for i in graph.consumers(node.index)]
+    if len(readers) == 1 and readers[0].kind is Kind.MAP:
+        after = readers[0].outputs[0]
+        return not (len(readers[0].outputs) == 1 and after.nbytes <= spec.nbytes and _single_input(readers[0]))
+    return True
+
+
+def _single_input(node: Node) -> bool:
+    return len(node.operands) == 1
+
+
+class _Search:
+    """One search; remembers segments' spans, which many sets of boundaries share."""
+
+    def __init__(self, graph: Graph, request: Request) -> None:
+        self.graph = graph
+        self.request = request
+        self.whole = max(cost.whole_macs(graph), 1.0)
+        self.axes: dict[tuple[Segment, Role, int], AxisTiles] = {}
+        self.measured: dict[tuple[Segment, tuple[int, int]], SegmentPlan] = {}
+
+    def run(self) -> Plan | None:
+        fixed = self.request.boundaries
+        start = frozenset(self.request.sinks) | (fixed or frozenset())
+        best = self.plan(start)
+        if fixed is not None:
+            return best
+        pool = [ref for ref in candidates(self.graph) if ref not in start]
+        chosen = start
+        while True:
+            trials = [(self.plan(chosen | {ref}), ref) for ref in pool if ref not in chosen]
+            better = [(plan.seconds, ref, plan) for plan, ref in trials if plan is not None]
+            if not better:
+                return best
+            seconds, ref, plan = min(better, key=lambda item: item[:2])
+            if best is not None and seconds > 0.98 * best.seconds:
+                return best
+            best, chosen = plan, chosen | {ref}
+
+    def smallest(self) -> int:
+        """The least projected peak over the sets of boundaries that the search would look at, on smallest tiles."""
+        start = frozenset(self.request.sinks) | (self.request.boundaries or frozenset())
+        sets = [start]
+        if self.request.boundaries is None:
+            sets += [start | {ref} for ref in candidates(self.graph)]
+        unlimited = _Search(self.graph, replace(self.request, budget=None))
+        found = [plan.projected for boundaries in sets for plan in unlimited.frugal(boundaries)]
+        return min(found) + MARGIN
+
+    def frugal(self, boundaries: frozenset[Ref]) -> list[Plan]:
+        """The plan with the least memory for these boundaries."""
+        plans = []
+        for segments, fused in self.variants(boundaries):
+            parts = [
+                min((self.part(s, tile) for tile in self.tiles(s)), key=self.needs) for s in segments
+            ]
+            places = self.places(segments, boundaries, 0)
+            plans.append(self.assemble(parts, fused, places))
+        return plans
+
+    # One set of boundaries.
+
+    def variants(self, boundaries: frozenset[Ref]) -> list[tuple[tuple[Segment, ...], bool]]:
+        """Ways to cut, each with whether its last segment may run in one pass."""
+        plain = cut(self.graph, boundaries)
+        if not self.request.backward or not plain:
+            return [(plain, False)]
+        last = plain[-1]
+        if not last.outputs and fusion.known_before(self.graph, last.reductions):
+            return [(plain, True)]
+        free = fusion.free_reductions(self.graph, last.reductions)
+        rest = tuple(index for index in last.reductions if index not in free)
+        if free and rest and not last.outputs and len(plain) == 1 and fusion.known_before(self.graph, rest):
+            return [(cut(self.graph, boundaries, free), True), (plain, False)]
+        return [(plain, False)]
+
+    def plan(self, boundaries: frozenset[Ref]) -> Plan | None:
+        found = [self.fastest(segments, fused, boundaries) for segments, fused in self.variants(boundaries)]
+        return min((plan for plan in found if plan is not None), key=lambda plan: plan.seconds, default=None)
+
+    def fastest(self, segments: tuple[Segment, ...], fused: bool, boundaries: frozenset[Ref]) -> Plan | None:
+        places = self.places(segments, boundaries, self.request.budget)
+        base = self.request.reserved + memory.gradient_accumulators(self.graph)
+        parts = []
+        for i, segment in enumerate(segments):
+            held = max(self.held(segments, places, i, backward) for backward in (False, self.request.backward))
+            room = None if self.request.budget is None else self.request.budget - base - held
+            options = [self.part(segment, tile) for tile in self.tiles(segment)]
+            fitting = [part for part in options if room is None or self.needs(part) <= room]
+            if not fitting:
+                return None
+            parts.append(min(fitting, key=lambda part: part.seconds))
+        plan = self.assemble(parts, fused, places)
+        fits = self.request.budget is None or plan.projected <= self.request.budget
+        return plan if fits else None
+
+    def needs(self, part: SegmentPlan) -> int:
+        return part.working.backward if self.request.backward else part.working.forward
+
+    def tiles(self, segment: Segment) -> Sequence[tuple[int, int]]:
+        if self.request.tile is not None:
+            return [self.request.tile]
+        spec = self.graph.spec(segment.base)
+        edges = TILE_EDGES
+        return list(dict.fromkeys(
+            (min(h, spec.rows), min(w, spec.cols)) for h in edges for w in edges if h <= w <= 4 * h
+        ))  # fmt: skip
+
+    def axis(self, segment: Segment, role: Role, tile: int) -> AxisTiles:
+        key = (segment, role, tile)
+        if key not in self.axes:
+            self.axes[key] = axis_tiles(self.graph, segment, role, tile)
+        return self.axes[key]
+
+    def part(self, segment: Segment, tile: tuple[int, int]) -> SegmentPlan:
+        key = (segment, tile)
+        if key not in self.measured:
+            rows, cols = self.axis(segment, Role.ROW, tile[0]), self.axis(segment, Role.COL, tile[1])
+            self.measured[key] = SegmentPlan(
+                segment,
+                tile,
+                len(rows.owned) * len(cols.owned),
+                False,
+                memory.working(self.graph, segment, rows, cols),
+                cost.forward_macs(self.graph, segment, rows, cols),
+                cost.forward_seconds(self.graph, segment, rows, cols),
+            )
+        return self.measured[key]
+
+    def places(
+        self, segments: tuple[Segment, ...], boundaries: frozenset[Ref], budget: int | None
+    ) -> dict[Ref, Placement]:
+        """Host memory for the smallest boundaries, up to half of the budget; disk for the rest."""
+        kept = sorted(boundaries - set(self.request.sinks), key=lambda ref: self.graph.spec(ref).nbytes)
+        wanted = self.request.placement
+        if isinstance(wanted, Placement):
+            return dict.fromkeys(kept, wanted)
+        room = float("inf") if budget is None else (budget - self.request.reserved) / 2
+        result = {}
+        for ref in kept:
+            room -= 2 * self.graph.spec(ref).nbytes
+            fixed = wanted.get(ref) if wanted is not None else None
+            result[ref] = fixed or (Placement.HOST if room >= 0 else Placement.DISK)
+        return result
+
+    def held(
+        self, segments: tuple[Segment, ...], places: Mapping[Ref, Placement], i: int, backward: bool
+    ) -> int:
+        """Bytes of boundaries and their gradients in host memory while segment ``i`` runs."""
+        total = 0
+        for ref, place in places.items():
+            if place is not Placement.HOST:
+                continue
+            size = self.graph.spec(ref).nbytes
+            made = next(k for k, segment in enumerate(segments) if ref in segment.outputs)
+            read = [k for k, segment in enumerate(segments) if ref in segment.maps]
+            if not backward:
+                done = not self.request.backward and i > max(read, default=made)
+                total += size if made <= i and not done else 0
+                continue
+            total += size if any(k <= i for k in read) else 0
+            wanted = self.graph.nodes[ref.node].needs_grad and made <= i <= max(read, default=made)
+            total += size if wanted else 0
+        return total
+
+    def assemble(self, parts: Sequence[SegmentPlan], fused: bool, places: dict[Ref, Placement]) -> Plan:
+        graph, request = self.graph, self.request
+        segments = tuple(part.segment for part in parts)
+        runs = [self.runs(i, len(parts), fused) for i in range(len(parts))]
+        peak = 0
+        for i, part in enumerate(parts):
+            if not (fused and i == len(parts) - 1):
+                peak = max(peak, self.held(segments, places, i, False) + part.working.forward)
+            if request.backward:
+                peak = max(peak, self.held(segments, places, i, True) + part.working.backward)
+        pulled = cost.BACKWARD if request.backward else 0.0
+        macs = sum(part.forward_macs * count for part, count in zip(parts, runs, strict=True))
+        seconds = sum(part.seconds * (count + pulled) for part, count in zip(parts, runs, strict=True))
+        final = tuple(
+            replace(part, fused=fused and i == len(parts) - 1) for i, part in enumerate(parts)
+        )
+        return Plan(
+            graph=graph,
+            segments=final,
+            placements=places,
+            budget=request.budget,
+            reserved=request.reserved,
+            projected=request.reserved + memory.gradient_accumulators(graph) + peak,
+            whole_image=memory.whole_image(graph),
+            recompute=macs / self.whole,
+            seconds=seconds + self.disk_seconds(places),
+            backward=request.backward,
+            spill_dir=request.spill_dir,
+        )
+
+    def runs(self, i: int, count: int, fused: bool) -> int:
+        """How often segment ``i`` runs forward in one step."""
+        if not self.request.backward or (fused and i == count - 1):
+            return 1
+        return 2
+
+    def disk_seconds(self, places: Mapping[Ref, Placement]) -> float:
+        spilled = sum(self.graph.spec(ref).nbytes for ref, place in places.items() if place is Placement.DISK)
+        return 4 * spilled * 1e-9
+
+
+def check_elements(plan: Plan) -> None:
+    """Rule 8: no tile's tensor reaches 2**31 elements.
+
+    Raises:
+        PlanError: one would; names the node.
+    """
+    for i, part in enumerate(plan.segments):
+        tiles = plan.grid(i)
+        for index in (*part.segment.nodes, *(ref.node for ref in part.segment.maps)):
+            area = tiles.rows.largest.get(index, 0) * tiles.cols.largest.get(index, 0)
+            spec = plan.graph.nodes[index].outputs[0]
+            if area * (spec.pixel_bytes // spec.dtype.itemsize) >= ELEMENT_LIMIT:
+                place = plan.graph.nodes[index].place
+                raise PlanError(place, f"a tile of {part.tile} needs 2**31 elements or more", "choose a smaller tile")

@@ -1,0 +1,112 @@
+"""Tiles: a grid over the largest map that a segment owns, carried over to its other maps. Rule 1 lives here.
+
+Cuts along the base map are multiples of the tile size. A map with n' rows where the base has n is cut at
+``floor(cut * n' / n)``: monotone, from 0 to n', so that its tiles partition it too, whatever the ratio. A tile may own
+nothing of a small map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from wholegrad.graph.geometry import Box, Interval
+from wholegrad.graph.graph import Graph, Ref
+from wholegrad.graph.layout import Role
+from wholegrad.graph.segment import Segment, spans
+
+
+def cuts(size: int, tile: int) -> list[int]:
+    """Positions ``0 = c0 < c1 < ... = size`` at multiples of ``tile``."""
+    return [*range(0, size, tile), size]
+
+
+def carried(cut: int, base: int, size: int) -> int:
+    """Where a cut of the base map falls on a map of another size."""
+    return cut * size // base
+
+
+@dataclass(frozen=True)
+class AxisTiles:
+    """The tiles of one segment along one axis.
+
+    Attributes:
+        owned: for each tile, the interval that it owns of each owned map; maps of which it owns nothing are left out.
+        spans: for each tile, the interval of every node that it computes or reads, by node index.
+    """
+
+    owned: tuple[dict[Ref, Interval], ...]
+    spans: tuple[dict[int, Interval], ...]
+
+    @cached_property
+    def largest(self) -> dict[int, int]:
+        """The longest span of each node over all tiles."""
+        result: dict[int, int] = {}
+        for span in self.spans:
+            for index, interval in span.items():
+                result[index] = max(result.get(index, 0), interval.size)
+        return result
+
+    @cached_property
+    def total(self) -> dict[int, int]:
+        """The sum of each node's spans over all tiles: its size, and what is computed more than once."""
+        result: dict[int, int] = {}
+        for span in self.spans:
+            for index, interval in span.items():
+                result[index] = result.get(index, 0) + interval.size
+        return result
+
+
+def axis_tiles(graph: Graph, segment: Segment, role: Role, tile: int) -> AxisTiles:
+    """Cut one axis into tiles of ``tile`` pixels of the base map and work out what each must compute."""
+
+    def size(ref: Ref) -> int:
+        return graph.spec(ref).rows if role is Role.ROW else graph.spec(ref).cols
+
+    base = size(segment.base)
+    positions = cuts(base, tile)
+    owned = []
+    for lo, hi in zip(positions, positions[1:], strict=False):
+        mine = {
+            ref: Interval(carried(lo, base, size(ref)), carried(hi, base, size(ref)))
+            for ref in segment.owned(graph)
+        }
+        owned.append({ref: interval for ref, interval in mine.items() if interval.size > 0})
+    return AxisTiles(tuple(owned), tuple(spans(graph, segment, role, mine) for mine in owned))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile: the box that it owns of each map, and the box of each node that it computes or reads."""
+
+    number: int
+    owned: dict[Ref, Box]
+    boxes: dict[int, Box]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All tiles of a segment, row by row."""
+
+    rows: AxisTiles
+    cols: AxisTiles
+
+    def __len__(self) -> int:
+        return len(self.rows.owned) * len(self.cols.owned)
+
+    def __iter__(self) -> Iterator[Tile]:
+        number = 0
+        for row_owned, row_spans in zip(self.rows.owned, self.rows.spans, strict=True):
+            for col_owned, col_spans in zip(self.cols.owned, self.cols.spans, strict=True):
+                owned = {ref: Box.of(row_owned[ref], col_owned[ref]) for ref in row_owned if ref in col_owned}
+                boxes = {i: Box.of(row_spans[i], col_spans[i]) for i in row_spans if i in col_spans}
+                yield Tile(number, owned, boxes)
+                number += 1
+
+
+def grid(graph: Graph, segment: Segment, tile: tuple[int, int]) -> Grid:
+    """The tiles of ``segment``, ``tile`` pixels (height, width) of its base map each."""
+    return Grid(
+        axis_tiles(graph, segment, Role.ROW, tile[0]), axis_tiles(graph, segment, Role.COL, tile[1])
+    )

@@ -1,0 +1,81 @@
+"""From a reader's pixels to the tensor that the model sees: one place, shared by the executor and the oracle.
+
+The convention: an 8-bit image becomes floats ``value / 255`` of the model's dtype; a floating-point image is cast to
+that dtype; a target is handed over as it is stored. A map of shape ``(C, H, W)`` gets a batch axis in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from wholegrad.errors import ShapeError
+from wholegrad.graph.geometry import Box
+from wholegrad.slide.reader import MapReader
+
+
+def model_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The dtype of the model's first floating-point parameter or buffer; float32 if it has none."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+
+def torch_dtype(dtype: np.dtype[np.generic]) -> torch.dtype:
+    """The torch dtype of a NumPy dtype.
+
+    Raises:
+        ShapeError: torch has none.
+    """
+    try:
+        return torch.from_numpy(np.empty(0, dtype)).dtype
+    except TypeError as error:
+        raise ShapeError("image or target", f"has dtype {dtype}", "use uint8, float32 or float64") from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image or a target: one reader for each element of the batch, and how its pixels become a tensor.
+
+    Attributes:
+        readers: maps of equal shape ``(C, H, W)``.
+        dtype: of the tensor; None to keep the stored one.
+        scale: whether 8-bit values become fractions of 255.
+        rank: of the tensor, 4 for ``(N, C, H, W)`` or 3 for ``(N, H, W)``.
+    """
+
+    readers: Sequence[MapReader]
+    dtype: torch.dtype | None
+    scale: bool
+    rank: int = 4
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor at full size."""
+        c, h, w = self.readers[0].shape
+        return (len(self.readers), c, h, w) if self.rank == 4 else (len(self.readers), h, w)
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return self.dtype or torch_dtype(self.readers[0].dtype)
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(reader.cache_bytes for reader in self.readers)
+
+    def read(self, box: Box) -> torch.Tensor:
+        """The tensor on ``box``, a copy of the caller's own, pixels interleaved where the reader has them so."""
+        parts = [self._convert(torch.from_numpy(reader.read(box))) for reader in self.readers]
+        tile = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+        return tile if self.rank == 4 else tile.squeeze(1)
+
+    def _convert(self, pixels: torch.Tensor) -> torch.Tensor:
+        tile = pixels.to(self.out_dtype, copy=True)
+        return tile.div_(255) if self.scale and pixels.dtype == torch.uint8 else tile
+
+    def whole(self) -> torch.Tensor:
+        """The whole map as one tensor: for the oracle."""
+        _, h, w = self.readers[0].shape
+        return self.read(Box(0, h, 0, w))
