@@ -1,0 +1,75 @@
+"""Makes a small picture of a map of any size for reports and panels, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from wholegrad.errors import ShapeError
+from wholegrad.graph.geometry import Box
+from wholegrad.slide.mask import LabelMask
+from wholegrad.slide.reader import MapReader
+from wholegrad.slide.slide import Slide
+
+READ_BYTES = 8 << 20  # of the boxes read
+
+
+def thumbnail(reader: MapReader, max_side: int = 1024) -> npt.NDArray[np.uint8]:
+    """The whole map as ``(h, w, 3)`` uint8, its longer side at most ``max_side`` pixels.
+
+    Images are averaged over blocks; one channel is repeated three times; a label mask keeps its labels
+    (nearest). A slide is read from its lowest level that is large enough.
+
+    Raises:
+        ShapeError: values that are not uint8, or ``max_side`` below one.
+        SlideError: the pixels cannot be read.
+    """
+    if reader.dtype != np.uint8 or max_side < 1 or reader.shape[0] not in (1, 3):
+        cause = f"{reader.shape[0]} channels of {reader.dtype} at max_side={max_side}"
+        raise ShapeError(reader.name, cause, "give one or three channels of uint8 and a size above zero")
+    if isinstance(reader, Slide):
+        with reader.at(_lowest_adequate(reader, max_side)) as level:
+            return _shrink(level, max_side)
+    return _shrink(reader, max_side)
+
+
+def _lowest_adequate(slide: Slide, max_side: int) -> int:
+    fitting = [n for n, shape in enumerate(slide.level_shapes) if max(shape) >= max_side]
+    return max([slide.level, *fitting])
+
+
+def _shrink(reader: MapReader, max_side: int) -> npt.NDArray[np.uint8]:
+    channels, height, width = reader.shape
+    scale = max(1.0, max(height, width) / max_side)
+    rows, cols = (_edges(size, max(1, int(size / scale))) for size in (height, width))
+    out = np.empty((len(rows) - 1, len(cols) - 1, 3), np.uint8)
+    nearest = isinstance(reader, LabelMask)
+    for y, x0, x1 in _boxes(rows, cols, channels):
+        box = Box(int(rows[y]), int(rows[y + 1]), int(cols[x0]), int(cols[x1]))
+        pixels = reader.read(box).transpose(1, 2, 0)
+        lefts = cols[x0:x1] - cols[x0]
+        if nearest:
+            out[y, x0:x1] = pixels[box.height // 2, lefts + (np.diff(cols[x0 : x1 + 1]) // 2)]
+        else:
+            total = np.add.reduceat(pixels.sum(axis=0, dtype=np.int64), lefts, axis=0)
+            area = box.height * np.diff(cols[x0 : x1 + 1])[:, None]
+            out[y, x0:x1] = (total + area // 2) // area
+    return out
+
+
+def _edges(size: int, parts: int) -> npt.NDArray[np.int64]:
+    """Where each of ``parts`` nearly equal parts of an axis starts, and the end."""
+    return np.arange(parts + 1, dtype=np.int64) * size // parts
+
+
+def _boxes(
+    rows: npt.NDArray[np.int64], cols: npt.NDArray[np.int64], channels: int
+) -> Iterator[tuple[int, int, int]]:
+    """One output row and a range of output columns at a time, each a box of at most READ_BYTES."""
+    for y in range(len(rows) - 1):
+        per_column = int(rows[y + 1] - rows[y]) * channels * int(np.diff(cols).max())
+        step = max(1, READ_BYTES // per_column)
+        for x0 in range(0, len(cols) - 1, step):
+            yield y, x0, min(x0 + step, len(cols) - 1)
