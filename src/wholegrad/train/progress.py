@@ -1,0 +1,127 @@
+"""What a run shows in the terminal: a bar for the steps, one for the tiles of the step, a line an event.
+
+It hangs off the loop's ``Watch``; the loop knows nothing of it. Where output is no terminal it prints a plain
+line now and then.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+import wholegrad as wg
+from wholegrad.plan.plan import show_bytes
+from wholegrad.run.process import resident
+from wholegrad.train.loop import Step, Watch
+from wholegrad.train.metrics import Score, mean_dice
+
+QUIET_SECONDS = 10.0  # between plain lines where output is no terminal
+REDRAW_SECONDS = 0.1  # a tile can take a millisecond; drawing each would cost more than running it
+
+
+def step_line(step: Step) -> str:
+    """Loss, Dice, seconds and memory of a step, for people."""
+    return (
+        f"loss {step.loss:.4f}  Dice {step.dice:.3f}  {step.seconds:.1f} s/step  "
+        f"{show_bytes(step.rss)} now, {show_bytes(step.projected)} projected"
+    )
+
+
+def score_table(scores: list[Score], title: str) -> Table:
+    """A table of Dice, precision and recall, a row a slide, the mean last."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("slide")
+    for name in ("megapixels", "Dice", "precision", "recall"):
+        table.add_column(name, justify="right")
+    for score in scores:
+        figures = (f"{value:.3f}" for value in (score.dice, score.precision, score.recall))
+        table.add_row(score.name, f"{score.pixels / 1e6:.1f}", *figures)
+    if len(scores) > 1:
+        table.add_section()
+        table.add_row("mean", "", f"{mean_dice(scores):.3f}")
+    return table
+
+
+class Display:
+    """Bars in a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console, title: str = "step") -> None:
+        self.console, self.title = console, title
+        self.bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<9}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.steps = self.bars.add_task(title, total=None, note="")
+        self.tiles = self.bars.add_task("tiles", total=None, note="", visible=False)
+        self.printed = self.drawn = 0.0
+
+    def watch(self) -> Watch:
+        """The callbacks that feed this display."""
+        return Watch(
+            on_start=self.start, on_plan=self.plan, on_tile=self.tile, on_step=self.step, on_score=self.score
+        )
+
+    def start(self, first: int, total: int) -> None:
+        self.bars.update(self.steps, completed=first, total=total)
+
+    def plan(self, slide: str, plan: wg.Plan) -> None:
+        self.console.print(
+            f"plan for {slide}: {show_bytes(plan.projected)} projected, {plan.tiles} tiles "
+            f"(whole-image training would need {show_bytes(plan.whole_image)})",
+            highlight=False,
+        )
+
+    def tile(self, event: wg.Progress) -> None:
+        now = time.monotonic()
+        if now - self.drawn < REDRAW_SECONDS and event.done < event.total:
+            return
+        self.drawn = now
+        note = f"{show_bytes(resident())} now"
+        description = event.phase
+        self.bars.update(
+            self.tiles,
+            description=description,
+            completed=event.done,
+            total=event.total,
+            note=note,
+            visible=event.done < event.total,
+        )
+
+    def step(self, step: Step) -> None:
+        self.bars.update(self.steps, advance=1, note=step_line(step))
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self.printed > QUIET_SECONDS:
+            self.printed = now
+            self.console.print(f"{self.title} {step.step + 1}  {step_line(step)}", highlight=False)
+
+    def score(self, score: Score) -> None:
+        self.console.print(f"tested on {score.name}: Dice {score.dice:.3f}", highlight=False)
+
+
+@contextmanager
+def display(console: Console, title: str = "step") -> Iterator[Display]:
+    """A display that is drawn while the block runs."""
+    shown = Display(console, title)
+    if not console.is_terminal:
+        yield shown
+        return
+    with shown.bars:
+        yield shown

@@ -1,0 +1,68 @@
+"""What tests share: two threads, reproducible random cases in CI, tiny slides, the folder of real ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from hypothesis import settings
+
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
+
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if IN_CI else "local")
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In CI, where the real slides were promised, a test that skips for want of them has failed."""
+    report = yield
+    promised = IN_CI and "WHOLEGRAD_DATA" in os.environ
+    if promised and report.skipped and "WHOLEGRAD_DATA" in str(report.longrepr):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} must not skip in CI: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real slides and masks."""
+    folder = Path(os.environ.get("WHOLEGRAD_DATA", ""))
+    if "WHOLEGRAD_DATA" not in os.environ or not folder.is_dir():
+        pytest.skip("WHOLEGRAD_DATA names no folder of real slides")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_case() -> Callable[..., None]:
+    """A function that writes a tiny slide and its mask: dark discs of tissue on white glass."""
+
+    def write(root: Path, name: str, size: tuple[int, int] = (160, 208), seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        y, x = np.mgrid[: size[0], : size[1]]
+        tissue = np.zeros(size, bool)
+        for _ in range(3):
+            cy, cx, radius = rng.uniform(0, size[0]), rng.uniform(0, size[1]), rng.uniform(20, 45)
+            tissue |= (y - cy) ** 2 + (x - cx) ** 2 < radius**2
+        colour = np.where(tissue[..., None], (180, 90, 150), (242, 242, 240))
+        pixels = np.clip(colour + rng.normal(0, 6, (*size, 3)), 0, 255).astype(np.uint8)
+        for folder in ("slides", "masks"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        resolution = {"resolution": (20000.0, 20000.0), "resolutionunit": "CENTIMETER"}  # 0.5 um a pixel
+        tifffile.imwrite(
+            root / "slides" / f"{name}.tif", pixels, tile=(64, 64), photometric="rgb", **resolution
+        )
+        tifffile.imwrite(
+            root / "masks" / f"{name}.mask.tif", tissue.astype(np.uint8), tile=(64, 64), **resolution
+        )
+
+    return write

@@ -1,0 +1,122 @@
+"""Weights and checkpoints: they come back as they went, say what they are, and never appear by halves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from wholegrad.errors import ConfigError, WholegradError
+from wholegrad.nets import unet4492
+from wholegrad.train.state import (
+    Card,
+    load_checkpoint,
+    load_model,
+    read_card,
+    save_checkpoint,
+    save_weights,
+    versions,
+    write_whole,
+)
+
+
+def card(network: str = "unet4492", step: int = 7) -> Card:
+    return Card(network, {}, 4492, step, {"a": 0.9, "mean": 0.9}, {"data": {"mpp": 2.0}}, versions())
+
+
+def stepped(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = unet4492(seed=seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(
+            torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        ).square().mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    pairs = zip(first.state_dict().items(), second.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def test_weights_come_back_with_their_card(tmp_path: Path) -> None:
+    model, _ = stepped(0)
+    save_weights(tmp_path / "weights.safetensors", model, card())
+    loaded = load_model(tmp_path)
+    assert same(model, loaded)
+    assert not loaded.training
+    assert read_card(tmp_path) == card()
+    assert json.loads((tmp_path / "weights.json").read_text())["parameters"] == 4492
+
+
+def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path) -> None:
+    model, optimizer = stepped(1)
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, model, optimizer, card(step=2))
+    other = unet4492(seed=9)
+    other_optimizer = torch.optim.Adam(other.parameters(), lr=0.01)
+    assert load_checkpoint(path, other, other_optimizer).step == 2
+    for net, opt in ((model, optimizer), (other, other_optimizer)):
+        opt.zero_grad()
+        net(torch.ones(1, 3, 16, 16)).square().mean().backward()
+        opt.step()
+    assert same(model, other)
+    assert same(load_model(path), load_model(tmp_path))
+
+
+def test_a_file_does_not_choose_what_code_is_imported(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    save_weights(tmp_path / "w.safetensors", model, card("evil:run"))
+    with pytest.raises(ConfigError, match="holds weights of evil:run; name that network yourself"):
+        load_model(tmp_path / "w.safetensors")
+    assert same(model, load_model(tmp_path / "w.safetensors", nn.Linear(2, 1)))
+
+
+def test_weights_of_another_network(tmp_path: Path) -> None:
+    save_weights(tmp_path / "w.safetensors", unet4492(), card())
+    with pytest.raises(ConfigError, match=r"bias is absent and the network has \(1,\); load it into"):
+        load_model(tmp_path / "w.safetensors", nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x02\0\0\0\0\0\0\0{}"])
+def test_a_file_that_is_something_else(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="is not a weights file of wholegrad"):
+        load_model(path)
+
+
+def test_a_truncated_file(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_weights(path, unet4492(), card())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="is not a weights file of wholegrad"):
+        load_model(path)
+
+
+def test_a_missing_file_and_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file; check the path"):
+        load_model(tmp_path / "none.safetensors")
+    with pytest.raises(ConfigError, match="holds neither weights nor a checkpoint"):
+        load_model(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "f"
+    write_whole(path, b"old")
+
+    def full(_handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wholegrad.train.state.os.fsync", full)
+    with pytest.raises(WholegradError, match=r"cannot be written \(No space left on device\)"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
