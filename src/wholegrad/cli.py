@@ -1,0 +1,50 @@
+"""The command line: finds the command, runs it, and turns every refusal into one plain line and an exit code.
+
+Exit codes: 0 done, 1 a proof failed, 2 refused (wrong input, impossible budget), 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import wholegrad as wg
+from wholegrad.commands import demo, plan, predict, synth, train, verify
+from wholegrad.commands.common import NOTES, Parser
+
+COMMANDS = (demo, train, predict, plan, verify, synth)
+ABOUT = "Train convolutional networks end to end on gigapixel images, exactly, in the memory that there is."
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(prog="wholegrad", description=ABOUT, epilog="wholegrad COMMAND --help shows examples.")
+    parser.add_argument("--version", action="version", version=f"wholegrad {wg.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Errors go to standard error, a line each."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        NOTES.print("wholegrad: stopped")
+        return 130
+    except BrokenPipeError:
+        return 1
+    except wg.WholegradError as error:
+        return _refuse(args, str(error), error)
+    except (MemoryError, OSError) as error:
+        return _refuse(args, f"{type(error).__name__}: {error}", error)
+
+
+def _refuse(args: argparse.Namespace, message: str, error: BaseException) -> int:
+    if args.debug:
+        raise error
+    print(f"wholegrad: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,1 @@
+"""The commands of ``wholegrad``: each module has ``add(commands)`` and ``run(args)``."""

@@ -1,0 +1,165 @@
+"""The command line as users meet it: help with examples, one-line errors, exit codes, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+import wholegrad
+from wholegrad.cli import main
+from wholegrad.commands.common import blobs
+from wholegrad.slide.slide import open_slide
+from wholegrad.train.state import read_card
+
+COMMANDS = ("demo", "train", "predict", "plan", "verify", "synth")
+SETTINGS = '[data]\nroot = "."\ntrain = ["a", "b"]\ntest = ["c"]\n[train]\nsteps = 3\nout = "out"\n'
+
+
+@pytest.fixture
+def config(tmp_path: Path, write_case: Callable[..., None]) -> Path:
+    for seed, name in enumerate("abc"):
+        write_case(tmp_path, name, size=(96, 112), seed=seed)
+    (tmp_path / "run.toml").write_text(SETTINGS)
+    return tmp_path / "run.toml"
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What a refused command says: one line on standard error, exit code 2."""
+    try:
+        code = main(argv)
+    except SystemExit as stop:  # argparse
+        code = int(stop.code or 0)
+    said = capsys.readouterr().err
+    assert code == 2
+    assert said.count("\n") == 1
+    assert said.startswith("wholegrad")
+    return said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert re.search(rf"examples:\n  wholegrad {command}\b", said)
+    assert "--debug" in said
+
+
+def test_help_names_each_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n    {command} " in said for command in COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"wholegrad {wholegrad.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["fly"], "invalid choice: 'fly'"),
+        (
+            ["synth", "--size", "12", "--out", "a", "--mask", "b"],
+            "'12' is not HEIGHTxWIDTH such as 16000x64000",
+        ),
+        (["synth", "--size", "0x5", "--out", "a", "--mask", "b"], "'0x5' is not HEIGHTxWIDTH"),
+        (["synth", "--size", "64x64", "--out", "a", "--mask", "a"], "a: is given for slide and mask alike"),
+        (["plan", "--shape", "3x16"], "'3x16' is not CHANNELSxHEIGHTxWIDTH"),
+        (["plan", "--network", "unet"], "network unet: is not built in; use unet4492, or module:factory"),
+        (["plan", "--network", "nowhere:net"], "No module named 'nowhere'; check module and factory"),
+        (["plan", "--network", "math:pi"], "network math:pi: is a float; name a class or function"),
+        (["plan", "--budget", "2"], "needs a unit"),
+        (["plan", "--slide", "no.svs"], "no.svs: "),
+        (["plan", "--shape", "3x4000x4000", "--budget", "10MiB"], "the smallest that would do is"),
+        (["plan", "--mpp", "1", "--level", "2"], "not allowed with argument"),
+        (["train", "no.toml"], "no.toml: cannot be read (No such file or directory); check the path"),
+        (
+            ["predict", "x.svs", "--weights", "no.safetensors", "--out", "m.tif"],
+            "no.safetensors: no such file",
+        ),
+        (
+            ["predict", "x.svs", "--weights", "w", "--out", "m.npy", "--overlay", "o.png"],
+            "needs a mask as TIFF",
+        ),
+    ],
+)
+def test_each_refusal_is_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refused(capsys, *argv)
+
+
+def test_debug_shows_where_an_error_comes_from() -> None:
+    with pytest.raises(wholegrad.WholegradError):
+        main(["train", "no.toml", "--debug"])
+
+
+def test_plan_prints_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--shape", "3x2000x3000", "--budget", "1.5GiB"]) == 0
+    said = capsys.readouterr().out
+    assert "image 1 x 3 x 2000 x 3000" in said
+    assert "of a budget of 1.50 GiB" in said
+
+
+def test_synth_writes_a_slide_and_its_mask(tmp_path: Path) -> None:
+    slide, mask = tmp_path / "new/s.tif", tmp_path / "new/m.tif"
+    assert main(["synth", "--size", "200x300", "--seed", "3", "--out", str(slide), "--mask", str(mask)]) == 0
+    assert open_slide(slide).shape == (3, 200, 300)
+    assert tifffile.imread(mask).shape == (200, 300)
+
+
+def test_train_with_flags_on_top(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = config.parent / "elsewhere"
+    argv = ["train", str(config), "--steps", "2", "--lr", "0.5", "--budget", "2GiB", "--seed", "7"]
+    assert main([*argv, "--out", str(out), "--set", "train.loss=focal", "--set", "train.panels=false"]) == 0
+    said = capsys.readouterr().out
+    assert "slides not trained on" in said
+    assert str(out / "weights.safetensors") in said.replace("\n", "")
+    settings = read_card(out).config["train"]
+    assert [settings[key] for key in ("steps", "lr", "budget", "seed", "loss")] == [
+        2,
+        0.5,
+        "2GiB",
+        7,
+        "focal",
+    ]
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+    assert "already holds a run" in refused(capsys, *argv, "--out", str(out))
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_loads_and_continues(config: Path) -> None:
+    command = [sys.executable, "-m", "wholegrad", "train", str(config), "--set", "train.panels=false"]
+    run = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
+    log, give_up = config.parent / "out/log.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    os.kill(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "Traceback" not in said
+    taken = read_card(config.parent / "out/checkpoint.safetensors").step
+    assert f"stopped after {taken} steps; checkpoint: " in said.replace("\n", " ")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(taken))
+    assert main([*command[3:], "--steps", str(taken + 1), "--resume"]) == 0
+    assert read_card(config.parent / "out").step == taken + 1
+
+
+def test_made_up_labels_have_all_kinds() -> None:
+    labels = blobs(100, 130)
+    assert labels.shape == (1, 100, 130)
+    assert set(np.unique(labels)) == {0, 1, 255}
