@@ -1,0 +1,42 @@
+# Everything on a bare machine with Python 3.11 or later: make demo, make test.
+#
+#   PYTHON=python3.12 make test      another interpreter
+#   PIP_FLAGS="..." make demo        e.g. --index-url of a mirror, or of PyTorch's CPU wheels as --extra-index-url
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+ifeq ($(origin WHOLEGRAD_DATA),undefined)
+ifneq ($(wildcard ../shared/data/.),)
+export WHOLEGRAD_DATA := $(abspath ../shared/data)
+endif
+endif
+
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)
+	$(BIN)/wholegrad demo --out out/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("wholegrad needs Python 3.11 or later" * (sys.version_info < (3, 11)))'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
