@@ -294,7 +294,8 @@ class PyramidWriter:
         pixel = f"{kind}{8 * self.dtype.itemsize}" if kind else {4: "float", 8: "double"}[self.dtype.itemsize]
         size = f' PhysicalSizeX="{self._mpp}" PhysicalSizeY="{self._mpp}"' if self._mpp else ""
         return (
-            '<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+            '<?xml version="1.0" encoding="UTF-8"?>'
+            '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
             f'<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="{pixel}" SizeX="{width}"'
             f' SizeY="{height}" SizeC="{channels}" SizeZ="1" SizeT="1" Interleaved="true"{size}>'
             f'<Channel ID="Channel:0:0" SamplesPerPixel="{channels}"/><TiffData IFD="0" PlaneCount="1"/>'
@@ -317,7 +318,7 @@ def _encoder(compression: Compression, quality: int) -> Callable[[Array], bytes]
     if compression is None:
         return lambda tile: tile.tobytes()
     if compression == "deflate":
-        return lambda tile: bytes(imagecodecs.deflate_encode(tile, level=6))
+        return lambda tile: bytes(imagecodecs.deflate_encode(tile.tobytes(), level=6))
 
     def encode(tile: Array) -> bytes:
         if tile.shape[2] == 1:
