@@ -192,19 +192,21 @@ def _paint(top, image, mask, fields, banks, colours, numbers, fade):  # type: ig
     noise, fray_um, lane, pitch, mpp = numbers
     fray, grain = banks[5], banks[6]
     wrap = SIDE - 1
+    shift, per_pitch = int(np.round(np.log2(pitch))), 1.0 / pitch  # a power of two: no division a pixel
+    lanes = 1.0 + 0.0025 * ((np.arange(image.shape[1]) % lane) / lane - 0.5)
     for row in prange(image.shape[0]):
         y = top + row
         above, v = y // pitch, np.float32((y % pitch) / pitch)
         line = fields[:, above] * (np.float32(1) - v) + fields[:, above + 1] * v
         for x in range(image.shape[1]):
-            k, u = x // pitch, np.float32((x % pitch) / pitch)
+            k, u = x >> shift, np.float32((x & (pitch - 1)) * per_pitch)
             w = np.float32(1) - u
-            rough = fray[y & wrap, (x + 3 * (x >> 11)) & wrap]
+            rough = fray[y & wrap, x & wrap]
             depth = line[0, k] * w + line[0, k + 1] * u + fray_um * rough
             mask[row, x] = depth > 0.0
             speck = grain[(y * 5 + 17) & wrap, (x + 37 * y + (x >> 11) * 331) & wrap]
             # glass, its illumination and what lies on it
-            light = (line[10, k] * w + line[10, k + 1] * u) * (1.0 + 0.0025 * ((x % lane) / lane - 0.5))
+            light = (line[10, k] * w + line[10, k + 1] * u) * lanes[x]
             cover = line[14, k] * w + line[14, k + 1] * u
             past = _ramp(cover, -2.0, 2.0)
             grey, ink = _on_glass(
