@@ -82,7 +82,7 @@ def bce_dice_loss(
     return bce_loss(output, target, weights) + dice_loss(output, target, smooth)
 
 
-LOSSES: dict[str, Loss] = {
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "bce": bce_loss,
     "dice": dice_loss,
     "bce+dice": bce_dice_loss,
