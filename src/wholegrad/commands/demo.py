@@ -54,8 +54,8 @@ class Scale:
     seconds: float
 
 
-FULL = Scale(whole=(16000, 64000), small=(2048, 4096), steps=120, seconds=200.0)
-QUICK = Scale(whole=(2048, 4096), small=(512, 1024), steps=40, seconds=30.0)
+FULL = Scale(whole=(16000, 64000), small=(1536, 3072), steps=90, seconds=200.0)
+QUICK = Scale(whole=(2048, 4096), small=(768, 1536), steps=60, seconds=40.0)
 SMALL_SLIDES = 4  # the last one is for testing
 
 
@@ -141,7 +141,8 @@ def _config(
     network: dict[str, Any] = {"name": "unet4492", "args": {"seed": args.seed}}
     if weights:
         network["weights"] = str(weights)
-    settings = {"steps": steps, "lr": 0.02, "budget": args.budget, "seed": args.seed, "out": str(out)}
+    settings = {"steps": steps, "lr": 0.02, "schedule": "cosine", "warmup": 1, "budget": args.budget}
+    settings |= {"seed": args.seed, "out": str(out)}
     data = {"root": str(args.out.absolute()), "train": learn, "test": test}
     return check_config({"data": data, "network": network, "train": settings}, f"demo {name}")
 
