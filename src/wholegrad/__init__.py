@@ -3,7 +3,22 @@
 from wholegrad.api import backward, measure, plan
 from wholegrad.errors import WholegradError
 from wholegrad.plan.plan import Plan
+from wholegrad.predict import predict
 from wholegrad.run.executor import Progress
+from wholegrad.slide.mask import open_mask
+from wholegrad.slide.slide import open_slide
+from wholegrad.verify import verify
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "Progress", "WholegradError", "backward", "measure", "plan"]
+__all__ = [
+    "Plan",
+    "Progress",
+    "WholegradError",
+    "backward",
+    "measure",
+    "open_mask",
+    "open_slide",
+    "plan",
+    "predict",
+    "verify",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,9 +18,9 @@ from wholegrad.plan.plan import Placement, Plan, parse_bytes
 from wholegrad.plan.planner import Request, check_elements, make_plan
 from wholegrad.run import process
 from wholegrad.run.executor import Executor, ProgressFn, Sink
+from wholegrad.run.reader import MapReader
 from wholegrad.run.sources import Source, model_dtype
 from wholegrad.slide.arrays import as_reader
-from wholegrad.slide.reader import MapReader
 
 LossFn = Callable[..., torch.Tensor]
 SHARE = 0.6  # of the memory that is free, where nobody names a budget
@@ -103,11 +104,19 @@ def _request(
     budget: str | int | None,
     backward: bool,
     sinks: tuple[Ref, ...] = (),
-    **fixed: Any,
 ) -> Request:
     caches = image.cache_bytes + (target.cache_bytes if target else 0)
     reserved = process.resident() + memory.LIBRARIES + caches
-    return Request(budget_bytes(budget), reserved, backward, sinks, **fixed)
+    return Request(budget_bytes(budget), reserved, backward, sinks)
+
+
+def _placement(name: str | None) -> Placement | None:
+    if name is None:
+        return None
+    try:
+        return Placement(name)
+    except ValueError as error:
+        raise PlanError("placement", f"{name!r} is unknown", f"choose from {[str(p) for p in Placement]}") from error
 
 
 def _boundary_refs(graph: Graph, names: Sequence[str] | None) -> frozenset[Ref] | None:
@@ -159,13 +168,14 @@ def plan(
     source, labels = image_source(image, model_dtype(model)), target_source(target)
     _check_sizes(source, labels)
     graph = _capture(model, loss_fn, source, labels, metrics)
-    fixed = {
-        "tile": tile,
-        "boundaries": _boundary_refs(graph, boundaries),
-        "placement": None if placement is None else Placement(placement),
-        "spill_dir": None if spill_dir is None else Path(spill_dir),
-    }
-    made = make_plan(graph, _request(source, labels, budget, loss_fn is not None, **fixed))
+    request = replace(
+        _request(source, labels, budget, loss_fn is not None),
+        tile=tile,
+        boundaries=_boundary_refs(graph, boundaries),
+        placement=_placement(placement),
+        spill_dir=None if spill_dir is None else Path(spill_dir),
+    )
+    made = make_plan(graph, request)
     check_elements(made)
     return made
 
@@ -307,11 +317,17 @@ def run_outputs(
     budget: str | int | None,
     tile: tuple[int, int] | None = None,
     progress: ProgressFn | None = None,
+    sink_bytes: int = 0,
 ) -> None:
-    """Run the model forward and hand each box of its output maps to a sink."""
+    """Run the model forward and hand each box of its output maps to a sink.
+
+    Args:
+        sink_bytes: what the sinks hold, in bytes for each pixel of one row of tiles.
+    """
     graph = _capture(model, None, image, None, None)
     taken = dict(sinks(graph))
-    made = make_plan(graph, _request(image, None, budget, False, tuple(taken), tile=tile))
+    request = replace(_request(image, None, budget, False, tuple(taken)), tile=tile, sink_bytes=sink_bytes)
+    made = make_plan(graph, request)
     check_elements(made)
     executor = Executor(made, joint_tensors(model, None, None), image, None, taken, progress)
     try:

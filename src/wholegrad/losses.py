@@ -24,9 +24,7 @@ IGNORE = 255  # the label of pixels that no loss and no metric counts
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def bce_loss(
-    output: torch.Tensor, target: torch.Tensor, weights: tuple[float, float] = (1.0, 1.0)
-) -> torch.Tensor:
+def bce_loss(output: torch.Tensor, target: torch.Tensor, weights: tuple[float, float] = (1.0, 1.0)) -> torch.Tensor:
     """Binary cross-entropy with logits: the weighted mean over counted pixels.
 
     Args:

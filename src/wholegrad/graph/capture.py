@@ -58,16 +58,14 @@ def _metric(fn: Callable[..., torch.Tensor], name: str, output: Any, target: Any
         return fn(output, target)
 
 
-class _Meta(TorchDispatchMode):
+class _Meta(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether gradients are on at each call, and lets tensors that lie in the user's code meet meta tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if any(t.is_meta for t in tensors):
-            args, kwargs = tree_map_only(
-                torch.Tensor, lambda t: t if t.is_meta else t.to("meta"), (args, kwargs)
-            )
+            args, kwargs = tree_map_only(torch.Tensor, lambda t: t if t.is_meta else t.to("meta"), (args, kwargs))
         with traceback.annotate({"grad": torch.is_grad_enabled()}):
             return func(*args, **kwargs)
 
@@ -135,7 +133,7 @@ def _trace(joint: _Joint, state: dict[str, torch.Tensor], inputs: list[Any], fun
     names = list(state)
 
     def run(tensors: list[torch.Tensor], image: torch.Tensor, target: torch.Tensor | None) -> Any:
-        with _Meta():
+        with _Meta():  # type: ignore[no-untyped-call]
             return torch.func.functional_call(joint, dict(zip(names, tensors, strict=True)), (image, target))
 
     function = torch.func.functionalize(run, remove="mutations") if functional else run
@@ -188,9 +186,7 @@ def capture(
     raise CaptureError("model", "writes into views in a way that cannot be untangled", "avoid in-place writes there")
 
 
-def _traced(
-    joint: _Joint, state: dict[str, torch.Tensor], inputs: list[Any], functional: bool
-) -> torch.fx.GraphModule:
+def _traced(joint: _Joint, state: dict[str, torch.Tensor], inputs: list[Any], functional: bool) -> torch.fx.GraphModule:
     try:
         return _trace(joint, state, inputs, functional)
     except WholegradError:
@@ -242,15 +238,17 @@ class _Converter:
             elif fx_node.op == "output":
                 result = self._finish(fx_node)
             elif fx_node.target is operator.getitem:
-                group = self.current[fx_node.args[0]]  # type: ignore[index]
+                group = self.current[fx_node.args[0]]
                 assert isinstance(group, tuple)
-                self.current[fx_node] = group[fx_node.args[1]]  # type: ignore[index]
+                self.current[fx_node] = group[fx_node.args[1]]
             else:
                 self._call(fx_node)
         assert isinstance(result, Graph)
         return result
 
-    def _add(self, kind: Kind, name: str, specs: tuple[Spec, ...], path: str, grad: bool, **call: Any) -> tuple[Ref, ...]:
+    def _add(
+        self, kind: Kind, name: str, specs: tuple[Spec, ...], path: str, grad: bool, **call: Any
+    ) -> tuple[Ref, ...]:
         args, kwargs = call.get("args", ()), call.get("kwargs", {})
         index = len(self.nodes)
         operands = tuple(dict.fromkeys(references((args, kwargs))))
@@ -301,7 +299,14 @@ class _Converter:
         self._track_view(fx_node, op)
 
     def _node(
-        self, name: str, op: Any, args: Any, kwargs: Any, outputs: tuple[Any, ...], note: dict[str, Any], place: str
+        self,
+        name: str,
+        op: Any,
+        args: Any,
+        kwargs: Any,
+        outputs: tuple[Any, ...],
+        note: dict[str, Any],
+        place: str,
     ) -> tuple[Ref, ...]:
         refs = list(dict.fromkeys(references((args, kwargs))))
         specs = {ref: self.nodes[ref.node].outputs[ref.out] for ref in refs}

@@ -77,7 +77,6 @@ def free_reductions(graph: Graph, reductions: tuple[int, ...]) -> frozenset[int]
         for index in reductions
         if not any(graph.nodes[i].needs_grad for i in graph.ancestors([index]))
         and not any(
-            graph.nodes[i].kind is Kind.PARAMETER or graph.nodes[i].kind is Kind.IMAGE
-            for i in graph.ancestors([index])
+            graph.nodes[i].kind is Kind.PARAMETER or graph.nodes[i].kind is Kind.IMAGE for i in graph.ancestors([index])
         )
     )

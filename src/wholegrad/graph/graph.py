@@ -203,5 +203,7 @@ class Graph:
 def unsupported(node_place: str, cause: str) -> UnsupportedOpError:
     """The error for an op that cannot run tile by tile."""
     return UnsupportedOpError(
-        node_place, cause, "register a rule with wholegrad.graph.rules.register, or rewrite this part of the model"
+        node_place,
+        cause,
+        "register a rule with wholegrad.graph.rules.register, or rewrite this part of the model",
     )

@@ -106,7 +106,11 @@ def _segment(graph: Graph, boundaries: frozenset[Ref], outputs: list[Ref], reduc
 
 
 def spans(
-    graph: Graph, segment: Segment, role: Role, owned: Mapping[Ref, Interval], only: Iterable[int] | None = None
+    graph: Graph,
+    segment: Segment,
+    role: Role,
+    owned: Mapping[Ref, Interval],
+    only: Iterable[int] | None = None,
 ) -> dict[int, Interval]:
     """The interval of every node that a tile must compute or read along one axis, by node index.
 

@@ -27,9 +27,7 @@ def node_macs(graph: Graph, index: int, area: float) -> float:
 
 def forward_macs(graph: Graph, segment: Segment, rows: AxisTiles, cols: AxisTiles) -> float:
     """Multiply-adds of one forward run over all tiles."""
-    return sum(
-        node_macs(graph, i, rows.total.get(i, 0) * cols.total.get(i, 0)) for i in segment.nodes
-    )
+    return sum(node_macs(graph, i, rows.total.get(i, 0) * cols.total.get(i, 0)) for i in segment.nodes)
 
 
 def forward_seconds(graph: Graph, segment: Segment, rows: AxisTiles, cols: AxisTiles) -> float:

@@ -5,8 +5,10 @@ Words as in the documentation: *reserved* is what interpreter, libraries and all
 set of a tile. A tile's working set follows the order in which the executor runs and frees: in the forward sweep a
 value dies after its last reader, in the backward sweep values stay until the pull-back has passed them.
 
-``SLACK`` covers what the arithmetic does not see (the libraries' own scratch space, fragmentation of the heap); it
-was set so that the measured peak stays below the projected one over the grid of ``tests/test_memory.py``.
+``SLACK`` covers what the arithmetic does not see: the libraries' own scratch space and above all the heap, which
+between tiles of unequal size comes apart into pieces that do not fit the next request (a tile of 1024 x 1024 pixels
+of the 4492-parameter network has 203 MiB of live tensors at its peak, and takes 444 MiB). It was set so that the
+measured peak stays below the projected one over the grid of ``tests/test_memory.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from wholegrad.graph.graph import READERS, Graph, Kind, Ref
 from wholegrad.graph.segment import Segment
 from wholegrad.plan.tiles import AxisTiles
 
-SLACK = 1.15
+SLACK = 2.0
 LIBRARIES = 96 << 20  # oneDNN's kernels, thread stacks, autograd and decoders once they have run
 DOUBLE = 8
 
@@ -131,5 +133,5 @@ def whole_image(graph: Graph) -> int:
 
 
 def _is_view(op: object) -> bool:
-    returns = getattr(getattr(op, "_schema", None), "returns", ())
-    return bool(returns) and returns[0].alias_info is not None
+    schema = getattr(op, "_schema", None)
+    return any(found.alias_info is not None for found in schema.returns) if schema else False

@@ -45,6 +45,7 @@ class Request:
     boundaries: frozenset[Ref] | None = None
     placement: Placement | Mapping[Ref, Placement] | None = None
     spill_dir: Path | None = None
+    sink_bytes: int = 0  # what sinks hold, in bytes for each pixel of one row of tiles
 
 
 def make_plan(graph: Graph, request: Request) -> Plan:
@@ -81,7 +82,7 @@ def candidates(graph: Graph) -> list[Ref]:
 
 def _worth_keeping(graph: Graph, node: Node) -> bool:
     spec = node.outputs[0]
-    if not spec.dtype.is_floating_point or not node.needs_grad and graph.loss is not None:
+    if not spec.dtype.is_floating_point or (not node.needs_grad and graph.loss is not None):
         return False
     readers = [graph.nodes[i] for i in graph.consumers(node.index)]
     if len(readers) == 1 and readers[0].kind is Kind.MAP:
@@ -136,9 +137,7 @@ class _Search:
         """The plan with the least memory for these boundaries."""
         plans = []
         for segments, fused in self.variants(boundaries):
-            parts = [
-                min((self.part(s, tile) for tile in self.tiles(s)), key=self.needs) for s in segments
-            ]
+            parts = [min((self.part(s, tile) for tile in self.tiles(s)), key=self.needs) for s in segments]
             places = self.places(segments, boundaries, 0)
             plans.append(self.assemble(parts, fused, places))
         return plans
@@ -206,11 +205,18 @@ class _Search:
                 tile,
                 len(rows.owned) * len(cols.owned),
                 False,
-                memory.working(self.graph, segment, rows, cols),
+                self.working(segment, rows, cols),
                 cost.forward_macs(self.graph, segment, rows, cols),
                 cost.forward_seconds(self.graph, segment, rows, cols),
             )
         return self.measured[key]
+
+    def working(self, segment: Segment, rows: AxisTiles, cols: AxisTiles) -> memory.Working:
+        """A tile's bytes, and those of the row of tiles that sinks hold."""
+        tile = memory.working(self.graph, segment, rows, cols)
+        sunk = [ref for ref in segment.outputs if ref in self.request.sinks]
+        band = sum(rows.largest[ref.node] * self.graph.spec(ref).cols for ref in sunk) * self.request.sink_bytes
+        return memory.Working(tile.forward + band, tile.backward + band)
 
     def places(
         self, segments: tuple[Segment, ...], boundaries: frozenset[Ref], budget: int | None
@@ -228,9 +234,7 @@ class _Search:
             result[ref] = fixed or (Placement.HOST if room >= 0 else Placement.DISK)
         return result
 
-    def held(
-        self, segments: tuple[Segment, ...], places: Mapping[Ref, Placement], i: int, backward: bool
-    ) -> int:
+    def held(self, segments: tuple[Segment, ...], places: Mapping[Ref, Placement], i: int, backward: bool) -> int:
         """Bytes of boundaries and their gradients in host memory while segment ``i`` runs."""
         total = 0
         for ref, place in places.items():
@@ -261,9 +265,7 @@ class _Search:
         pulled = cost.BACKWARD if request.backward else 0.0
         macs = sum(part.forward_macs * count for part, count in zip(parts, runs, strict=True))
         seconds = sum(part.seconds * (count + pulled) for part, count in zip(parts, runs, strict=True))
-        final = tuple(
-            replace(part, fused=fused and i == len(parts) - 1) for i, part in enumerate(parts)
-        )
+        final = tuple(replace(part, fused=fused and i == len(parts) - 1) for i, part in enumerate(parts))
         return Plan(
             graph=graph,
             segments=final,

@@ -69,8 +69,7 @@ def axis_tiles(graph: Graph, segment: Segment, role: Role, tile: int) -> AxisTil
     owned = []
     for lo, hi in zip(positions, positions[1:], strict=False):
         mine = {
-            ref: Interval(carried(lo, base, size(ref)), carried(hi, base, size(ref)))
-            for ref in segment.owned(graph)
+            ref: Interval(carried(lo, base, size(ref)), carried(hi, base, size(ref))) for ref in segment.owned(graph)
         }
         owned.append({ref: interval for ref, interval in mine.items() if interval.size > 0})
     return AxisTiles(tuple(owned), tuple(spans(graph, segment, role, mine) for mine in owned))
@@ -107,6 +106,4 @@ class Grid:
 
 def grid(graph: Graph, segment: Segment, tile: tuple[int, int]) -> Grid:
     """The tiles of ``segment``, ``tile`` pixels (height, width) of its base map each."""
-    return Grid(
-        axis_tiles(graph, segment, Role.ROW, tile[0]), axis_tiles(graph, segment, Role.COL, tile[1])
-    )
+    return Grid(axis_tiles(graph, segment, Role.ROW, tile[0]), axis_tiles(graph, segment, Role.COL, tile[1]))

@@ -220,7 +220,11 @@ class Executor:
         self._after_backward(i)
 
     def _pull_tile(
-        self, run: TileRun, sums: Mapping[int, torch.Tensor], sum_grads: Mapping[int, torch.Tensor], tile: Tile
+        self,
+        run: TileRun,
+        sums: Mapping[int, torch.Tensor],
+        sum_grads: Mapping[int, torch.Tensor],
+        tile: Tile,
     ) -> None:
         for ref, grad in pull_back(self.graph, run, sums, sum_grads, self._map_grad, tile).items():
             if ref in run.boxes:
@@ -273,9 +277,7 @@ class Executor:
             for ref, grad in trial.pull_back(index, grads).items():
                 grads[ref] = grads[ref] + grad if ref in grads else grad
         return {
-            Ref(index): grads[Ref(index)]
-            for index in self.plan.segments[i].segment.reductions
-            if Ref(index) in grads
+            Ref(index): grads[Ref(index)] for index in self.plan.segments[i].segment.reductions if Ref(index) in grads
         }
 
 

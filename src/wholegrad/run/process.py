@@ -54,7 +54,11 @@ def reuse_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, value in ((_M_MMAP_THRESHOLD, 1 << 17), (_M_TRIM_THRESHOLD, 1 << 17), (_M_TOP_PAD, 1 << 17)):
+        for parameter, value in (
+            (_M_MMAP_THRESHOLD, 1 << 17),
+            (_M_TRIM_THRESHOLD, 1 << 17),
+            (_M_TOP_PAD, 1 << 17),
+        ):
             library.mallopt(parameter, value)
         release_memory()
 

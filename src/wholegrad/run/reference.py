@@ -29,7 +29,11 @@ class Reference:
 
 
 def whole_image(
-    model: nn.Module, loss_fn: Callable[..., torch.Tensor], image: torch.Tensor, target: Any, dtype: torch.dtype
+    model: nn.Module,
+    loss_fn: Callable[..., torch.Tensor],
+    image: torch.Tensor,
+    target: Any,
+    dtype: torch.dtype,
 ) -> Reference:
     """``loss_fn(model(image), target).backward()`` on copies of model and loss in ``dtype``.
 
@@ -46,7 +50,7 @@ def whole_image(
         target = target.to(dtype)
     output = model(image.to(dtype))
     loss = loss_fn(output, target)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return Reference(loss.detach(), output.detach(), grads)
 

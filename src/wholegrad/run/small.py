@@ -92,4 +92,3 @@ def _widened_node(node: Node) -> Node:
     kwargs: dict[str, Any] = {**node.kwargs, "dtype": wide(dtype)}
     return Node(node.index, node.name, node.kind, node.op, node.args, kwargs, node.operands, node.outputs,
                 node.path, node.needs_grad)  # fmt: skip
-

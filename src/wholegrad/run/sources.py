@@ -14,7 +14,7 @@ import torch
 
 from wholegrad.errors import ShapeError
 from wholegrad.graph.geometry import Box
-from wholegrad.slide.reader import MapReader
+from wholegrad.run.reader import MapReader
 
 
 def model_dtype(model: torch.nn.Module) -> torch.dtype:
@@ -66,14 +66,17 @@ class Source:
         return sum(reader.cache_bytes for reader in self.readers)
 
     def read(self, box: Box) -> torch.Tensor:
-        """The tensor on ``box``, a copy of the caller's own, pixels interleaved where the reader has them so."""
-        parts = [self._convert(torch.from_numpy(reader.read(box))) for reader in self.readers]
-        tile = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+        """The tensor on ``box``, the caller's own, pixels interleaved (channels last)."""
+        n, c = len(self.readers), self.readers[0].shape[0]
+        tile = torch.empty((n, c, box.height, box.width), dtype=self.out_dtype, memory_format=torch.channels_last)
+        fraction = False
+        for i, reader in enumerate(self.readers):
+            pixels = torch.from_numpy(reader.read(box))
+            tile[i].copy_(pixels)
+            fraction = self.scale and pixels.dtype == torch.uint8
+        if fraction:
+            tile.div_(255)
         return tile if self.rank == 4 else tile.squeeze(1)
-
-    def _convert(self, pixels: torch.Tensor) -> torch.Tensor:
-        tile = pixels.to(self.out_dtype, copy=True)
-        return tile.div_(255) if self.scale and pixels.dtype == torch.uint8 else tile
 
     def whole(self) -> torch.Tensor:
         """The whole map as one tensor: for the oracle."""

@@ -115,9 +115,7 @@ class DiskStore(MapStore):
         n, height, width, channels = self.stored
         step = channels * self.dtype.itemsize
         return [
-            (i, y - box.y0, ((i * height + y) * width + box.x0) * step)
-            for i in range(n)
-            for y in range(box.y0, box.y1)
+            (i, y - box.y0, ((i * height + y) * width + box.x0) * step) for i in range(n) for y in range(box.y0, box.y1)
         ]
 
     def _read(self, box: Box) -> np.ndarray:
@@ -127,7 +125,7 @@ class DiskStore(MapStore):
             done = 0
             while done < len(row):
                 self._file.seek(offset + done)
-                got = self._file.raw.readinto(row[done:])  # type: ignore[attr-defined]
+                got = self._file.raw.readinto(row[done:])
                 if not got:
                     raise PlanError("spill file", "ends early", "check the disk")
                 done += got
@@ -143,7 +141,7 @@ class DiskStore(MapStore):
                 row, done = memoryview(pixels[i, y]).cast("B"), 0
                 while done < len(row):
                     self._file.seek(offset + done)
-                    done += self._file.raw.write(row[done:])  # type: ignore[attr-defined]
+                    done += self._file.raw.write(row[done:])
         except OSError as error:
             raise PlanError(
                 "spill folder", f"cannot be written: {error.strerror}", "free space or choose another folder"

@@ -61,9 +61,7 @@ class Pointwise(MapRule):
         wide = spatial_dims(layout)
         for spec in request.specs.values():
             offset = len(layout) - len(spec.layout)
-            if not spec.is_map and any(
-                size != 1 and i + offset in wide for i, size in enumerate(spec.shape)
-            ):
+            if not spec.is_map and any(size != 1 and i + offset in wide for i, size in enumerate(spec.shape)):
                 raise request.refuse(f"a tensor of shape {spec.shape} that is not a map runs along the image")
 
     def needs(self, node: Node, specs: Sequence[Spec], operand: int, role: Role, out: Interval) -> Interval:

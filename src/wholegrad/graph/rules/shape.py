@@ -80,8 +80,7 @@ class Expand(MapRule):
         shape = request.shapes[0]
         added = plain(shape[: len(shape) - len(source)])
         kept = tuple(
-            dim if roles(dim) else (Axis(size),)
-            for dim, size in zip(source, shape[len(added) :], strict=True)
+            dim if roles(dim) else (Axis(size),) for dim, size in zip(source, shape[len(added) :], strict=True)
         )
         return (checked(request, added + kept),)
 

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
-from torch.nn import functional as F
 
 from wholegrad.graph.geometry import Box, Interval
 from wholegrad.graph.graph import Node, Spec
 from wholegrad.graph.layout import Layout, Role, map_layout
 from wholegrad.graph.rules.base import LayoutRequest, MapRule, Tile, checked, register
+from wholegrad.graph.rules.convolve import convolve
 from wholegrad.graph.rules.shape import boxes, clip, place
 
 aten = torch.ops.aten
@@ -71,7 +71,7 @@ class Convolution(MapRule):
         taps = prod(specs[1].shape[1:])  # (inputs / groups) x kernel area, or its mirror image if transposed
         if not node.args[6]:
             return float(batch * channels * taps)
-        return batch * specs[0].shape[1] * taps / prod(node.args[3])
+        return float(batch * specs[0].shape[1] * taps / prod(node.args[3]))
 
     def run(self, node: Node, tensors: Sequence[torch.Tensor], tile: Tile) -> tuple[torch.Tensor, ...]:
         x, weight = tensors[0], tensors[1]
@@ -88,9 +88,9 @@ class Convolution(MapRule):
         cols = window(tile.box.cols, *self._axis(node, tile.specs, Role.COL))
         edges = [have.y0 - rows.lo, rows.hi - have.y1, have.x0 - cols.lo, cols.hi - have.x1]
         if edges[0] == edges[1] >= 0 and edges[2] == edges[3] >= 0:
-            return F.conv2d(x, weight, bias, stride, (edges[0], edges[2]), dilation, groups)
+            return convolve(x, weight, bias, stride, [edges[0], edges[2]], dilation, False, groups)
         x = place(place(x, have.rows, rows, 2), have.cols, cols, 3)
-        return F.conv2d(x, weight, bias, stride, 0, dilation, groups)
+        return convolve(x, weight, bias, stride, [0, 0], dilation, False, groups)
 
     def _transposed(
         self, node: Node, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile
@@ -100,7 +100,7 @@ class Convolution(MapRule):
         have = boxes(tile, 0)
         got = Box.of(reach(have.rows, *row_axis), reach(have.cols, *col_axis))
         inside = got.holds(tile.box)
-        result = F.conv_transpose2d(x, weight, bias if inside else None, stride, 0, 0, groups, dilation)
+        result = convolve(x, weight, bias if inside else None, stride, [0, 0], dilation, True, groups)
         if inside:
             rows, cols = tile.box.slices(got)
             return result[:, :, rows, cols]
