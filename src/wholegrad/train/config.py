@@ -154,9 +154,7 @@ def expand(text: str, where: str) -> str:
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in environ:
-            raise ConfigError(
-                where, f"${{{name}}} is not set in the environment", f"set {name}, or write the path out"
-            )
+            raise ConfigError(where, f"${{{name}}} is not set in the environment", f"set {name}, or write the path out")
         return environ[name]
 
     return re.sub(r"\$\{(\w+)\}", value, text)
@@ -235,19 +233,11 @@ def _check_sense(config: Config, where: str) -> None:
     if config.data.mpp is not None and config.data.level is not None:
         raise ConfigError(where, "data.mpp and data.level both given", "give one of them")
     if config.data.crop is not None and min(config.data.crop) < 1:
-        raise ConfigError(
-            where, f"data.crop is {list(config.data.crop)}", "give height and width of 1 or more"
-        )
+        raise ConfigError(where, f"data.crop is {list(config.data.crop)}", "give height and width of 1 or more")
     if min(config.train.weights) < 0 or sum(config.train.weights) == 0:
-        raise ConfigError(
-            where, f"train.weights are {list(config.train.weights)}", "give two of 0 or more, not both 0"
-        )
+        raise ConfigError(where, f"train.weights are {list(config.train.weights)}", "give two of 0 or more, not both 0")
     if config.train.loss == "dice" and config.train.weights != (1.0, 1.0):
-        raise ConfigError(
-            where, "train.weights with the dice loss, which has none", "use bce, bce+dice or focal"
-        )
+        raise ConfigError(where, "train.weights with the dice loss, which has none", "use bce, bce+dice or focal")
     if len(set(config.data.train) & set(config.data.test)) > 0:
         shared = next(case for case in config.data.test if case in config.data.train)
-        raise ConfigError(
-            where, f"{shared!r} is in data.train and in data.test", "test on slides not trained on"
-        )
+        raise ConfigError(where, f"{shared!r} is in data.train and in data.test", "test on slides not trained on")

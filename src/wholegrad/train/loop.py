@@ -23,7 +23,7 @@ import wholegrad as wg
 from wholegrad.errors import ConfigError, NumericsError, WholegradError
 from wholegrad.losses import LOSSES, Loss, dice_from_counts
 from wholegrad.run.process import peak_resident, resident
-from wholegrad.train.cases import Case, check_mask_has_labels, open_cases
+from wholegrad.train.cases import Case, Readers, open_cases
 from wholegrad.train.config import Config, TrainConfig
 from wholegrad.train.interrupt import Interrupt
 from wholegrad.train.metrics import METRICS, Score, evaluate, mean_dice
@@ -156,8 +156,6 @@ class Run:
         """Open every slide, then the run's folder: nothing is written if a slide is bad."""
         self.cases = open_cases(self.config, "train")
         self.test_cases = open_cases(self.config, "test")
-        for case in self.cases + self.test_cases:
-            check_mask_has_labels(case)
         log, checkpoint = self.config.out / "log.jsonl", self.config.out / "checkpoint.safetensors"
         if resume:
             self.step = load_checkpoint(checkpoint, self.model, self.optimizer).step
@@ -225,9 +223,10 @@ class Run:
         rate = learning_rate(settings, self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        plan = self._plan(case)
-        start = time.perf_counter()
-        loss, dice = self._backward(case, plan, interrupt)
+        with case.open() as readers:
+            plan = self._plan(case, readers)
+            start = time.perf_counter()
+            loss, dice = self._backward(case.name, readers, plan, interrupt)
         self.optimizer.step()
         self.step += 1
         return Step(
@@ -249,40 +248,40 @@ class Run:
             return case
         return case.crop(self.config.data.crop, np.random.default_rng((seed, self.step, 1)))
 
-    def _plan(self, case: Case) -> wg.Plan:
+    def _plan(self, case: Case, readers: Readers) -> wg.Plan:
         """The plan for this size of image; made once, since capture and planning take seconds."""
         if case.size not in self.plans:
             self.plans[case.size] = wg.plan(
                 self.model,
                 self.loss_fn,
-                case.slide,
-                case.mask,
+                readers.slide,
+                readers.mask,
                 budget=self.config.train.budget,
                 metrics=METRICS,
             )
             self.watch.on_plan(case.name, self.plans[case.size])
         return self.plans[case.size]
 
-    def _backward(self, case: Case, plan: wg.Plan, interrupt: Interrupt) -> tuple[float, float]:
+    def _backward(self, name: str, readers: Readers, plan: wg.Plan, interrupt: Interrupt) -> tuple[float, float]:
         """Loss and Dice of a case, its gradients left in the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
         try:
             loss, values = wg.backward(
                 self.model,
                 self.loss_fn,
-                case.slide,
-                case.mask,
+                readers.slide,
+                readers.mask,
                 plan=plan,
                 metrics=METRICS,
                 progress=self._progress(interrupt),
             )
         except NumericsError as error:
-            raise self._ruined(case.name, f"{error.where} {error.cause}") from error
+            raise self._ruined(name, f"{error.where} {error.cause}") from error
         if not math.isfinite(loss):
-            raise self._ruined(case.name, f"loss is {float(loss)}")
-        for name, parameter in self.model.named_parameters():
+            raise self._ruined(name, f"loss is {float(loss)}")
+        for parameter_name, parameter in self.model.named_parameters():
             if parameter.grad is not None and not parameter.grad.isfinite().all():
-                raise self._ruined(case.name, f"gradient of {name} is not finite")
+                raise self._ruined(name, f"gradient of {parameter_name} is not finite")
         return float(loss), dice_from_counts(values["counts"])
 
     def _ruined(self, slide: str, cause: str) -> NumericsError:

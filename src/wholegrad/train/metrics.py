@@ -43,9 +43,8 @@ def evaluate(
     model.eval()
     try:
         for case in cases:
-            values = wg.measure(
-                model, case.slide, case.mask, metrics=METRICS, budget=budget, progress=progress
-            )
+            with case.open() as (slide, mask):
+                values = wg.measure(model, slide, mask, metrics=METRICS, budget=budget, progress=progress)
             scores.append(score(case.name, values["counts"]))
             if on_case:
                 on_case(scores[-1])

@@ -75,9 +75,7 @@ class Display:
 
     def watch(self) -> Watch:
         """The callbacks that feed this display."""
-        return Watch(
-            on_start=self.start, on_plan=self.plan, on_tile=self.tile, on_step=self.step, on_score=self.score
-        )
+        return Watch(on_start=self.start, on_plan=self.plan, on_tile=self.tile, on_step=self.step, on_score=self.score)
 
     def start(self, first: int, total: int) -> None:
         self.bars.update(self.steps, completed=first, total=total)

@@ -36,16 +36,15 @@ def report_case(
     """
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{case.name}.tif"
-    wg.predict(model, case.slide, out=out, budget=budget, progress=progress)
-    picture(out.with_suffix(".png"), case.slide, case.mask, out, case.name, caption)
+    with case.open() as (slide, mask):
+        wg.predict(model, slide, out=out, budget=budget, progress=progress)
+        picture(out.with_suffix(".png"), slide, mask, out, case.name, caption)
     return out.with_suffix(".png")
 
 
 def caption(score: Score, steps: int) -> str:
     """What a picture says of how it came about."""
-    return (
-        f"Dice {score.dice:.3f} on a slide not trained on, {score.pixels / 1e6:.1f} megapixels, {steps} steps"
-    )
+    return f"Dice {score.dice:.3f} on a slide not trained on, {score.pixels / 1e6:.1f} megapixels, {steps} steps"
 
 
 def picture(

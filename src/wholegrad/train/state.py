@@ -139,9 +139,7 @@ def find_weights(path: Path) -> Path:
     for name in ("weights.safetensors", "checkpoint.safetensors"):
         if (path / name).exists():
             return path / name
-    raise ConfigError(
-        str(path), "holds neither weights nor a checkpoint", "name a run's folder or a .safetensors file"
-    )
+    raise ConfigError(str(path), "holds neither weights nor a checkpoint", "name a run's folder or a .safetensors file")
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -161,9 +159,7 @@ def write_whole(path: Path, data: bytes) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise WholegradError(
-            str(path), f"cannot be written ({error.strerror})", "check space and rights"
-        ) from None
+        raise WholegradError(str(path), f"cannot be written ({error.strerror})", "check space and rights") from None
 
 
 def _sync_folder(folder: Path) -> None:
