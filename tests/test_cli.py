@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,6 +140,30 @@ def test_train_with_flags_on_top(config: Path, capsys: pytest.CaptureFixture[str
     ]
     assert len((out / "log.jsonl").read_text().splitlines()) == 2
     assert "already holds a run" in refused(capsys, *argv, "--out", str(out))
+
+
+def test_a_trained_network_predicts_and_draws(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(config), "--steps", "1"]) == 0
+    folder = config.parent
+    assert (folder / "out/predictions/c.png").stat().st_size > 1000
+    argv = ["predict", str(folder / "slides/c.tif"), "--weights", str(folder / "out"), "--out"]
+    assert main([*argv, str(folder / "m.tif"), "--overlay", str(folder / "m.png")]) == 0
+    mask = tifffile.imread(folder / "m.tif")
+    assert mask.shape == (96, 112)
+    assert np.array_equal(mask, tifffile.imread(folder / "out/predictions/c.tif"))
+    assert (folder / "m.png").stat().st_size > 1000
+    assert main([*argv, str(folder / "p.npy"), "--kind", "probability"]) == 0
+    assert np.array_equal(np.load(folder / "p.npy")[0] > 0.5, mask > 0)
+
+
+def test_verify_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--size", "24x33", "--loss", "focal"]) == 0
+    assert "down1.weight" in capsys.readouterr().out
+
+
+def test_verify_says_by_its_exit_code_that_a_network_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wholegrad, "verify", lambda *_args, **_kw: SimpleNamespace(ok=False))
+    assert main(["verify", "--size", "50x67"]) == 1
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_loads_and_continues(config: Path) -> None:
