@@ -58,11 +58,7 @@ def write_case() -> Callable[..., None]:
         for folder in ("slides", "masks"):
             (root / folder).mkdir(parents=True, exist_ok=True)
         resolution = {"resolution": (20000.0, 20000.0), "resolutionunit": "CENTIMETER"}  # 0.5 um a pixel
-        tifffile.imwrite(
-            root / "slides" / f"{name}.tif", pixels, tile=(64, 64), photometric="rgb", **resolution
-        )
-        tifffile.imwrite(
-            root / "masks" / f"{name}.mask.tif", tissue.astype(np.uint8), tile=(64, 64), **resolution
-        )
+        tifffile.imwrite(root / "slides" / f"{name}.tif", pixels, tile=(64, 64), photometric="rgb", **resolution)
+        tifffile.imwrite(root / "masks" / f"{name}.mask.tif", tissue.astype(np.uint8), tile=(64, 64), **resolution)
 
     return write

@@ -70,9 +70,7 @@ def test_the_signal_keeps_its_size_through_the_layers() -> None:
     sizes = []
     for seed in range(20):
         net = GigapixelUNet(seed=seed)
-        net.head.register_forward_hook(
-            lambda _layer, into, _out: sizes.append(into[0].square().mean().sqrt())
-        )
+        net.head.register_forward_hook(lambda _layer, into, _out: sizes.append(into[0].square().mean().sqrt()))
         net(torch.rand(1, 3, 64, 64))
     assert 0.1 < torch.stack(sizes).median() < 3
 

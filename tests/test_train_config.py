@@ -56,9 +56,7 @@ def test_variables_are_put_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_overrides_go_on_top(tmp_path: Path) -> None:
-    config = load_config(
-        write(tmp_path, GOOD), ["train.lr=0.003", "train.loss=dice", "data.mpp=4", "train.epochs=2"]
-    )
+    config = load_config(write(tmp_path, GOOD), ["train.lr=0.003", "train.loss=dice", "data.mpp=4", "train.epochs=2"])
     assert (config.train.lr, config.train.loss, config.data.mpp) == (0.003, "dice", 4.0)
     assert (config.train.steps, config.total_steps) == (None, 4)
 
@@ -113,15 +111,11 @@ def test_a_file_that_makes_no_sense(tmp_path: Path, text: str, said: str) -> Non
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"none\.toml: cannot be read \(No such file or directory\); check the path"
-    ):
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read \(No such file or directory\); check the path"):
         load_config(tmp_path / "none.toml")
 
 
 def test_a_name_without_a_slide(tmp_path: Path) -> None:
     config = check_config({"data": {"train": ["ghost"]}, "train": {"steps": 1}}, "test", tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"slides/ghost: no slide of that name \(\.svs, .*\); check data\.root"
-    ):
+    with pytest.raises(ConfigError, match=r"slides/ghost: no slide of that name \(\.svs, .*\); check data\.root"):
         list(config.pairs("train"))

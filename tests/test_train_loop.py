@@ -94,9 +94,7 @@ def test_a_run_continued_is_the_run_unbroken(slides: Path) -> None:
 
 def test_another_run_is_not_written_over(slides: Path) -> None:
     train(configure(slides, steps=1))
-    with pytest.raises(
-        ConfigError, match="already holds a run; choose another --out, or continue it with --resume"
-    ):
+    with pytest.raises(ConfigError, match="already holds a run; choose another --out, or continue it with --resume"):
         train(configure(slides, steps=1))
 
 

@@ -32,9 +32,7 @@ def stepped(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(2):
         optimizer.zero_grad()
-        model(
-            torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-        ).square().mean().backward()
+        model(torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
         optimizer.step()
     return model, optimizer
 
@@ -106,9 +104,7 @@ def test_a_missing_file_and_an_empty_folder(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "f"
     write_whole(path, b"old")
 

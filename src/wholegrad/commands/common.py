@@ -60,9 +60,7 @@ def add_level(parser: Parser) -> None:
 
 
 def add_network(parser: Parser, positional: bool = False) -> None:
-    help_text = (
-        f"a network that ships ({', '.join(NETWORKS)}) or module:factory for your own (default: unet4492)"
-    )
+    help_text = f"a network that ships ({', '.join(NETWORKS)}) or module:factory for your own (default: unet4492)"
     if positional:
         parser.add_argument("network", nargs="?", default="unet4492", metavar="NETWORK", help=help_text)
     else:
@@ -93,9 +91,7 @@ def blank(channels: int, height: int, width: int) -> npt.NDArray[np.uint8]:
 def blobs(height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     """Made-up labels ``(1, H, W)`` with tissue, background and pixels to ignore, for proofs."""
     rng = np.random.default_rng(seed)
-    coarse = rng.choice(
-        np.array([0, 1, 255], np.uint8), p=(0.5, 0.4, 0.1), size=(height // 8 + 1, width // 8 + 1)
-    )
+    coarse = rng.choice(np.array([0, 1, 255], np.uint8), p=(0.5, 0.4, 0.1), size=(height // 8 + 1, width // 8 + 1))
     labels: npt.NDArray[np.uint8] = coarse.repeat(8, axis=0).repeat(8, axis=1)[None, :height, :width]
     return labels
 

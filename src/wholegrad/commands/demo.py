@@ -163,9 +163,7 @@ def _train(config: Config, seconds: float | None = None) -> Training:
     if outcome.interrupted:
         raise KeyboardInterrupt
     for step in steps[:: max(1, len(steps) // 8)]:
-        CONSOLE.print(
-            f"step {step.step + 1:4}  loss {step.loss:.4f}  Dice {step.dice:.3f}  {step.seconds:.1f} s"
-        )
+        CONSOLE.print(f"step {step.step + 1:4}  loss {step.loss:.4f}  Dice {step.dice:.3f}  {step.seconds:.1f} s")
     return Training(steps, outcome)
 
 

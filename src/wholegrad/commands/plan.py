@@ -34,9 +34,7 @@ EXAMPLES = """\
 def add(commands: Commands) -> None:
     parser = add_command(commands, "plan", run, "print what a training step would need", TEXT, EXAMPLES)
     image = parser.add_mutually_exclusive_group()
-    image.add_argument(
-        "--shape", type=shape, default=(3, 16000, 64000), metavar="CxHxW", help="(3x16000x64000)"
-    )
+    image.add_argument("--shape", type=shape, default=(3, 16000, 64000), metavar="CxHxW", help="(3x16000x64000)")
     image.add_argument("--slide", type=Path, help="a slide whose size counts")
     add_network(parser)
     add_loss(parser)

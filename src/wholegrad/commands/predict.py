@@ -34,9 +34,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--weights", required=True, help="weights file, or folder of a run")
     parser.add_argument("--out", type=Path, required=True, help="file to write: .tif, .ome.tif or .npy")
     parser.add_argument("--kind", choices=("mask", "probability", "logits"), default="mask")
-    parser.add_argument(
-        "--threshold", type=float, default=0.5, help="probability from which it is tissue (0.5)"
-    )
+    parser.add_argument("--threshold", type=float, default=0.5, help="probability from which it is tissue (0.5)")
     parser.add_argument("--overlay", type=Path, metavar="PNG", help="also draw the mask on the slide")
     parser.add_argument("--network", help="module:factory of your own network, if the weights are of one")
     add_level(parser)
@@ -62,9 +60,7 @@ def run(args: argparse.Namespace) -> int:
         )
     CONSOLE.print(f"{args.kind}: {args.out}")
     if args.overlay:
-        picture(
-            args.overlay, slide, None, args.out, args.slide.name, f"{card.network} after {card.step} steps"
-        )
+        picture(args.overlay, slide, None, args.out, args.slide.name, f"{card.network} after {card.step} steps")
         CONSOLE.print(f"picture: {args.overlay}")
     return 0
 

@@ -58,9 +58,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
 def tell(config: Config, outcome: Outcome) -> int:
     """Say how the run ended; returns the exit code."""
     if outcome.interrupted:
-        NOTES.print(
-            f"stopped after {outcome.steps} steps; checkpoint: {outcome.weights}; continue with --resume"
-        )
+        NOTES.print(f"stopped after {outcome.steps} steps; checkpoint: {outcome.weights}; continue with --resume")
         return 130
     if outcome.scores:
         CONSOLE.print(score_table(list(outcome.scores), "slides not trained on"))
