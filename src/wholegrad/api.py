@@ -20,6 +20,7 @@ from wholegrad.run import process
 from wholegrad.run.executor import Executor, ProgressFn, Sink
 from wholegrad.run.reader import MapReader
 from wholegrad.run.sources import Source, model_dtype
+from wholegrad.run.workers import default_workers
 from wholegrad.slide.arrays import as_reader
 
 LossFn = Callable[..., torch.Tensor]
@@ -107,7 +108,7 @@ def _request(
 ) -> Request:
     caches = image.cache_bytes + (target.cache_bytes if target else 0)
     reserved = process.resident() + memory.LIBRARIES + caches
-    return Request(budget_bytes(budget), reserved, backward, sinks)
+    return Request(budget_bytes(budget), reserved, backward, default_workers(), sinks)
 
 
 def _placement(name: str | None) -> Placement | None:

@@ -32,7 +32,7 @@ def forward_macs(graph: Graph, segment: Segment, rows: AxisTiles, cols: AxisTile
 
 def forward_seconds(graph: Graph, segment: Segment, rows: AxisTiles, cols: AxisTiles) -> float:
     """Predicted seconds of one forward run over all tiles."""
-    tiles = len(rows.owned) * len(cols.owned)
+    tiles = rows.count * cols.count
     total = tiles * SECONDS_PER_CALL * (len(segment.nodes) + len(segment.maps) + len(segment.reductions))
     for index in (*segment.nodes, *(ref.node for ref in segment.maps)):
         area = float(rows.total.get(index, 0) * cols.total.get(index, 0))

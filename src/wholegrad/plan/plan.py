@@ -88,6 +88,7 @@ class Plan:
         whole_image: bytes that whole-image autograd would need.
         recompute: multiply-adds of all forward runs over those of one whole-image forward.
         seconds: predicted, up to the speed of the machine.
+        workers: tiles that run side by side.
         spill_dir: folder of the boundaries on disk.
     """
 
@@ -101,6 +102,7 @@ class Plan:
     recompute: float
     seconds: float
     backward: bool
+    workers: int = 1
     spill_dir: Path | None = None
     _grids: dict[int, Grid] = field(default_factory=dict, repr=False)
 

@@ -21,7 +21,7 @@ from wholegrad.plan.plan import Placement, Plan, SegmentPlan, show_bytes
 from wholegrad.plan.tiles import AxisTiles, axis_tiles
 
 ELEMENT_LIMIT = 2**31  # rule 8
-TILE_EDGES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+TILE_EDGES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 MARGIN = 16 << 20  # added to the smallest budget that is reported
 
 
@@ -33,6 +33,7 @@ class Request:
         budget: bytes for the whole process; None for no limit.
         reserved: bytes that interpreter and libraries take, readers' caches included.
         backward: whether gradients are wanted.
+        workers: tiles that run side by side, each with its own working set.
         sinks: output maps that are written to the caller's destination rather than kept (prediction).
         tile, boundaries, placement: fixed by the caller where not None.
     """
@@ -40,6 +41,7 @@ class Request:
     budget: int | None
     reserved: int
     backward: bool
+    workers: int = 1
     sinks: tuple[Ref, ...] = ()
     tile: tuple[int, int] | None = None
     boundaries: frozenset[Ref] | None = None
@@ -55,9 +57,9 @@ def make_plan(graph: Graph, request: Request) -> Plan:
         BudgetError: none fits; carries the smallest budget that would do.
         PlanError: what the caller fixed cannot be planned.
     """
-    search = _Search(graph, request)
-    best = search.run()
+    best = _best(graph, request)
     if best is None:
+        search = _Search(graph, request)
         smallest = search.smallest()
         assert request.budget is not None
         raise BudgetError(
@@ -67,6 +69,21 @@ def make_plan(graph: Graph, request: Request) -> Plan:
             smallest,
         )
     return best
+
+
+def _best(graph: Graph, request: Request) -> Plan | None:
+    """The best plan by estimates, made exact; with a slightly smaller budget if it does not quite fit then."""
+    for share in (1.0, 0.98, 0.95, 0.9):
+        budget = None if request.budget is None else int(request.budget * share)
+        search = _Search(graph, replace(request, budget=budget))
+        found = search.run()
+        if found is None:
+            return None
+        parts = [search.exact(part) for part in found.segments]
+        plan = replace(search.assemble(parts, found.segments[-1].fused, found.placements), budget=request.budget)
+        if request.budget is None or plan.projected <= request.budget:
+            return plan
+    return None
 
 
 def candidates(graph: Graph) -> list[Ref]:
@@ -187,36 +204,46 @@ class _Search:
         spec = self.graph.spec(segment.base)
         edges = TILE_EDGES
         return list(dict.fromkeys(
-            (min(h, spec.rows), min(w, spec.cols)) for h in edges for w in edges if h <= w <= 4 * h
+            (min(h, spec.rows), min(w, spec.cols)) for h in edges for w in edges if w in (h, 2 * h, 4 * h)
         ))  # fmt: skip
 
     def axis(self, segment: Segment, role: Role, tile: int) -> AxisTiles:
         key = (segment, role, tile)
         if key not in self.axes:
-            self.axes[key] = axis_tiles(self.graph, segment, role, tile)
+            self.axes[key] = axis_tiles(self.graph, segment, role, tile, sample=True)
         return self.axes[key]
 
     def part(self, segment: Segment, tile: tuple[int, int]) -> SegmentPlan:
         key = (segment, tile)
         if key not in self.measured:
             rows, cols = self.axis(segment, Role.ROW, tile[0]), self.axis(segment, Role.COL, tile[1])
-            self.measured[key] = SegmentPlan(
-                segment,
-                tile,
-                len(rows.owned) * len(cols.owned),
-                False,
-                self.working(segment, rows, cols),
-                cost.forward_macs(self.graph, segment, rows, cols),
-                cost.forward_seconds(self.graph, segment, rows, cols),
-            )
+            self.measured[key] = self.weighed(segment, tile, rows, cols)
         return self.measured[key]
+
+    def exact(self, part: SegmentPlan) -> SegmentPlan:
+        """The same with every tile looked at, where estimates looked at a few."""
+        rows = axis_tiles(self.graph, part.segment, Role.ROW, part.tile[0])
+        cols = axis_tiles(self.graph, part.segment, Role.COL, part.tile[1])
+        return replace(self.weighed(part.segment, part.tile, rows, cols), fused=part.fused)
+
+    def weighed(self, segment: Segment, tile: tuple[int, int], rows: AxisTiles, cols: AxisTiles) -> SegmentPlan:
+        return SegmentPlan(
+            segment,
+            tile,
+            rows.count * cols.count,
+            False,
+            self.working(segment, rows, cols),
+            cost.forward_macs(self.graph, segment, rows, cols),
+            cost.forward_seconds(self.graph, segment, rows, cols),
+        )
 
     def working(self, segment: Segment, rows: AxisTiles, cols: AxisTiles) -> memory.Working:
         """A tile's bytes, and those of the row of tiles that sinks hold."""
         tile = memory.working(self.graph, segment, rows, cols)
         sunk = [ref for ref in segment.outputs if ref in self.request.sinks]
         band = sum(rows.largest[ref.node] * self.graph.spec(ref).cols for ref in sunk) * self.request.sink_bytes
-        return memory.Working(tile.forward + band, tile.backward + band)
+        side = min(self.request.workers, rows.count * cols.count)
+        return memory.Working(side * tile.forward + band, side * tile.backward + band)
 
     def places(
         self, segments: tuple[Segment, ...], boundaries: frozenset[Ref], budget: int | None
@@ -277,6 +304,7 @@ class _Search:
             recompute=macs / self.whole,
             seconds=seconds + self.disk_seconds(places),
             backward=request.backward,
+            workers=request.workers,
             spill_dir=request.spill_dir,
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from wholegrad.graph.geometry import Box, Interval
 from wholegrad.graph.graph import Graph, Ref
@@ -34,10 +35,14 @@ class AxisTiles:
     Attributes:
         owned: for each tile, the interval that it owns of each owned map; maps of which it owns nothing are left out.
         spans: for each tile, the interval of every node that it computes or reads, by node index.
+        weights: how many tiles each of these stands for; 1 unless sampled.
+        count: of all tiles.
     """
 
     owned: tuple[dict[Ref, Interval], ...]
     spans: tuple[dict[int, Interval], ...]
+    weights: tuple[float, ...]
+    count: int
 
     @cached_property
     def largest(self) -> dict[int, int]:
@@ -49,30 +54,53 @@ class AxisTiles:
         return result
 
     @cached_property
-    def total(self) -> dict[int, int]:
+    def total(self) -> dict[int, float]:
         """The sum of each node's spans over all tiles: its size, and what is computed more than once."""
-        result: dict[int, int] = {}
-        for span in self.spans:
+        result: dict[int, float] = {}
+        for span, weight in zip(self.spans, self.weights, strict=True):
             for index, interval in span.items():
-                result[index] = result.get(index, 0) + interval.size
+                result[index] = result.get(index, 0.0) + weight * interval.size
         return result
 
 
-def axis_tiles(graph: Graph, segment: Segment, role: Role, tile: int) -> AxisTiles:
-    """Cut one axis into tiles of ``tile`` pixels of the base map and work out what each must compute."""
+EDGE, MIDDLE = 2, 4  # tiles looked at near each end and in between, when sampling
+
+
+def _sampled(count: int) -> list[tuple[int, float]]:
+    """Which of ``count`` tiles to look at, and how many each stands for: those at the ends, some in between."""
+    if count <= 2 * EDGE + MIDDLE:
+        return [(i, 1.0) for i in range(count)]
+    inside = count - 2 * EDGE
+    middle = [EDGE + inside * k // MIDDLE for k in range(MIDDLE)]
+    ends = [*range(EDGE), *range(count - EDGE, count)]
+    return sorted([(i, 1.0) for i in ends] + [(i, inside / MIDDLE) for i in middle])
+
+
+def axis_tiles(graph: Graph, segment: Segment, role: Role, tile: int, *, sample: bool = False) -> AxisTiles:
+    """Cut one axis into tiles of ``tile`` pixels of the base map and work out what each must compute.
+
+    Args:
+        sample: look at a few tiles only, for estimates: tiles away from the ends differ little.
+    """
 
     def size(ref: Ref) -> int:
         return graph.spec(ref).rows if role is Role.ROW else graph.spec(ref).cols
 
     base = size(segment.base)
-    positions = cuts(base, tile)
+    sizes = {ref: size(ref) for ref in segment.owned(graph)}
+    bounds = list(pairwise(cuts(base, tile)))
+    chosen = _sampled(len(bounds)) if sample else [(i, 1.0) for i in range(len(bounds))]
     owned = []
-    for lo, hi in zip(positions, positions[1:], strict=False):
-        mine = {
-            ref: Interval(carried(lo, base, size(ref)), carried(hi, base, size(ref))) for ref in segment.owned(graph)
-        }
+    for i, _ in chosen:
+        lo, hi = bounds[i]
+        mine = {ref: Interval(carried(lo, base, n), carried(hi, base, n)) for ref, n in sizes.items()}
         owned.append({ref: interval for ref, interval in mine.items() if interval.size > 0})
-    return AxisTiles(tuple(owned), tuple(spans(graph, segment, role, mine) for mine in owned))
+    return AxisTiles(
+        tuple(owned),
+        tuple(spans(graph, segment, role, mine) for mine in owned),
+        tuple(weight for _, weight in chosen),
+        len(bounds),
+    )
 
 
 @dataclass(frozen=True)
@@ -92,7 +120,7 @@ class Grid:
     cols: AxisTiles
 
     def __len__(self) -> int:
-        return len(self.rows.owned) * len(self.cols.owned)
+        return self.rows.count * self.cols.count
 
     def __iter__(self) -> Iterator[Tile]:
         number = 0

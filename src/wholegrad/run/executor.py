@@ -12,8 +12,9 @@ tile runs forward and backward once, in the backward sweep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -21,13 +22,14 @@ from wholegrad.errors import NumericsError
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Graph, Kind, Ref, Spec
 from wholegrad.graph.rules.reduction import wide
-from wholegrad.graph.segment import reduction_rule
+from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.plan.plan import Placement, Plan
 from wholegrad.plan.tiles import Tile
 from wholegrad.run.small import SmallValues
 from wholegrad.run.sources import Source
 from wholegrad.run.store import DiskStore, HostStore, MapStore
-from wholegrad.run.tile import TileRun, partials, pull_back, run_tile
+from wholegrad.run.tile import partials, pull_back, run_tile
+from wholegrad.run.workers import in_order
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,18 @@ class Progress:
     total: int
 
 
+Result = TypeVar("Result")
 ProgressFn = Callable[[Progress], None]
 Sink = Callable[[Box, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class _Pulled:
+    """What pulling a tile back gave: its partial sums, its leaves' gradients and the boxes of those that are maps."""
+
+    sums: dict[int, torch.Tensor]
+    grads: dict[Ref, torch.Tensor]
+    boxes: dict[Ref, Box]
 
 
 class Executor:
@@ -115,15 +127,24 @@ class Executor:
         for ref in segment.outputs:
             if ref not in self.sinks:
                 self.maps[ref] = self._new_store(ref)
-        with torch.no_grad():
-            for tile in self.plan.grid(i):
+
+        def work(tile: Tile) -> tuple[dict[Ref, torch.Tensor], dict[int, torch.Tensor]]:
+            with torch.no_grad():
                 run = run_tile(self.graph, segment, tile, self._fetch, self.small.leaf, False)
-                for ref in segment.outputs:
-                    if ref in run.owned:
-                        self._keep(ref, tile.owned[ref], run.owned[ref])
-                self._merge(partials(self.graph, segment, run, False), tile)
-                self._tick("forward")
+                outputs = {ref: run.owned[ref] for ref in segment.outputs if ref in run.owned}
+                return outputs, partials(self.graph, segment, run, False)
+
+        for tile, (outputs, sums) in self._tiles(i, work):
+            for ref, value in outputs.items():
+                self._keep(ref, tile.owned[ref], value)
+            self._merge(sums, tile)
+            self._tick("forward")
         self._finish_sums(segment.reductions)
+
+    def _tiles(self, i: int, work: Callable[[Tile], Result]) -> Iterator[tuple[Tile, Result]]:
+        """Every tile of segment ``i`` with what ``work`` made of it, in tile order."""
+        tiles = self.plan.grid(i)
+        return in_order(tiles, len(tiles), work, self.plan.workers)
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
         if ref in self.sinks:
@@ -212,23 +233,22 @@ class Executor:
         segment = self.plan.segments[i].segment
         sum_grads = self._sum_grads(segment.reductions, self.small.grads)
         if sum_grads or any(ref in self.map_grads for ref in segment.outputs):
-            for tile in self.plan.grid(i):
-                run = run_tile(self.graph, segment, tile, self._fetch, self.small.leaf, True)
-                sums = partials(self.graph, segment, run, True)
-                self._pull_tile(run, sums, sum_grads, tile)
+            for _, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, tile, sum_grads)):
+                self._add_grads(pulled)
                 self._tick("backward")
         self._after_backward(i)
 
-    def _pull_tile(
-        self,
-        run: TileRun,
-        sums: Mapping[int, torch.Tensor],
-        sum_grads: Mapping[int, torch.Tensor],
-        tile: Tile,
-    ) -> None:
-        for ref, grad in pull_back(self.graph, run, sums, sum_grads, self._map_grad, tile).items():
-            if ref in run.boxes:
-                self._grad_store(ref).add(run.boxes[ref], grad)
+    def _pull_tile(self, segment: Segment, tile: Tile, sum_grads: Mapping[int, torch.Tensor]) -> _Pulled:
+        """Run a tile forward and pull it back; touches nothing that other tiles see."""
+        run = run_tile(self.graph, segment, tile, self._fetch, self.small.leaf, True)
+        sums = partials(self.graph, segment, run, True)
+        grads = pull_back(self.graph, run, sums, sum_grads, self._map_grad, tile)
+        return _Pulled({index: value.detach() for index, value in sums.items()}, grads, run.boxes)
+
+    def _add_grads(self, pulled: _Pulled) -> None:
+        for ref, grad in pulled.grads.items():
+            if ref in pulled.boxes:
+                self._grad_store(ref).add(pulled.boxes[ref], grad)
             else:
                 self.small.add_grad(ref, grad)
 
@@ -252,11 +272,9 @@ class Executor:
     def _fused_segment(self, i: int) -> None:
         segment = self.plan.segments[i].segment
         sum_grads = self._sum_grads(segment.reductions, self._grads_known_before(i))
-        for tile in self.plan.grid(i):
-            run = run_tile(self.graph, segment, tile, self._fetch, self.small.leaf, True)
-            sums = partials(self.graph, segment, run, True)
-            self._merge(sums, tile)
-            self._pull_tile(run, sums, sum_grads, tile)
+        for tile, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, tile, sum_grads)):
+            self._merge(pulled.sums, tile)
+            self._add_grads(pulled)
             self._tick("fused")
         self._finish_sums(segment.reductions)
         self._after_backward(i)

@@ -6,10 +6,13 @@ row of a box is one contiguous read. Memory comes from ``mmap``: zero when new, 
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import tempfile
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -36,10 +39,8 @@ class MapStore(ABC):
 
     def _tile(self, pixels: torch.Tensor) -> torch.Tensor:
         """``(N, h, w, C)`` as ``(..., h, w)``."""
-        n, h, w, _ = pixels.shape
-        return pixels.permute(0, 3, 1, 2).reshape(*self.shape[:-2], h, w) if len(self.shape) != 4 else (
-            pixels.permute(0, 3, 1, 2)
-        )  # fmt: skip
+        tile = pixels.permute(0, 3, 1, 2)
+        return tile if len(self.shape) == 4 else tile.reshape(*self.shape[:-2], *tile.shape[-2:])
 
     def _pixels(self, tile: torch.Tensor) -> torch.Tensor:
         """``(..., h, w)`` as ``(N, h, w, C)``."""
@@ -100,7 +101,7 @@ class DiskStore(MapStore):
     def __init__(self, spec: Spec, folder: Path | None) -> None:
         super().__init__(spec)
         try:
-            self._file = tempfile.TemporaryFile(prefix="wholegrad-", suffix=".map", dir=folder)  # noqa: SIM115
+            self._file = tempfile.TemporaryFile(prefix="wholegrad-", suffix=".map", dir=folder, buffering=0)  # noqa: SIM115
             os.truncate(self._file.fileno(), self.nbytes)
         except OSError as error:
             raise PlanError(
@@ -108,6 +109,7 @@ class DiskStore(MapStore):
                 f"cannot hold a boundary of {self.nbytes} bytes: {error.strerror}",
                 "choose another spill folder or a larger budget",
             ) from error
+        self._lock = threading.Lock()
         self._numpy = torch.empty(0, dtype=self.dtype).numpy().dtype
 
     def _offsets(self, box: Box) -> list[tuple[int, int, int]]:
@@ -118,34 +120,31 @@ class DiskStore(MapStore):
             (i, y - box.y0, ((i * height + y) * width + box.x0) * step) for i in range(n) for y in range(box.y0, box.y1)
         ]
 
-    def _read(self, box: Box) -> np.ndarray:
+    def read(self, box: Box) -> torch.Tensor:
         result = np.empty((self.stored[0], box.height, box.width, self.stored[3]), self._numpy)
         for i, y, offset in self._offsets(box):
-            row = memoryview(result[i, y]).cast("B")
-            done = 0
-            while done < len(row):
-                self._file.seek(offset + done)
-                got = self._file.raw.readinto(row[done:])
-                if not got:
-                    raise PlanError("spill file", "ends early", "check the disk")
-                done += got
-        return result
-
-    def read(self, box: Box) -> torch.Tensor:
-        return self._tile(torch.from_numpy(self._read(box)))
+            self._each(self._file.readinto, memoryview(result[i, y]).cast("B"), offset)
+        return self._tile(torch.from_numpy(result))
 
     def write(self, box: Box, tile: torch.Tensor) -> None:
         pixels = self._pixels(tile).contiguous().numpy()
-        try:
-            for i, y, offset in self._offsets(box):
-                row, done = memoryview(pixels[i, y]).cast("B"), 0
-                while done < len(row):
-                    self._file.seek(offset + done)
-                    done += self._file.raw.write(row[done:])
-        except OSError as error:
-            raise PlanError(
-                "spill folder", f"cannot be written: {error.strerror}", "free space or choose another folder"
-            ) from error
+        for i, y, offset in self._offsets(box):
+            self._each(self._file.write, memoryview(pixels[i, y]).cast("B"), offset)
+
+    def _each(self, move: Callable[[memoryview], int], row: memoryview, offset: int) -> None:
+        """Read or write all of ``row`` at ``offset``; one thread at a time, since a file has one position."""
+        with self._lock:
+            try:
+                self._file.seek(offset)
+                while row:
+                    count = move(row)
+                    if not count:
+                        raise OSError(errno.EIO, "the file ends early")
+                    row = row[count:]
+            except OSError as error:
+                raise PlanError(
+                    "spill folder", f"failed: {error.strerror}", "free space or choose another folder"
+                ) from error
 
     def add(self, box: Box, tile: torch.Tensor) -> None:
         self.write(box, self.read(box) + tile)

@@ -1,0 +1,148 @@
+"""Rule 5 on the published network: every loss, many tilings, odd sizes, ignore labels. And mutants that must fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_exact, errors
+
+import wholegrad as wg
+from wholegrad.graph.geometry import Interval
+from wholegrad.graph.rules import window
+from wholegrad.losses import LOSSES
+from wholegrad.nets import unet4492
+from wholegrad.plan import tiles
+from wholegrad.plan.tiles import Grid, Tile
+from wholegrad.verify import EXACT, random_labels
+
+
+def case(height: int, width: int, seed: int = 0) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(3, height, width, dtype=torch.float64, generator=generator)
+    return unet4492(seed=seed).double(), image, random_labels((height, width), seed)
+
+
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+@pytest.mark.parametrize("tile", [(32, 32), (37, 53), (160, 208), (500, 500)])
+def test_every_loss_under_tiles_that_divide_and_that_do_not(loss: str, tile: tuple[int, int]) -> None:
+    model, image, labels = case(160, 208)
+    assert_exact(model, LOSSES[loss], image, labels, tile=tile)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 31), (61, 130), (5, 7)])
+def test_sizes_that_are_no_multiple_of_sixteen_and_images_smaller_than_a_tile(size: tuple[int, int]) -> None:
+    model, image, labels = case(*size)
+    assert_exact(model, LOSSES["bce+dice"], image, labels, tile=(64, 64))
+
+
+@pytest.mark.parametrize("tile", [(1, 48), (33, 1), (1, 1)])
+def test_tiles_one_pixel_wide(tile: tuple[int, int]) -> None:
+    model, image, labels = case(33, 48) if tile != (1, 1) else case(18, 20)
+    assert_exact(model, LOSSES["bce"], image, labels, tile=tile)
+
+
+@pytest.mark.parametrize("placement", ["host", "disk"])
+@pytest.mark.parametrize(
+    "boundaries", [[], ["middle"], ["down1", "middle"], ["down1", "down2", "middle", "up2", "fuse2", "up1", "head"]]
+)
+def test_boundaries_and_placements_change_nothing(boundaries: list[str], placement: str) -> None:
+    model, image, labels = case(96, 112)
+    for loss in ("bce", "dice"):
+        assert_exact(model, LOSSES[loss], image, labels, tile=(40, 48), boundaries=boundaries, placement=placement)
+
+
+def test_nothing_counts_where_every_label_is_ignored() -> None:
+    model, image, _ = case(40, 40)
+    labels = torch.full((1, 40, 40), 255, dtype=torch.uint8)
+    loss = wg.backward(model, LOSSES["bce"], image, labels)
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_the_same_plan_twice_gives_the_same_bits_whatever_the_number_of_threads() -> None:
+    model, image, labels = case(96, 112)
+    model.float()
+    found = []
+    for threads in (1, 2, 2, 3):
+        torch.set_num_threads(threads)
+        model.zero_grad()
+        plan = wg.plan(model, LOSSES["bce+dice"], image, labels, tile=(32, 48))
+        assert plan.workers == threads
+        loss = wg.backward(model, LOSSES["bce+dice"], image, labels, plan=plan)
+        found.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    torch.set_num_threads(2)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_gradients_add_to_what_is_there() -> None:
+    model, image, labels = case(48, 48)
+    wg.backward(model, LOSSES["bce"], image, labels)
+    once = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    wg.backward(model, LOSSES["bce"], image, labels)
+    twice = [p.grad for p in model.parameters() if p.grad is not None]
+    for a, b in zip(once, twice, strict=True):
+        torch.testing.assert_close(2 * a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_float32_is_as_good_as_whole_image_float32(seed: int) -> None:
+    report = wg.verify(unet4492(seed=seed), LOSSES["bce+dice"], shape=(3, 200, 168), seed=seed)
+    assert report.ok, str(report)
+
+
+# Mutants: break one thing, and the oracle must say so.
+
+
+def short_halo(self: Any, node: Any, specs: Any, operand: int, role: Any, out: Interval) -> Interval:
+    true = ORIGINAL_NEEDS(self, node, specs, operand, role, out)
+    size = specs[0].rows if role == "H" else specs[0].cols
+    return Interval(true.lo, true.hi - 1) if true.hi < size and true.size > 1 else true
+
+
+def no_halo(self: Any, node: Any, specs: Any, operand: int, role: Any, out: Interval) -> Interval:
+    """Padding at a tile's border: only the inputs that the outputs sit on are read, the rest becomes zeros."""
+    true = ORIGINAL_NEEDS(self, node, specs, operand, role, out)
+    if node.args[6] or node.args[3][0] != 1:
+        return true
+    return Interval(max(true.lo, out.lo), max(min(true.hi, out.hi), max(true.lo, out.lo) + 1))
+
+
+def skips_a_tile(self: Grid) -> Iterator[Tile]:
+    return (tile for tile in ORIGINAL_TILES(self) if tile.number != 3)
+
+
+def doubly_owned(graph: Any, segment: Any, role: Any, tile: int, **options: Any) -> tiles.AxisTiles:
+    """Each tile but the last also owns the first element of the next."""
+    true = ORIGINAL_AXIS(graph, segment, role, tile)
+    ends = {ref: max(mine[ref].hi for mine in true.owned if ref in mine) for mine in true.owned for ref in mine}
+    owned = tuple({ref: Interval(i.lo, min(i.hi + 1, ends[ref])) for ref, i in mine.items()} for mine in true.owned)
+    spans = tuple(tiles.spans(graph, segment, role, mine) for mine in owned)
+    return tiles.AxisTiles(owned, spans, true.weights, true.count)
+
+
+ORIGINAL_NEEDS = window.Convolution.needs
+ORIGINAL_TILES = Grid.__iter__
+ORIGINAL_AXIS = tiles.axis_tiles
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "mutant"),
+    [
+        (window.Convolution, "needs", short_halo),
+        (window.Convolution, "needs", no_halo),
+        (Grid, "__iter__", skips_a_tile),
+        (tiles, "axis_tiles", doubly_owned),
+    ],
+    ids=["halo one short", "padding at a tile's border", "a tile skipped", "a pixel owned twice"],
+)
+def test_the_oracle_fails_on_mutants(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, mutant: Any) -> None:
+    model, image, labels = case(64, 64)
+    fixed = {"tile": (32, 32), "boundaries": ["middle"]}
+    assert max(errors(model, LOSSES["bce"], image, labels, **fixed).values()) <= EXACT
+    monkeypatch.setattr(where, name, mutant)
+    model, image, labels = case(64, 64)
+    assert max(errors(model, LOSSES["bce"], image, labels, **fixed).values()) > 1e-6
