@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_exact, errors
 
 import wholegrad as wg
+from oracle import assert_exact, errors
 from wholegrad.graph.geometry import Interval
 from wholegrad.graph.rules import window
 from wholegrad.losses import LOSSES

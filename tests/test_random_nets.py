@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_exact
 from torch import nn
 from torch.nn import functional as F
+
+from oracle import assert_exact
 
 ACTIVATIONS = [F.relu, F.silu, F.gelu, torch.tanh, lambda x: F.leaky_relu(x, 0.2), F.softplus]
 
@@ -25,7 +26,9 @@ def convolutions(draw: st.DrawFn, channels: int, height: int, width: int) -> tup
     out = groups * draw(st.integers(1, 3))
     bias = draw(st.booleans())
     if draw(st.booleans()):
-        pad = [draw(st.integers(-(-max(0, r + 1 - n) // 2), r + 1)) for r, n in zip(reach, (height, width), strict=True)]
+        pad = [
+            draw(st.integers(-(-max(0, r + 1 - n) // 2), r + 1)) for r, n in zip(reach, (height, width), strict=True)
+        ]
         return nn.Conv2d(channels, out, kernel, stride, tuple(pad), dilation, groups, bias), out
     least = [(n - 1) * s + r + 1 for n, s, r in zip((height, width), stride, reach, strict=True)]
     pad = [draw(st.integers(0, min((size - 1) // 2, r))) for size, r in zip(least, reach, strict=True)]

@@ -59,9 +59,7 @@ def test_other_fields_of_view_are_refused(tmp_path: Path) -> None:
         with pytest.raises(SlideError, match="at another scale"):
             open_mask(np.zeros(bad, np.uint8), like=slide)
     path = tmp_path / "slide.tif"
-    tifffile.imwrite(
-        path, picture(100, 200), photometric="rgb", resolution=(20000, 20000), resolutionunit="CENTIMETER"
-    )
+    tifffile.imwrite(path, picture(100, 200), photometric="rgb", resolution=(20000, 20000), resolutionunit="CENTIMETER")
     with open_slide(path) as real:
         open_mask(np.zeros((50, 100), np.uint8), like=real, mpp=1.0)
         with pytest.raises(SlideError, match="shows 200 x 400 um, but"):

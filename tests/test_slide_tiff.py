@@ -90,9 +90,7 @@ def test_grey_is_repeated_and_opacity_laid_over_white(tmp_path: Path) -> None:
         assert np.array_equal(slide.read(Box(0, 90, 0, 70))[0], 255 - grey)
     rgba = picture(90, 70, channels=4)
     rgba[:40, :, 3], rgba[40:, :, 3] = 0, 255
-    tifffile.imwrite(
-        tmp_path / "rgba.tif", rgba, tile=(32, 32), photometric="rgb", extrasamples=["unassalpha"]
-    )
+    tifffile.imwrite(tmp_path / "rgba.tif", rgba, tile=(32, 32), photometric="rgb", extrasamples=["unassalpha"])
     with open_slide(tmp_path / "rgba.tif") as slide:
         pixels = slide.read(Box(0, 90, 0, 70)).transpose(1, 2, 0)
     assert (pixels[:40] == 255).all()
@@ -110,9 +108,7 @@ def test_tile_that_was_never_written_is_white(tmp_path: Path) -> None:
     assert np.array_equal(pixels[64:, 64:], image[64:, 64:])
 
 
-@pytest.mark.parametrize(
-    ("value", "unit", "mpp"), [(72, "INCH", None), (1, "NONE", None), (50800, "INCH", 0.5)]
-)
+@pytest.mark.parametrize(("value", "unit", "mpp"), [(72, "INCH", None), (1, "NONE", None), (50800, "INCH", 0.5)])
 def test_implausible_resolution_is_ignored(tmp_path: Path, value: int, unit: str, mpp: float | None) -> None:
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, picture(64, 64), photometric="rgb", resolution=(value, value), resolutionunit=unit)
@@ -128,9 +124,7 @@ def test_ome_and_aperio_tell_their_mpp(tmp_path: Path) -> None:
     meta = {"axes": "YXS", "PhysicalSizeX": 250.0, "PhysicalSizeXUnit": "nm"}
     tifffile.imwrite(tmp_path / "a.ome.tif", image, photometric="rgb", tile=(32, 32), metadata=meta)
     text = "Aperio Image Library v1\r\n64x64 (32x32) JPEG Q=70|AppMag = 40|MPP = 0.2457|Left = 3"
-    tifffile.imwrite(
-        tmp_path / "a.svs", image, photometric="rgb", tile=(32, 32), description=text, metadata=None
-    )
+    tifffile.imwrite(tmp_path / "a.svs", image, photometric="rgb", tile=(32, 32), description=text, metadata=None)
     assert open_slide(tmp_path / "a.ome.tif").mpp == pytest.approx(0.25)
     assert open_slide(tmp_path / "a.svs").mpp == pytest.approx(0.2457)
 
@@ -176,9 +170,7 @@ def test_faulty_files_are_named_with_cause_and_remedy(tmp_path: Path) -> None:
     (tmp_path / "empty.tif").write_bytes(b"")
     with pytest.raises(SlideError, match="is not a TIFF"):
         open_slide(tmp_path / "empty.tif")
-    tifffile.imwrite(
-        tmp_path / "deep.tif", np.zeros((64, 64, 3), np.uint16), photometric="rgb", tile=(32, 32)
-    )
+    tifffile.imwrite(tmp_path / "deep.tif", np.zeros((64, 64, 3), np.uint16), photometric="rgb", tile=(32, 32))
     with pytest.raises(SlideError, match="16-bit"):
         open_slide(tmp_path / "deep.tif")
 
@@ -204,9 +196,7 @@ def test_corrupt_tile_is_named_and_the_others_are_still_read(tmp_path: Path) -> 
     data[offset : offset + 400] = bytes(400)
     path.write_bytes(data)
     with open_slide(path, threads=2) as slide:
-        with pytest.raises(
-            SlideError, match=r"tile row 1, column 2 of level 0 is corrupt .* box \(0, 256, 0, 256\)"
-        ):
+        with pytest.raises(SlideError, match=r"tile row 1, column 2 of level 0 is corrupt .* box \(0, 256, 0, 256\)"):
             slide.read(Box(0, 256, 0, 256))
         assert np.array_equal(slide.read(Box(130, 256, 0, 256)).transpose(1, 2, 0), image[130:])
 

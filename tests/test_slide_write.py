@@ -52,9 +52,7 @@ def test_round_trip(tmp_path: Path, compression: Any, name: str, size: tuple[int
 def test_bytes_do_not_depend_on_the_bands(tmp_path: Path) -> None:
     image = picture(300, 200)
     for number, band in enumerate((64, 1, 300, 77)):
-        write(
-            tmp_path / f"{number}.tif", image, band=band, tile=64, compression="jpeg", threads=1 + number % 2
-        )
+        write(tmp_path / f"{number}.tif", image, band=band, tile=64, compression="jpeg", threads=1 + number % 2)
         assert (tmp_path / f"{number}.tif").read_bytes() == (tmp_path / "0.tif").read_bytes()
 
 

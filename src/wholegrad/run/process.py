@@ -7,7 +7,6 @@ blocks to the system on every free. :func:`reuse_memory` tells it to keep them w
 from __future__ import annotations
 
 import ctypes
-import gc
 import resource
 import sys
 from collections.abc import Iterator
@@ -65,7 +64,6 @@ def reuse_memory() -> Iterator[None]:
 
 def release_memory() -> None:
     """Return free blocks to the system."""
-    gc.collect()
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)

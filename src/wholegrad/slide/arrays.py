@@ -35,9 +35,7 @@ def as_reader(obj: Any, *, name: str = "image") -> MapReader:
     if type(obj).__module__.partition(".")[0] == "torch":
         obj = _tensor_as_array(obj, name)
     if not all(hasattr(obj, part) for part in ("shape", "dtype", "__getitem__")):
-        raise ShapeError(
-            name, f"is a {type(obj).__name__}, not an image", "give an array, tensor or opened slide"
-        )
+        raise ShapeError(name, f"is a {type(obj).__name__}, not an image", "give an array, tensor or opened slide")
     shape = _three(tuple(int(size) for size in obj.shape), name)
     raw = _raw_of_memmap(obj, shape) if isinstance(obj, np.memmap) else None
     return raw if raw is not None else ArrayReader(obj, name=name)
@@ -45,9 +43,7 @@ def as_reader(obj: Any, *, name: str = "image") -> MapReader:
 
 def _tensor_as_array(tensor: Any, name: str) -> npt.NDArray[Any]:
     if tensor.device.type != "cpu":
-        raise ShapeError(
-            name, f"is a tensor on {tensor.device}", "give it with .cpu(); boxes move to the device later"
-        )
+        raise ShapeError(name, f"is a tensor on {tensor.device}", "give it with .cpu(); boxes move to the device later")
     array: npt.NDArray[Any] = tensor.detach().numpy()
     return array
 
@@ -139,9 +135,7 @@ class RawReader:
                 self._file.read_into(self._position(channel, box.y0, 0), _bytes(out[channel]))
             else:
                 for row in range(box.height):
-                    self._file.read_into(
-                        self._position(channel, box.y0 + row, box.x0), _bytes(out[channel, row])
-                    )
+                    self._file.read_into(self._position(channel, box.y0 + row, box.x0), _bytes(out[channel, row]))
         return out
 
     def _position(self, channel: int, y: int, x: int) -> int:
@@ -172,18 +166,12 @@ def open_npy(path: str | os.PathLike[str]) -> RawReader:
     with Path(path).open("rb") as stream:
         try:
             version = np.lib.format.read_magic(stream)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(stream)
         except ValueError as error:
             raise SlideError(str(path), f"is not a .npy file ({error})", "write it with numpy.save") from None
         if fortran or dtype.hasobject:
-            cause = (
-                "holds Python objects" if dtype.hasobject else "is stored column by column (Fortran order)"
-            )
+            cause = "holds Python objects" if dtype.hasobject else "is stored column by column (Fortran order)"
             raise SlideError(str(path), cause, "save it with numpy.save(path, numpy.ascontiguousarray(a))")
         return RawReader(path, shape, dtype, stream.tell())
 

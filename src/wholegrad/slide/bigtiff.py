@@ -45,9 +45,7 @@ class PartialFile:
                 self.end += 1
             self._file.write(data)
         except OSError as error:
-            raise SlideError(
-                str(self.path), f"cannot be written ({error.strerror})", "free disk space"
-            ) from error
+            raise SlideError(str(self.path), f"cannot be written ({error.strerror})", "free disk space") from error
         self.end += len(data)
         return self.end - len(data)
 
@@ -69,9 +67,7 @@ class PartialFile:
             self._temporary.replace(self.path)
         except OSError as error:
             self.discard()
-            raise SlideError(
-                str(self.path), f"cannot be written ({error.strerror})", "free disk space"
-            ) from error
+            raise SlideError(str(self.path), f"cannot be written ({error.strerror})", "free disk space") from error
         _sync_folder(self.path.parent)
 
     def discard(self) -> None:

@@ -62,9 +62,7 @@ def _by_tifffile(page: TiffPage) -> DecodeSegment:
 
 
 def _jpeg(page: TiffPage) -> Callable[[bytes, Pixels], None]:
-    stored, wanted = jpeg_decode_colorspace(
-        page.photometric, page.planarconfig, page.extrasamples, page.is_jfif
-    )
+    stored, wanted = jpeg_decode_colorspace(page.photometric, page.planarconfig, page.extrasamples, page.is_jfif)
     tables = page.jpegtables
 
     def run(data: bytes, out: Pixels) -> None:

@@ -59,9 +59,7 @@ def open_mask(
         return _open_file(Path(source), like, mpp, cache_bytes, threads)
     reader = as_reader(source, name="mask")
     if reader.dtype != np.uint8:
-        raise ShapeError(
-            reader.name, f"holds {reader.dtype} values", "give labels 0 to 254 as uint8, 255 to ignore"
-        )
+        raise ShapeError(reader.name, f"holds {reader.dtype} values", "give labels 0 to 254 as uint8, 255 to ignore")
     return LabelMask(reader, like, mpp)
 
 
@@ -69,9 +67,7 @@ def _open_file(path: Path, like: MapReader, mpp: float | None, cache_bytes: int,
     file = PositionedFile(path)
     try:
         if path.suffix.lower() in (".geojson", ".json"):
-            raise SlideError(
-                str(path), "outlines are not read as a mask", "export a label TIFF of the same slide"
-            )
+            raise SlideError(str(path), "outlines are not read as a mask", "export a label TIFF of the same slide")
         container = read_container(path, file.size)
         level = _one_channel(path, container)
         small = level.height * level.width <= cache_bytes

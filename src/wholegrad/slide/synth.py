@@ -75,9 +75,7 @@ def synthesize(
     image = np.empty((min(BAND, height), width, 3), np.uint8)
     mask = np.empty((min(BAND, height), width), np.uint8)
     with (
-        PyramidWriter(
-            slide_path, (3, height, width), compression="jpeg", quality=QUALITY, mpp=mpp
-        ) as slide_out,
+        PyramidWriter(slide_path, (3, height, width), compression="jpeg", quality=QUALITY, mpp=mpp) as slide_out,
         PyramidWriter(mask_path, (1, height, width), mpp=mpp, label=True) as mask_out,
     ):
         for top in range(0, height, BAND):
@@ -94,9 +92,7 @@ def _check(height: int, width: int, seed: int, mpp: float) -> None:
     if min(height, width) < 64:
         raise ConfigError("synthesize", f"size {height} x {width}", "ask for at least 64 x 64 pixels")
     if not 0.1 <= mpp <= 8 or seed < 0:
-        raise ConfigError(
-            "synthesize", f"mpp={mpp}, seed={seed}", "give an mpp of 0.1 to 8 and a seed from 0"
-        )
+        raise ConfigError("synthesize", f"mpp={mpp}, seed={seed}", "give an mpp of 0.1 to 8 and a seed from 0")
 
 
 def _specks(
@@ -122,9 +118,7 @@ def _speck(rng: np.random.Generator, kind: str, y: float, x: float, mpp: float) 
         faint = 0.11 * dark
         return _Speck(y, x, radius, (faint, faint, faint * 0.95), 0.4 * radius, (0.0, 0.0, 0.0))
     if kind == "cells":
-        return _Speck(
-            y, x, float(rng.uniform(2, 14)) / mpp, (0.35 * dark, 0.6 * dark, 0.3 * dark), 2.0, lobes
-        )
+        return _Speck(y, x, float(rng.uniform(2, 14)) / mpp, (0.35 * dark, 0.6 * dark, 0.3 * dark), 2.0, lobes)
     radius = float(np.clip(rng.lognormal(1.0, 0.7), 1.0, 22.0)) / mpp
     return _Speck(y, x, radius, (0.75 * dark, 0.85 * dark, 0.95 * dark), 1.2, lobes)
 

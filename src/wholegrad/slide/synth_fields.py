@@ -94,9 +94,7 @@ def make_fields(rng: np.random.Generator, grid: Grid) -> Floats:
     # glands keep to a layer below the surface, as a mucosa does
     put["glands"] += 0.9 * np.exp(-(((put["depth"] - 0.09 * short) / (0.08 * short)) ** 2)) - 0.45
     for name, spread in (("haematoxylin", 0.10), ("eosin", 0.12)):
-        put[name][...] = (
-            1 + spread * smooth_noise(rng, grid, size * 0.5) + 0.06 * smooth_noise(rng, grid, 180.0)
-        )
+        put[name][...] = 1 + spread * smooth_noise(rng, grid, size * 0.5) + 0.06 * smooth_noise(rng, grid, 180.0)
     put["along"][...] = 0.5 + 0.8 * smooth_noise(rng, grid, size * 0.12)
     for name in ("warp_y", "warp_x"):
         put[name][...] = (90.0 * smooth_noise(rng, grid, 700.0) + 14.0 * smooth_noise(rng, grid, 130.0)) * (
@@ -180,9 +178,7 @@ def _window(y: Floats, x: Floats, cy: float, cx: float, reach: float) -> tuple[s
     return slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
 
 
-def _holes(
-    rng: np.random.Generator, y: Floats, x: Floats, cy: float, cx: float, radius: float, depth: Floats
-) -> None:
+def _holes(rng: np.random.Generator, y: Floats, x: Floats, cy: float, cx: float, radius: float, depth: Floats) -> None:
     """Cut some holes of bare glass out of ``depth``, of over 0.05 mm2 where the piece is large enough."""
     for _ in range(rng.integers(1, 4)):
         size = 1.25 * max(min(135.0, 0.16 * radius), rng.uniform(0.03, 0.09) * radius)
@@ -199,9 +195,7 @@ def _glass(rng: np.random.Generator, grid: Grid, short: float, put: dict[str, Fl
         put[name][...] = FAR
     for _ in range(rng.integers(1, 5)):
         curve = _curve(rng, grid, rng.uniform(0.1, 0.4) * short, rng.uniform(0.3, 1.5), put["depth"])
-        _thicken(
-            put["hair"], curve, grid.step, np.float32(rng.uniform(2.5, 9.0) * min(1.0, 0.3 + short / 6000))
-        )
+        _thicken(put["hair"], curve, grid.step, np.float32(rng.uniform(2.5, 9.0) * min(1.0, 0.3 + short / 6000)))
     if rng.uniform() < 0.8:
         cy, cx = _bare_place(rng, grid, put["depth"])
         radius = max(rng.uniform(0.02, 0.075) * short, 60.0)

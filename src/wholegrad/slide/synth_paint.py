@@ -135,11 +135,7 @@ def _tissue(y, x, depth, glands, fat, lymphoid, loose, along, banks, mpp):  # ty
         e *= 1.0 - 0.25 * crowd
     # glands: a ring of epithelium with basal nuclei around a pale lumen
     if glands > -0.6:
-        deep = (
-            _periodic(gland_bank, y, x)
-            + 16.0 * min(glands - 0.25, 0.0)
-            + 1.2 * fray[(i + 5) & wrap, j & wrap]
-        )
+        deep = _periodic(gland_bank, y, x) + 16.0 * min(glands - 0.25, 0.0) + 1.2 * fray[(i + 5) & wrap, j & wrap]
         if deep > -4.0:
             inside = _ramp(deep, -1.2, 0.8)
             lumen = _ramp(deep + 2.5 * fray[(i + 640) & wrap, (j + 5) & wrap], 23.0, 27.0)

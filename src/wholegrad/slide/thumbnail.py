@@ -64,9 +64,7 @@ def _edges(size: int, parts: int) -> npt.NDArray[np.int64]:
     return np.arange(parts + 1, dtype=np.int64) * size // parts
 
 
-def _boxes(
-    rows: npt.NDArray[np.int64], cols: npt.NDArray[np.int64], channels: int
-) -> Iterator[tuple[int, int, int]]:
+def _boxes(rows: npt.NDArray[np.int64], cols: npt.NDArray[np.int64], channels: int) -> Iterator[tuple[int, int, int]]:
     """One output row and a range of output columns at a time, each a box of at most READ_BYTES."""
     for y in range(len(rows) - 1):
         per_column = int(rows[y + 1] - rows[y]) * channels * int(np.diff(cols).max())

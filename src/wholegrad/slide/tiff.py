@@ -153,9 +153,7 @@ def _level(path: Path, pages: list[TiffPage], base: TiffPage) -> Level:
             str(path), f"has {page.bitspersample}-bit {page.dtype} values", "convert it to 8 bits a channel"
         )
     if page.photometric == 3:
-        raise SlideError(
-            str(path), "has a colour palette", "convert it to RGB or, for a mask, to grey values"
-        )
+        raise SlideError(str(path), "has a colour palette", "convert it to RGB or, for a mask, to grey values")
     apart = page.planarconfig == 2 and page.samplesperpixel > 1
     planes = page.samplesperpixel if apart else len(pages)
     height, width = _true_size(page, base)

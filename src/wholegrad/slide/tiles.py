@@ -122,9 +122,7 @@ class TileReader:
         tiles = level.down * level.across
         slots = min(max(self._threads, cache_bytes // tile), max(self._threads, tiles))
         self._cache = TileCache(slots, (level.tile_height, level.tile_width, channels))
-        scratch = (
-            0 if self._decode.direct else 2 * level.tile_height * level.tile_width * max(3, level.channels)
-        )
+        scratch = 0 if self._decode.direct else 2 * level.tile_height * level.tile_width * max(3, level.channels)
         in_flight = int(level.counts.sum(axis=0).max(initial=0)) + scratch
         self.cache_bytes = self._cache.nbytes + self._threads * in_flight
         self._buffer = ReusedBuffer()
