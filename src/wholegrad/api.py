@@ -166,12 +166,14 @@ def plan(
         CaptureError, UnsupportedOpError: model or loss cannot be captured.
         BudgetError: no plan fits; says the smallest budget that would do.
     """
+    if tile is not None and min(tile) < 1:
+        raise PlanError("tile", f"is {tile[0]} x {tile[1]} pixels", "give a height and a width of at least 1")
     source, labels = image_source(image, model_dtype(model)), target_source(target)
     _check_sizes(source, labels)
     graph = _capture(model, loss_fn, source, labels, metrics)
     request = replace(
         _request(source, labels, budget, loss_fn is not None),
-        tile=tile,
+        tile=None if tile is None else (tile[0], tile[1]),
         boundaries=_boundary_refs(graph, boundaries),
         placement=_placement(placement),
         spill_dir=None if spill_dir is None else Path(spill_dir),
@@ -192,11 +194,16 @@ def _capture(
     return capture(model, loss_fn, image.shape, described, dtype=image.out_dtype, metrics=metrics)
 
 
-def _check_plan(made: Plan, image: Source, target: Source | None, metrics: Mapping[str, Any] | None) -> None:
+def _check_plan(
+    made: Plan, model: nn.Module, image: Source, target: Source | None, metrics: Mapping[str, Any] | None
+) -> None:
     if made.image_shape != image.shape:
         raise PlanError("plan", f"was made for an image of {made.image_shape}, this one is {image.shape}", "plan again")
     if (target is None) != (made.graph.target is None):
         raise PlanError("plan", "was made with a target and run without, or the reverse", "plan again")
+    if made.graph.training != model.training:
+        mode = "training" if made.graph.training else "evaluation"
+        raise PlanError("plan", f"was made for the model in {mode} mode", "plan again, or switch the mode back")
     if set(made.graph.metrics) != set(metrics or {}):
         raise PlanError("plan", f"was made for the metrics {sorted(made.graph.metrics)}", "pass the same metrics")
 
@@ -240,7 +247,7 @@ def backward(
     source, labels = image_source(image, model_dtype(model)), target_source(target)
     _check_sizes(source, labels)
     made = plan if plan is not None else _plan(model, loss_fn, source, labels, budget=budget, metrics=metrics)
-    _check_plan(made, source, labels, metrics)
+    _check_plan(made, model, source, labels, metrics)
     tensors = joint_tensors(model, loss_fn, metrics)
     executor = Executor(made, tensors, source, labels, progress=progress)
     try:

@@ -168,7 +168,8 @@ def predict(
 
     def sinks(graph: Graph) -> dict[Ref, Sink]:
         shape = graph.spec(graph.outputs[0]).shape
-        writer = _writer(path, shape, kind, getattr(image, "mpp", None), source.shape)
+        logits = torch.empty(0, dtype=graph.spec(graph.outputs[0]).dtype).numpy().dtype
+        writer = _writer(path, shape, kind, getattr(image, "mpp", None), source.shape, logits)
         writers.append(writer)
         return {graph.outputs[0]: lambda box, value: writer.take(box, _as_array(writer, value, kind, threshold))}
 
@@ -196,12 +197,24 @@ def _as_array(writer: _Bands, value: torch.Tensor, kind: Kind, threshold: float)
     return found.numpy()
 
 
-def _writer(path: Path | None, shape: tuple[int, ...], kind: Kind, mpp: float | None, image: tuple[int, ...]) -> _Bands:
+def _writer(
+    path: Path | None,
+    shape: tuple[int, ...],
+    kind: Kind,
+    mpp: float | None,
+    image: tuple[int, ...],
+    logits: np.dtype[Any],
+) -> _Bands:
     if len(shape) != 4:
         raise ShapeError("model", f"returns shape {shape}", "predict needs a map of logits (1, C, H, W)")
     channels = 1 if kind == "mask" else shape[1]
     full = (channels, shape[2], shape[3])
-    dtype = {"mask": np.uint8, "probability": np.float32, "logits": np.float32}[kind]
+    dtypes: dict[str, np.dtype[Any]] = {
+        "mask": np.dtype(np.uint8),
+        "probability": np.dtype(np.float32),
+        "logits": logits,
+    }
+    dtype = dtypes[kind]
     if path is None:
         return _Memory(full, dtype)
     if path.suffix.lower() == ".npy":

@@ -21,8 +21,8 @@ from wholegrad.graph.graph import READERS, Graph, Kind, Ref
 from wholegrad.graph.segment import Segment
 from wholegrad.plan.tiles import AxisTiles
 
-SLACK = 1.35
-LIBRARIES = 96 << 20  # oneDNN's kernels, thread stacks, autograd and decoders once they have run
+SLACK = 1.5
+LIBRARIES = 112 << 20  # oneDNN's kernels, thread stacks, autograd and decoders once they have run
 DOUBLE = 8
 
 

@@ -57,6 +57,8 @@ def make_plan(graph: Graph, request: Request) -> Plan:
         BudgetError: none fits; carries the smallest budget that would do.
         PlanError: what the caller fixed cannot be planned.
     """
+    if request.backward and (graph.loss is None or not graph.nodes[graph.loss.node].needs_grad):
+        raise PlanError("loss", "depends on no parameter that is trained", "set requires_grad on some")
     best = _best(graph, request)
     if best is None:
         search = _Search(graph, request)

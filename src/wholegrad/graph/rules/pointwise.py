@@ -8,8 +8,8 @@ import torch
 
 from wholegrad.graph.geometry import Interval
 from wholegrad.graph.graph import Node, Ref, Spec
-from wholegrad.graph.layout import Axis, Layout, Role, axes, broadcast, extent, is_map, spatial_dims
-from wholegrad.graph.rules.base import LayoutRequest, MapRule, register
+from wholegrad.graph.layout import Axis, Layout, Role, axes, broadcast, extent, is_map, spatial_dims, tile_shape
+from wholegrad.graph.rules.base import LayoutRequest, MapRule, Tile, register
 
 aten = torch.ops.aten
 
@@ -38,30 +38,29 @@ aten = torch.ops.aten
     aten.soft_margin_loss.default,
     aten.fill.Scalar,
     aten.fill.Tensor,
-    aten.copy.default,
 )
 class Pointwise(MapRule):
     """Each output pixel depends on the same pixel of every map operand. Loss ops come here with reduction='none'."""
 
     def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
-        operands = [spec.layout for spec in request.specs.values()]
+        maps = [spec.layout for spec in request.specs.values() if spec.is_map]
+        smalls = [spec.layout for spec in request.specs.values() if not spec.is_map]
         result = []
         for shape in request.shapes:
-            layout = broadcast(operands, shape)
+            self._refuse_spatial_small(request, maps)
+            layout = broadcast([*maps, *smalls], shape)
             if layout is None or not is_map(layout):
-                raise request.refuse(
-                    f"operands {[spec.shape for spec in request.specs.values()]} do not agree on rows and columns"
-                )
-            self._refuse_spatial_small(request, layout)
+                shapes = [spec.shape for spec in request.specs.values()]
+                raise request.refuse(f"operands {shapes} do not agree on rows and columns")
             result.append(layout)
         return tuple(result)
 
-    def _refuse_spatial_small(self, request: LayoutRequest, layout: Layout) -> None:
+    def _refuse_spatial_small(self, request: LayoutRequest, maps: Sequence[Layout]) -> None:
         """A small tensor may not run along rows or columns: a tile would need its own part of it."""
-        wide = spatial_dims(layout)
+        wide = {dim - len(layout) for layout in maps for dim in spatial_dims(layout)}  # counted from the back
         for spec in request.specs.values():
-            offset = len(layout) - len(spec.layout)
-            if not spec.is_map and any(size != 1 and i + offset in wide for i, size in enumerate(spec.shape)):
+            sizes = [(i - len(spec.shape), size) for i, size in enumerate(spec.shape)]
+            if not spec.is_map and any(size != 1 and back in wide for back, size in sizes):
                 raise request.refuse(f"a tensor of shape {spec.shape} that is not a map runs along the image")
 
     def needs(self, node: Node, specs: Sequence[Spec], operand: int, role: Role, out: Interval) -> Interval:
@@ -80,6 +79,15 @@ def dim_of(request: LayoutRequest, ref: Ref, dim: int) -> int:
     if dim in spatial_dims(layout):
         raise request.refuse(f"works along rows or columns (dimension {dim} of {request.specs[ref].shape})")
     return dim
+
+
+@register(aten.copy.default)
+class Copy(Pointwise):
+    """``copy(x, source)``: the source with x's shape and dtype; what ``x.copy_(source)`` becomes."""
+
+    def run(self, node: Node, tensors: Sequence[torch.Tensor], tile: Tile) -> tuple[torch.Tensor, ...]:
+        spec = node.outputs[0]
+        return (tensors[-1].to(spec.dtype).expand(tile_shape(spec.layout, tile.box)),)
 
 
 @register(aten._softmax.default, aten._log_softmax.default)
@@ -107,3 +115,14 @@ class Concatenate(MapRule):
                 raise request.refuse("joins maps with a tensor that is not a map of the same size")
         layout[dim] = (Axis(request.shapes[0][dim]),)
         return (tuple(layout),)
+
+
+@register(aten.slice_scatter.default, aten.select_scatter.default)
+class Scatter(MapRule):
+    """``op(x, part, dim, ...)``: x with some channels replaced; what writing into a view becomes."""
+
+    def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
+        if not all(spec.is_map for spec in request.specs.values()):
+            raise request.refuse("writes a tensor that is not a map into a map")
+        dim_of(request, request.args[0], request.args[2] if len(request.args) > 2 else 0)
+        return (request.layout(request.args[0]),)

@@ -1,0 +1,235 @@
+"""Capture: in-place ops, views, flattened losses, shared and frozen weights, and plain refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import wholegrad as wg
+from oracle import assert_exact
+from wholegrad.errors import CaptureError, NumericsError, ShapeError, UnsupportedOpError
+from wholegrad.graph.capture import capture
+from wholegrad.graph.graph import Kind
+from wholegrad.losses import LOSSES
+from wholegrad.nets import unet4492
+from wholegrad.verify import random_labels
+
+TILE = {"tile": (13, 17)}
+
+
+def image(channels: int = 3, height: int = 40, width: int = 50) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.rand(channels, height, width, dtype=torch.float64)
+
+
+def square(output: torch.Tensor, target: Any) -> torch.Tensor:
+    return (output**2).mean()
+
+
+class InPlace(nn.Module):
+    """In-place activations, sums and writes into views."""
+
+    def __init__(self, into_view: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)
+        self.into_view = into_view
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        y += 1
+        y *= 2
+        if self.into_view:
+            y[:, :2] += x[:, :2]
+        y = F.leaky_relu_(y, 0.1)
+        return self.b(y).sigmoid_()
+
+
+@pytest.mark.parametrize("into_view", [False, True])
+def test_in_place_ops_are_exact(into_view: bool) -> None:
+    torch.manual_seed(0)
+    assert_exact(InPlace(into_view).double(), square, image(), None, **TILE)
+
+
+def test_a_gigapixel_capture_takes_no_memory_and_keeps_module_paths() -> None:
+    graph = capture(unet4492(), LOSSES["bce"], (1, 3, 16000, 64000), ((1, 1, 16000, 64000), torch.uint8),
+                    dtype=torch.float32)  # fmt: skip
+    paths = {node.path for node in graph.of_kind(Kind.MAP)}
+    assert {"down1", "middle", "fuse1", "head", "loss"} <= paths
+    assert graph.nodes[graph.outputs[0].node].outputs[0].shape == (1, 1, 16000, 64000)
+
+
+LOSS_FORMS = {
+    "mean reduction": lambda o, t: F.binary_cross_entropy_with_logits(o, (t == 1).to(o.dtype)),
+    "sum reduction": lambda o, t: F.mse_loss(o, (t == 1).to(o.dtype), reduction="sum") / 100,
+    "flattened dice": lambda o, t: _flat_dice(o, t),
+    "focal by logsigmoid": lambda o, t: -((1 - torch.sigmoid(o)) ** 2 * F.logsigmoid(o) * (t == 1)).mean(),
+    "weighted by a small tensor": lambda o, t: F.binary_cross_entropy_with_logits(
+        o, (t == 1).to(o.dtype), pos_weight=torch.tensor([2.5], dtype=o.dtype)
+    ),
+    "per image sums": lambda o, t: ((o.sigmoid().sum((2, 3)) - 100.0) ** 2).mean().sqrt(),
+    "weights without gradient": lambda o, t: _hard_pixels(o, t),
+    "where and clamp": lambda o, t: torch.where(t == 1, o.clamp(-1, 1), o.clamp_min(0)).mean(),
+}  # fmt: skip
+
+
+def _flat_dice(o: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    p, y = torch.sigmoid(o).view(-1), (t == 1).view(-1).to(o.dtype)
+    return 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+
+
+def _hard_pixels(o: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        weight = (torch.sigmoid(o) - (t == 1).to(o.dtype)).abs()
+    term = F.binary_cross_entropy_with_logits(o, (t == 1).to(o.dtype), reduction="none")
+    return (term * weight).sum() / weight.sum() + (term * weight.detach()).mean()
+
+
+@pytest.mark.parametrize("form", LOSS_FORMS)
+def test_losses_as_people_write_them(form: str) -> None:
+    model = unet4492(seed=2).double()
+    assert_exact(model, LOSS_FORMS[form], image(), random_labels((40, 50), 0), **TILE)
+
+
+class Shared(nn.Module):
+    """One convolution used twice, one frozen, a parameter that scales, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Conv2d(3, 3, 3, padding=1)
+        self.frozen = nn.Conv2d(3, 3, 1).requires_grad_(False)
+        self.gain = nn.Parameter(torch.tensor([0.5, 1.5, 2.0]).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor([0.2, 0.3, 0.4]).view(1, 3, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.twice(x - self.mean).tanh()
+        return self.twice(self.frozen(y)) * F.softplus(self.gain)
+
+
+def test_shared_frozen_and_free_parameters() -> None:
+    torch.manual_seed(0)
+    assert_exact(Shared().double(), square, image(), None, **TILE)
+
+
+class Weighted(nn.Module):
+    """A loss with a parameter and a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.register_buffer("positive", torch.tensor([3.0]))
+
+    def forward(self, o: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.scale**2 * F.binary_cross_entropy_with_logits(o, (t == 1).to(o.dtype), pos_weight=self.positive)
+
+
+def test_a_loss_may_be_a_module_with_parameters() -> None:
+    model, loss, labels = unet4492(seed=0).double(), Weighted().double(), random_labels((40, 50), 0)
+    assert_exact(model, loss, image(), labels, **TILE)
+    loss.scale.grad = None
+    wg.backward(model, loss, image(), labels)
+    value = loss(model(image()[None]), labels[None])
+    (wanted,) = torch.autograd.grad(value, loss.scale)
+    assert loss.scale.grad is not None
+    torch.testing.assert_close(loss.scale.grad, wanted, rtol=1e-12, atol=0)
+
+
+def test_batches_and_metrics() -> None:
+    torch.manual_seed(1)
+    model, batch = unet4492(seed=0).double(), torch.rand(2, 3, 33, 47, dtype=torch.float64)
+    labels = torch.stack([random_labels((33, 47), seed) for seed in (0, 1)])
+    assert_exact(model, LOSSES["dice"], batch, labels, **TILE)
+    metrics = {"positive": lambda o, t: (o > 0).sum(), "mean": lambda o, t: o.mean()}
+    loss, values = wg.backward(model, LOSSES["dice"], batch, labels, metrics=metrics)
+    output = model(batch)
+    assert values["positive"].item() == (output > 0).sum().item()
+    torch.testing.assert_close(values["mean"], output.mean().detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss, LOSSES["dice"](output, labels).detach(), rtol=1e-12, atol=0)
+    measured = wg.measure(model, batch, labels, metrics=metrics)
+    assert measured["positive"].item() == values["positive"].item()
+
+
+def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and text.count(";") >= 1, text
+    return text
+
+
+class Cumulative(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Identity())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x).cumsum(-1)
+
+
+def test_an_op_without_a_rule_is_refused_with_path_op_and_remedy() -> None:
+    with pytest.raises(UnsupportedOpError) as caught:
+        wg.plan(nn.Sequential(Cumulative()), square, image(), None)
+    text = one_line(caught)
+    assert text.startswith("0 (aten.cumsum.default): has no rule") and "register a rule" in text
+
+
+@pytest.mark.parametrize(
+    ("module", "cause"),
+    [
+        (lambda x: x.transpose(2, 3) + x, "do not agree on rows and columns"),
+        (lambda x: x.sum(3), "sums over rows or columns but not both"),
+        (lambda x: torch.softmax(x, -1), "works along rows or columns"),
+        (lambda x: x + torch.ones(40, 40, dtype=x.dtype), "runs along the image"),
+        (lambda x: x.reshape(1, 3, 20, 2, 40), "splits rows or columns"),
+    ],
+)
+def test_uses_without_locality_are_refused(module: Any, cause: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = module(self.conv(x))
+            return result
+
+    with pytest.raises(UnsupportedOpError, match=cause) as caught:
+        wg.plan(Model().double(), square, image(height=40, width=40), None)
+    one_line(caught)
+
+
+def test_wrong_shapes_are_refused_in_one_line() -> None:
+    model, loss = unet4492(seed=0), LOSSES["bce"]
+    labels = torch.ones(1, 40, 50, dtype=torch.uint8)
+    with pytest.raises(ShapeError, match="target: is 40 x 50 but the image is 40 x 40 pixels") as caught:
+        wg.plan(model, loss, torch.rand(3, 40, 40), labels)
+    one_line(caught)
+    with pytest.raises(ShapeError, match=r"image: has shape \(40, 50\)"):
+        wg.plan(model, loss, torch.rand(40, 50), labels)
+    with pytest.raises(CaptureError, match="cannot be traced on") as other:
+        wg.plan(model, loss, torch.rand(4, 40, 50), labels)
+    one_line(other)
+    with pytest.raises(CaptureError, match="returns shape"):
+        wg.plan(model, lambda o, t: o.sum((2, 3)).expand(3, 1), torch.rand(3, 40, 50), labels)
+
+
+def test_a_loss_that_is_not_finite_touches_no_gradient() -> None:
+    model, labels = unet4492(seed=0), torch.ones(1, 40, 50, dtype=torch.uint8)
+    wg.backward(model, LOSSES["bce"], torch.rand(3, 40, 50), labels)
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    poisoned = torch.rand(3, 40, 50)
+    poisoned[1, 20, 30] = float("nan")
+    with pytest.raises(NumericsError, match="is not finite on rows") as caught:
+        wg.backward(model, LOSSES["bce"], poisoned, labels)
+    one_line(caught)
+    after = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_model_with_nothing_to_train_is_refused() -> None:
+    from wholegrad.errors import PlanError
+
+    model = unet4492(seed=0).requires_grad_(False)
+    with pytest.raises(PlanError, match="no parameter"):
+        wg.plan(model, LOSSES["bce"], torch.rand(3, 40, 50), torch.ones(1, 40, 50, dtype=torch.uint8))

@@ -1,0 +1,83 @@
+"""Measured peak <= projected (rule 7): the whole process, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from wholegrad.errors import BudgetError
+
+STEP = """
+import json, sys
+import numpy as np
+import wholegrad as wg
+from wholegrad.losses import LOSSES
+from wholegrad.nets import unet4492
+from wholegrad.run.process import peak_resident
+
+folder, budget, loss, fixed = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+image, mask = (np.load(f"{folder}/{name}.npy", mmap_mode="r") for name in ("image", "mask"))
+model = unet4492(seed=0)
+plan = wg.plan(model, LOSSES[loss], image, mask, budget=budget, **fixed)
+for _ in range(3):
+    value = wg.backward(model, LOSSES[loss], image, mask, plan=plan)
+print(json.dumps({"peak": peak_resident(), "projected": plan.projected, "budget": plan.budget, "loss": value.item()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image of 3 x 1600 x 3200 noisy pixels and its mask, uncompressed."""
+    folder = tmp_path_factory.mktemp("raw")
+    rng = np.random.default_rng(0)
+    np.save(folder / "image.npy", rng.integers(0, 256, (3, 1600, 3200), dtype=np.uint8))
+    np.save(folder / "mask.npy", rng.integers(0, 2, (1, 1600, 3200), dtype=np.uint8))
+    return folder
+
+
+def step(files: Path, budget: str, loss: str = "bce", **fixed: Any) -> dict[str, float]:
+    command = [sys.executable, "-c", STEP, str(files), budget, loss, json.dumps(fixed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.mark.parametrize("budget", ["0.6GiB", "0.8GiB", "1.2GiB", "3GiB"])
+def test_the_measured_peak_stays_below_the_projected_one(files: Path, budget: str) -> None:
+    found = step(files, budget)
+    assert found["peak"] <= found["projected"] <= found["budget"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "fixed"),
+    [
+        ("bce+dice", {}),
+        ("bce", {"boundaries": ["down1", "fuse2", "up1"], "placement": "disk"}),
+        ("bce", {"boundaries": ["down1", "middle", "up1"], "placement": "host", "tile": [300, 500]}),
+    ],
+)
+def test_so_it_does_for_other_losses_and_placements(files: Path, loss: str, fixed: dict[str, Any]) -> None:
+    found = step(files, "1.2GiB", loss, **fixed)
+    assert found["peak"] <= found["projected"] <= found["budget"]
+
+
+def test_less_memory_is_used_when_less_is_allowed(files: Path) -> None:
+    small, large = step(files, "0.6GiB"), step(files, "3GiB")
+    assert small["peak"] < large["peak"] - (50 << 20)
+    assert small["loss"] == pytest.approx(large["loss"], rel=1e-9)
+
+
+def test_a_budget_that_python_and_torch_alone_exceed_is_refused() -> None:
+    import wholegrad as wg
+    from wholegrad.losses import LOSSES
+    from wholegrad.nets import unet4492
+
+    image = np.zeros((3, 256, 256), np.uint8)
+    with pytest.raises(BudgetError, match="too small"):
+        wg.plan(unet4492(seed=0), LOSSES["bce"], image, image[:1], budget="50MiB")

@@ -1,0 +1,87 @@
+"""Prediction is seamless: the same pixels as the whole image at once, streamed, whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import wholegrad as wg
+from wholegrad.errors import ConfigError, SlideError
+from wholegrad.nets import unet4492
+
+
+def whole(model: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(image[None])[0]
+        return result
+
+
+@pytest.mark.parametrize("tile", [None, (1000, 1000), (50, 70), (33, 129)])
+def test_logits_are_those_of_the_whole_image(tile: tuple[int, int] | None) -> None:
+    model, image = unet4492(seed=0).double(), torch.rand(3, 150, 203, dtype=torch.float64)
+    found = wg.predict(model, image, kind="logits", tile=tile)
+    assert found is not None and found.dtype == np.float64
+    np.testing.assert_allclose(found, whole(model, image), rtol=1e-12, atol=1e-13)
+
+
+def test_masks_and_probabilities_reach_files(tmp_path: Path) -> None:
+    model, image = unet4492(seed=0), torch.rand(3, 300, 520)
+    logits = whole(model, image)
+    edge = float(logits.median())
+    with torch.no_grad():
+        model.head.bias -= edge  # so that both labels occur
+    truth = whole(model, image)
+    wg.predict(model, image, out=tmp_path / "mask.tif", tile=(64, 100))
+    wg.predict(model, image, out=tmp_path / "p.npy", kind="probability", tile=(64, 100))
+    wg.predict(model, image, out=tmp_path / "p.ome.tif", kind="probability")
+    import tifffile
+
+    mask, probability = tifffile.imread(tmp_path / "mask.tif"), np.load(tmp_path / "p.npy")
+    clear = (truth[0].abs() > 1e-4).numpy()
+    assert 0.3 < mask.mean() < 0.7
+    np.testing.assert_array_equal(mask[clear], (truth[0] > 0).numpy()[clear])
+    np.testing.assert_allclose(probability, torch.sigmoid(truth), atol=1e-6)
+    np.testing.assert_allclose(tifffile.imread(tmp_path / "p.ome.tif") / 255, torch.sigmoid(truth)[0], atol=3e-3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.tif", "p.npy", "p.ome.tif"]
+
+
+class Fails:
+    """A reader whose lower half cannot be read."""
+
+    shape, dtype, cache_bytes, name = (3, 200, 100), np.dtype(np.uint8), 0, "broken.tif"
+
+    def read(self, box: Any) -> np.ndarray:
+        if box.y1 > 120:
+            raise SlideError("broken.tif", "tile 3 is corrupt", "copy the slide again")
+        return np.zeros((3, box.height, box.width), np.uint8)
+
+
+@pytest.mark.parametrize("name", ["mask.tif", "mask.npy"])
+def test_a_slide_that_breaks_off_leaves_no_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SlideError, match="tile 3 is corrupt"):
+        wg.predict(unet4492(seed=0), Fails(), out=tmp_path / name, tile=(40, 40))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slide_that_breaks_off_in_training_leaves_no_gradient() -> None:
+    from wholegrad.losses import LOSSES
+
+    model = unet4492(seed=0)
+    labels = np.ones((1, 200, 100), np.uint8)
+    with pytest.raises(SlideError, match=r"broken\.tif"):
+        wg.backward(model, LOSSES["bce"], Fails(), labels)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    model, image = unet4492(seed=0), torch.rand(3, 40, 40)
+    with pytest.raises(ConfigError, match="ending"):
+        wg.predict(model, image, out=tmp_path / "mask.jpg")
+    with pytest.raises(ConfigError, match="cannot hold logits"):
+        wg.predict(model, image, out=tmp_path / "mask.tif", kind="logits")
+    with pytest.raises(ConfigError, match="threshold"):
+        wg.predict(model, image, threshold=1.0)
