@@ -214,10 +214,6 @@ def _writer(
         "probability": np.dtype(np.float32),
         "logits": logits,
     }
-        "mask": np.dtype(np.uint8),
-        "probability": np.dtype(np.float32),
-        "logits": logits,
-    }
     dtype = dtypes[kind]
     if path is None:
         return _Memory(full, dtype)
