@@ -107,7 +107,8 @@ def _request(
     sinks: tuple[Ref, ...] = (),
 ) -> Request:
     caches = image.cache_bytes + (target.cache_bytes if target else 0)
-    reserved = process.resident() + memory.LIBRARIES + caches
+    still_to_load = memory.LIBRARIES // (4 if process.has_run() else 1)
+    reserved = process.resident() + still_to_load + caches
     return Request(budget_bytes(budget), reserved, backward, default_workers(), sinks)
 
 

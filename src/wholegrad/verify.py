@@ -18,7 +18,7 @@ from wholegrad.run.executor import Sink
 from wholegrad.run.reference import Reference, whole_image
 
 EXACT = 1e-12  # float64: relative to the tensor's largest element
-FLOOR = 2.0**-20  # float32: errors of a few roundings are not compared with each other
+FLOOR = 16 * 2.0**-23  # float32: errors of up to sixteen roundings are chance, and not compared
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class SegmentPlan:
         tile: height and width of a tile in pixels of ``segment.base``.
         tiles: how many there are.
         fused: forward and backward in one pass, in the backward sweep (rule 4).
-        working: the largest tile's bytes.
+        working: bytes of the largest tiles that run side by side.
         forward_macs: multiply-adds of one forward run over all tiles.
         seconds: predicted seconds of one forward run over all tiles.
     """
@@ -128,7 +128,7 @@ class Plan:
         return self._grids[index]
 
     def describe_segment(self, index: int) -> tuple[str, str, str, str, str]:
-        """Module paths, what it yields, tile, tiles and bytes of a tile, as text."""
+        """Module paths, what it yields, tile, tiles, and bytes of the tiles that run side by side, as text."""
         part = self.segments[index]
         paths = [self.graph.nodes[i].path for i in part.segment.nodes]
         named = [path for path in dict.fromkeys(paths) if path]
@@ -147,7 +147,7 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        rows = [("segment", "yields", "tile", "tiles", "a tile needs")]
+        rows = [("segment", "yields", "tile", "tiles", "memory")]
         rows += [self.describe_segment(i) for i in range(len(self.segments))]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -229,14 +229,16 @@ class _Search:
         return replace(self.weighed(part.segment, part.tile, rows, cols), fused=part.fused)
 
     def weighed(self, segment: Segment, tile: tuple[int, int], rows: AxisTiles, cols: AxisTiles) -> SegmentPlan:
+        tiles = rows.count * cols.count
+        rounds = -(-tiles // self.request.workers)  # an idle worker is time lost
         return SegmentPlan(
             segment,
             tile,
-            rows.count * cols.count,
+            tiles,
             False,
             self.working(segment, rows, cols),
             cost.forward_macs(self.graph, segment, rows, cols),
-            cost.forward_seconds(self.graph, segment, rows, cols),
+            cost.forward_seconds(self.graph, segment, rows, cols) / tiles * rounds,
         )
 
     def working(self, segment: Segment, rows: AxisTiles, cols: AxisTiles) -> memory.Working:

@@ -7,15 +7,32 @@ blocks to the system on every free. :func:`reuse_memory` tells it to keep them w
 from __future__ import annotations
 
 import ctypes
+import re
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-_KEEP = 1 << 30
+_WHILE_RUNNING = {_M_MMAP_THRESHOLD: 1 << 25, _M_TRIM_THRESHOLD: 1 << 30, _M_TOP_PAD: 1 << 26}  # glibc takes no more
+_GLIBC_DEFAULTS = {_M_MMAP_THRESHOLD: 1 << 17, _M_TRIM_THRESHOLD: 1 << 17, _M_TOP_PAD: 1 << 17}
+
+
+_has_run = False
+
+
+def mark_run() -> None:
+    """Note that a step ran here: libraries have loaded what they load on first use."""
+    global _has_run
+    _has_run = True
+
+
+def has_run() -> bool:
+    """Whether a step ran in this process."""
+    return _has_run
 
 
 def resident() -> int:
@@ -24,7 +41,15 @@ def resident() -> int:
 
 
 def peak_resident() -> int:
-    """The most bytes that this process ever had in memory."""
+    """The most bytes that this process ever had in memory.
+
+    On Linux from ``VmHWM``: ``ru_maxrss`` of a process starts at the size of the one that started it.
+    """
+    if sys.platform.startswith("linux"):
+        status = Path("/proc/self/status").read_text()
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
@@ -45,21 +70,19 @@ def _glibc() -> ctypes.CDLL | None:
 def reuse_memory() -> Iterator[None]:
     """While open, freed blocks stay with the process for the next tile; glibc only, elsewhere nothing happens."""
     library = _glibc()
-    if library is None:
-        yield
-        return
-    for parameter, value in ((_M_MMAP_THRESHOLD, _KEEP), (_M_TRIM_THRESHOLD, _KEEP), (_M_TOP_PAD, 1 << 24)):
-        library.mallopt(parameter, value)
+    _set(library, _WHILE_RUNNING)
     try:
         yield
     finally:
-        for parameter, value in (
-            (_M_MMAP_THRESHOLD, 1 << 17),
-            (_M_TRIM_THRESHOLD, 1 << 17),
-            (_M_TOP_PAD, 1 << 17),
-        ):
-            library.mallopt(parameter, value)
+        mark_run()
+        _set(library, _GLIBC_DEFAULTS)
         release_memory()
+
+
+def _set(library: ctypes.CDLL | None, settings: dict[int, int]) -> None:
+    for parameter, value in settings.items():
+        if library is not None:
+            library.mallopt(parameter, value)
 
 
 def release_memory() -> None:
