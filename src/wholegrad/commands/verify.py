@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 import wholegrad as wg
 from wholegrad.commands.common import CONSOLE, Commands, add_command, add_loss, add_network, blobs, size
 from wholegrad.losses import LOSSES
@@ -24,9 +26,11 @@ def add(commands: Commands) -> None:
     add_network(parser, positional=True)
     parser.add_argument("--size", type=size, default=(512, 512), metavar="HxW", help="of the image (512x512)")
     add_loss(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the network's random weights (0)")
 
 
 def run(args: argparse.Namespace) -> int:
+    torch.manual_seed(args.seed)
     model = build_network(args.network)
     report = wg.verify(model, LOSSES[args.loss], shape=(3, *args.size), target=blobs(*args.size))
     CONSOLE.print(str(report))

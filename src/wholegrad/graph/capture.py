@@ -26,6 +26,7 @@ from wholegrad.errors import CaptureError, WholegradError
 from wholegrad.graph.graph import READERS, Graph, Kind, Node, Ref, Spec, references, unsupported
 from wholegrad.graph.layout import map_layout, plain
 from wholegrad.graph.rules import LayoutRequest, MapRule, ReductionRule, rule_for
+from wholegrad.graph.rules.pointwise import PIXEL_LOSSES
 
 aten = torch.ops.aten
 LossFn = Callable[..., torch.Tensor]
@@ -115,20 +116,6 @@ def _split_reduction(op: Any) -> Callable[..., Any]:
     return decomposed
 
 
-_LOSSES = (
-    aten.binary_cross_entropy_with_logits.default,
-    aten.binary_cross_entropy.default,
-    aten.mse_loss.default,
-    aten.smooth_l1_loss.default,
-    aten.huber_loss.default,
-    aten.soft_margin_loss.default,
-)
-
-
-class _WritesIntoViewError(Exception):
-    """An in-place op on a tensor that others share."""
-
-
 def _trace(joint: _Joint, state: dict[str, torch.Tensor], inputs: list[Any], functional: bool) -> torch.fx.GraphModule:
     names = list(state)
 
@@ -137,7 +124,7 @@ def _trace(joint: _Joint, state: dict[str, torch.Tensor], inputs: list[Any], fun
             return torch.func.functional_call(joint, dict(zip(names, tensors, strict=True)), (image, target))
 
     function = torch.func.functionalize(run, remove="mutations") if functional else run
-    table = {op: _split_reduction(op) for op in _LOSSES}
+    table = {op: _split_reduction(op) for op in PIXEL_LOSSES}
     with traceback.preserve_node_meta(), _module_paths(joint.model), torch.enable_grad():
         return make_fx(function, decomposition_table=table, tracing_mode="real")(list(state.values()), *inputs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -179,25 +179,22 @@ class Graph:
 
     def ancestors(self, roots: list[int]) -> set[int]:
         """Indices of the nodes that ``roots`` depend on, themselves included."""
-        seen: set[int] = set()
-        stack = list(roots)
-        while stack:
-            index = stack.pop()
-            if index not in seen:
-                seen.add(index)
-                stack.extend(ref.node for ref in self.nodes[index].operands)
-        return seen
+        return _reached(roots, lambda index: (ref.node for ref in self.nodes[index].operands))
 
     def descendants(self, roots: list[int]) -> set[int]:
         """Indices of the nodes that depend on ``roots``, themselves included."""
-        seen: set[int] = set()
-        stack = list(roots)
-        while stack:
-            index = stack.pop()
-            if index not in seen:
-                seen.add(index)
-                stack.extend(self.consumers(index))
-        return seen
+        return _reached(roots, self.consumers)
+
+
+def _reached(roots: list[int], following: Callable[[int], Iterable[int]]) -> set[int]:
+    seen: set[int] = set()
+    stack = list(roots)
+    while stack:
+        index = stack.pop()
+        if index not in seen:
+            seen.add(index)
+            stack.extend(following(index))
+    return seen
 
 
 def unsupported(node_place: str, cause: str) -> UnsupportedOpError:

@@ -14,6 +14,17 @@ from wholegrad.graph.rules.base import LayoutRequest, MapRule, Tile, register
 aten = torch.ops.aten
 
 
+# Losses per pixel, once capture has split their reduction off.
+PIXEL_LOSSES = (
+    aten.binary_cross_entropy_with_logits.default,
+    aten.binary_cross_entropy.default,
+    aten.mse_loss.default,
+    aten.smooth_l1_loss.default,
+    aten.huber_loss.default,
+    aten.soft_margin_loss.default,
+)
+
+
 @register(
     aten.add.Tensor,
     aten._to_copy.default,
@@ -30,17 +41,12 @@ aten = torch.ops.aten
     aten.where.ScalarSelf,
     aten.where.Scalar,
     aten.log_sigmoid_forward.default,
-    aten.binary_cross_entropy_with_logits.default,
-    aten.binary_cross_entropy.default,
-    aten.mse_loss.default,
-    aten.smooth_l1_loss.default,
-    aten.huber_loss.default,
-    aten.soft_margin_loss.default,
+    *PIXEL_LOSSES,
     aten.fill.Scalar,
     aten.fill.Tensor,
 )
 class Pointwise(MapRule):
-    """Each output pixel depends on the same pixel of every map operand. Loss ops come here with reduction='none'."""
+    """Each output pixel depends on the same pixel of every map operand."""
 
     def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
         maps = [spec.layout for spec in request.specs.values() if spec.is_map]
