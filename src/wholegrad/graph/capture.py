@@ -116,6 +116,10 @@ def _split_reduction(op: Any) -> Callable[..., Any]:
     return decomposed
 
 
+class _WritesIntoViewError(Exception):
+    """An in-place op on a tensor that others share."""
+
+
 def _trace(joint: _Joint, state: dict[str, torch.Tensor], inputs: list[Any], functional: bool) -> torch.fx.GraphModule:
     names = list(state)
 
