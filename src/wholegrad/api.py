@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,7 +16,7 @@ from wholegrad.graph.capture import capture
 from wholegrad.graph.graph import Graph, Kind, Ref
 from wholegrad.plan import memory
 from wholegrad.plan.plan import Placement, Plan, parse_bytes
-from wholegrad.plan.planner import Request, check_elements, make_plan
+from wholegrad.plan.planner import Request, check_elements, make_plan, storable
 from wholegrad.run import process
 from wholegrad.run.executor import Executor, ProgressFn, Sink
 from wholegrad.run.reader import MapReader
@@ -49,7 +50,7 @@ def target_source(target: Any) -> Source | None:
     """
     if target is None or isinstance(target, Source):
         return target
-    rank = 3 if not isinstance(target, MapReader) and len(target.shape) == 2 else 4
+    rank = 3 if not isinstance(target, MapReader) and len(getattr(target, "shape", ())) == 2 else 4
     return Source(_readers(target, "target"), None, scale=False, rank=rank)
 
 
@@ -57,7 +58,7 @@ def _readers(value: Any, name: str) -> Sequence[MapReader]:
     if isinstance(value, MapReader):
         return [value]
     shape = tuple(getattr(value, "shape", ()))
-    if len(shape) == 4:
+    if len(shape) == 4 and shape[0] > 0:
         return [as_reader(value[i], name=name) for i in range(shape[0])]
     if len(shape) == 3 or (len(shape) == 2 and name == "target"):
         return [as_reader(value, name=name)]
@@ -76,7 +77,7 @@ def _check_sizes(image: Source, target: Source | None) -> None:
 def joint_tensors(model: nn.Module, loss_fn: Any, metrics: Mapping[str, Any] | None) -> dict[str, torch.Tensor]:
     """Parameters and buffers of model, loss and metrics by the names that the captured graph has for them."""
     parts: list[tuple[str, Any]] = [("model", model), ("loss", loss_fn)]
-    parts += [(f"metrics.{name}", fn) for name, fn in (metrics or {}).items()]
+    parts += [(f"metrics.m{i}", fn) for i, fn in enumerate((metrics or {}).values())]
     return {
         f"{prefix}.{name}": tensor
         for prefix, part in parts
@@ -95,7 +96,7 @@ def budget_bytes(budget: str | int | None) -> int:
         return process.resident() + int(SHARE * process.available())
     try:
         return parse_bytes(budget)
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise PlanError("budget", str(error), 'write for example "1.5GiB"') from error
 
 
@@ -112,6 +113,14 @@ def _request(
     return Request(budget_bytes(budget), reserved, backward, default_workers(), sinks)
 
 
+def _check_tile(tile: Any) -> None:
+    good = tile is None or (
+        isinstance(tile, tuple | list) and len(tile) == 2 and all(isinstance(edge, int) and edge > 0 for edge in tile)
+    )
+    if not good:
+        raise PlanError("tile", f"is {tile!r}", "give a height and a width of at least 1 pixel, such as (512, 512)")
+
+
 def _placement(name: str | None) -> Placement | None:
     if name is None:
         return None
@@ -125,9 +134,11 @@ def _boundary_refs(graph: Graph, names: Sequence[str] | None) -> frozenset[Ref] 
     """Boundaries named by module path (the last map that the module computes) or node name."""
     if names is None:
         return None
+    if isinstance(names, str):
+        raise PlanError("boundaries", f"is the text {names!r}", f"give a list: [{names!r}]")
     found = set()
     for name in names:
-        nodes = [n for n in graph.of_kind(Kind.MAP) if name in (n.path, n.name)]
+        nodes = [n for n in graph.of_kind(Kind.MAP) if name in (n.path, n.name) and storable(n.outputs[0])]
         if not nodes:
             known = ", ".join(dict.fromkeys(n.path for n in graph.of_kind(Kind.MAP) if n.path))
             raise PlanError(f"boundary {name!r}", "is no module that computes a map", f"choose from: {known}")
@@ -167,8 +178,7 @@ def plan(
         CaptureError, UnsupportedOpError: model or loss cannot be captured.
         BudgetError: no plan fits; says the smallest budget that would do.
     """
-    if tile is not None and min(tile) < 1:
-        raise PlanError("tile", f"is {tile[0]} x {tile[1]} pixels", "give a height and a width of at least 1")
+    _check_tile(tile)
     source, labels = image_source(image, model_dtype(model)), target_source(target)
     _check_sizes(source, labels)
     graph = _capture(model, loss_fn, source, labels, metrics)
@@ -179,9 +189,52 @@ def plan(
         placement=_placement(placement),
         spill_dir=None if spill_dir is None else Path(spill_dir),
     )
-    made = make_plan(graph, request)
+    made = replace(make_plan(graph, request), made_for=_signature(model, loss_fn, source, labels, metrics))
     check_elements(made)
     return made
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """What a captured graph depends on, beside the code: a plan runs only where all of it is the same."""
+
+    image: tuple[Any, ...]
+    target: tuple[Any, ...] | None
+    modes: tuple[bool, ...]
+    tensors: tuple[tuple[str, tuple[int, ...], torch.dtype, bool], ...]
+    metrics: tuple[str, ...]
+    loss: Any
+
+    def difference(self, other: _Signature) -> str | None:
+        """What differs first, in words."""
+        words = {
+            "image": "an image of {}",
+            "target": "a target of {}",
+            "modes": "other modules in training or evaluation mode",
+            "tensors": "other parameters (names, shapes, dtypes, or which are trained)",
+            "metrics": "the metrics {}",
+            "loss": "another loss",
+        }
+        for name, text in words.items():
+            mine = getattr(self, name)
+            if mine != getattr(other, name):
+                return text.format(mine)
+        return None
+
+
+def _signature(
+    model: nn.Module, loss_fn: Any, image: Source, target: Source | None, metrics: Mapping[str, Any] | None
+) -> _Signature:
+    parts = [part for part in (model, loss_fn, *(metrics or {}).values()) if isinstance(part, nn.Module)]
+    tensors = joint_tensors(model, loss_fn, metrics)
+    return _Signature(
+        image=(*image.shape, image.out_dtype),
+        target=None if target is None else (*target.shape, target.out_dtype),
+        modes=tuple(module.training for part in parts for module in part.modules()),
+        tensors=tuple((name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in tensors.items()),
+        metrics=tuple(metrics or {}),
+        loss=(loss_fn.func, loss_fn.args, tuple(loss_fn.keywords.items())) if isinstance(loss_fn, partial) else loss_fn,
+    )
 
 
 def _capture(
@@ -195,18 +248,11 @@ def _capture(
     return capture(model, loss_fn, image.shape, described, dtype=image.out_dtype, metrics=metrics)
 
 
-def _check_plan(
-    made: Plan, model: nn.Module, image: Source, target: Source | None, metrics: Mapping[str, Any] | None
-) -> None:
-    if made.image_shape != image.shape:
-        raise PlanError("plan", f"was made for an image of {made.image_shape}, this one is {image.shape}", "plan again")
-    if (target is None) != (made.graph.target is None):
-        raise PlanError("plan", "was made with a target and run without, or the reverse", "plan again")
-    if made.graph.training != model.training:
-        mode = "training" if made.graph.training else "evaluation"
-        raise PlanError("plan", f"was made for the model in {mode} mode", "plan again, or switch the mode back")
-    if set(made.graph.metrics) != set(metrics or {}):
-        raise PlanError("plan", f"was made for the metrics {sorted(made.graph.metrics)}", "pass the same metrics")
+def _check_plan(made: Plan, wanted: _Signature) -> None:
+    known = made.made_for
+    difference = known.difference(wanted) if isinstance(known, _Signature) else "nothing that is known"
+    if difference is not None:
+        raise PlanError("plan", f"was made for {difference}", "plan again for what is to be run")
 
 
 @overload
@@ -248,11 +294,11 @@ def backward(
     source, labels = image_source(image, model_dtype(model)), target_source(target)
     _check_sizes(source, labels)
     made = plan if plan is not None else _plan(model, loss_fn, source, labels, budget=budget, metrics=metrics)
-    _check_plan(made, model, source, labels, metrics)
+    _check_plan(made, _signature(model, loss_fn, source, labels, metrics))
     tensors = joint_tensors(model, loss_fn, metrics)
     executor = Executor(made, tensors, source, labels, progress=progress)
     try:
-        with process.reuse_memory():
+        with process.reuse_memory(), torch.inference_mode(False), torch.enable_grad():
             executor.forward()
             executor.backward()
     finally:
@@ -280,8 +326,21 @@ def _leave_gradients(graph: Graph, executor: Executor, tensors: Mapping[str, tor
             raise NumericsError(node.name, "has a gradient that is not finite", "lower the learning rate")
         found.append((tensors[node.name], grad))
     for parameter, grad in found:
-        grad = grad.to(parameter.dtype).reshape(parameter.shape)
-        parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        _accumulate(parameter, grad.to(parameter.dtype).reshape(parameter.shape))
+
+
+def _accumulate(parameter: torch.Tensor, grad: torch.Tensor) -> None:
+    """Add to ``parameter.grad`` as autograd would, the parameter's own hooks included."""
+    for hook in (getattr(parameter, "_backward_hooks", None) or {}).values():
+        changed = hook(grad)
+        grad = grad if changed is None else changed
+    with torch.no_grad():
+        if parameter.grad is None:
+            parameter.grad = grad
+        else:
+            parameter.grad.add_(grad)
+    for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+        hook(parameter)
 
 
 def measure(
@@ -308,7 +367,7 @@ def measure(
     check_elements(made)
     executor = Executor(made, joint_tensors(model, None, metrics), source, labels, progress=progress)
     try:
-        with process.reuse_memory():
+        with process.reuse_memory(), torch.no_grad():
             executor.forward()
     finally:
         executor.close()
@@ -340,7 +399,7 @@ def run_outputs(
     check_elements(made)
     executor = Executor(made, joint_tensors(model, None, None), image, None, taken, progress)
     try:
-        with process.reuse_memory():
+        with process.reuse_memory(), torch.no_grad():
             executor.forward()
     finally:
         executor.close()

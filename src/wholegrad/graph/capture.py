@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from wholegrad.errors import CaptureError, WholegradError
-from wholegrad.graph.convert import Converter, WritesIntoViewError
+from wholegrad.graph.convert import Converter, WritesIntoViewError, buffer_written
 from wholegrad.graph.graph import Graph, Kind
 from wholegrad.graph.rules.pointwise import PIXEL_LOSSES
 
@@ -37,22 +37,35 @@ class _Joint(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss
-        self.metrics = nn.ModuleDict({k: v for k, v in metrics.items() if isinstance(v, nn.Module)})
+        modules = {f"m{i}": fn for i, fn in enumerate(metrics.values()) if isinstance(fn, nn.Module)}
+        self.metrics = nn.ModuleDict(modules)
         self._metric_fns = dict(metrics)
 
     def forward(self, image: torch.Tensor, target: torch.Tensor | None) -> tuple[Any, ...]:
+        before = {name: id(buffer) for name, buffer in self.named_buffers()}
         output = self.model(image)
         if self.loss is None:
-            return (output,)
+            first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
+            return ([_one_tensor(first, "model")],)
         with traceback.annotate({"path": "loss"}):
-            loss = self.loss(output, target)
+            loss = _one_tensor(self.loss(output, target), "loss")
         values = [_metric(fn, name, output, target) for name, fn in self._metric_fns.items()]
-        return (output, loss, *values)
+        changed = [name for name, buffer in self.named_buffers() if id(buffer) != before.get(name)]
+        if changed:
+            raise buffer_written(changed[0])
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        return (outputs, loss, *values)
+
+
+def _one_tensor(value: Any, name: str) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise CaptureError(name, f"returns {type(value).__name__}", "return one tensor")
+    return value
 
 
 def _metric(fn: Callable[..., torch.Tensor], name: str, output: Any, target: Any) -> torch.Tensor:
     with traceback.annotate({"path": f"metric {name}"}), torch.no_grad():
-        return fn(output, target)
+        return _one_tensor(fn(output, target), f"metric {name}")
 
 
 class _Meta(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -61,6 +74,13 @@ class _Meta(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        for t in tensors:
+            if t.requires_grad and not t.is_meta:
+                raise CaptureError(
+                    "model or loss",
+                    f"uses a trained tensor of shape {tuple(t.shape)} that is no parameter of either",
+                    "make it an nn.Parameter of the model, or of a loss that is an nn.Module",
+                )
         if any(t.is_meta for t in tensors):
             args, kwargs = tree_map_only(torch.Tensor, lambda t: t if t.is_meta else t.to("meta"), (args, kwargs))
         with traceback.annotate({"grad": torch.is_grad_enabled()}):
@@ -148,6 +168,8 @@ def capture(
         CaptureError: the code cannot be traced (control flow on pixel values, wrong shapes).
         UnsupportedOpError: an op has no rule.
     """
+    if not isinstance(model, nn.Module):
+        raise CaptureError("model", f"is {type(model).__name__}", "give an nn.Module")
     joint = _Joint(model, loss_fn, metrics or {})
     joint.training = model.training
     state = {

@@ -25,6 +25,13 @@ class WritesIntoViewError(Exception):
     """An in-place op on a tensor that others share."""
 
 
+def buffer_written(name: str) -> CaptureError:
+    """The error for a model that keeps state as it runs: tiles would write it many times."""
+    return CaptureError(
+        name, "is written while the model runs", "use evaluation mode there, or keep such state outside of forward"
+    )
+
+
 class Converter:
     """One walk over the traced graph that writes frozen nodes, drops dead ones and renames in-place results."""
 
@@ -45,6 +52,7 @@ class Converter:
         self.constants: dict[str, torch.Tensor] = {}
         self.current: dict[torch.fx.Node, Ref | tuple[Ref, ...]] = {}
         self.base: dict[torch.fx.Node, torch.fx.Node] = {}  # view -> what it is a view of
+        self.original: dict[torch.fx.Node, Ref] = {}  # sources as they came
         self.same: dict[torch.fx.Node, torch.fx.Node] = {}  # in-place result -> the tensor written
 
     def convert(self) -> Graph:
@@ -83,6 +91,7 @@ class Converter:
         spec = Spec(layout, value.dtype)
         grad = kind is Kind.PARAMETER and name in self.trained
         (self.current[fx_node],) = self._add(kind, name, (spec,), name, grad)
+        self.original[fx_node] = Ref(len(self.nodes) - 1)
 
     def _constant(self, fx_node: torch.fx.Node) -> None:
         tensor = getattr(self.traced, str(fx_node.target))
@@ -186,12 +195,34 @@ class Converter:
         if not written:
             return None
         target = fx_node.args[0] if written == [0] and fx_node.args else None
+        if isinstance(target, torch.fx.Node):
+            self._refuse_state(fx_node, target)
         if not isinstance(target, torch.fx.Node):
             raise WritesIntoViewError
         before, after = target.meta["val"], fx_node.meta["val"]
         if self._shared(target) or before.dtype != after.dtype or before.shape != after.shape:
             raise WritesIntoViewError
         return self._itself(target)
+
+    def _refuse_state(self, fx_node: torch.fx.Node, target: torch.fx.Node) -> None:
+        """Refuse writes into parameters and buffers, and writes that autograd would not see."""
+        root = self.original.get(self._root(target))
+        if root is not None and self.nodes[root.node].kind in (Kind.PARAMETER, Kind.BUFFER):
+            raise buffer_written(self.nodes[root.node].name)
+        note = fx_node.meta.get("custom") or {}
+        value = self.current[self._itself(target)]
+        grad = isinstance(value, Ref) and self.nodes[value.node].needs_grad
+        hidden = not note.get("grad", True) and grad
+        chain = self._itself(target)
+        while chain in self.base and not hidden:
+            hidden = chain.target is aten.detach.default
+            chain = self._itself(self.base[chain])
+        if hidden:
+            raise CaptureError(
+                f"{note.get('path') or 'model'} ({fx_node.target})",
+                "writes in place where autograd does not look (no_grad, .data or detach)",
+                "write y + (f(y) - y).detach() instead",
+            )
 
     def _shared(self, target: torch.fx.Node) -> bool:
         """Whether the memory of ``target`` is read under another shape or name too."""
@@ -209,9 +240,8 @@ class Converter:
     def _finish(self, fx_node: torch.fx.Node) -> Graph:
         returned = fx_node.args[0]
         assert isinstance(returned, tuple | list)
-        flat = list(references(self._swap(tuple(returned))))
-        extra = 1 + len(self.metrics) if self.has_loss else 0
-        outputs, rest = tuple(flat[: len(flat) - extra]), flat[len(flat) - extra :]
+        values = self._swap(tuple(returned))
+        outputs, rest = tuple(references(values[0])), list(references(values[1:]))
         loss = rest[0] if self.has_loss else None
         metrics = dict(zip(self.metrics, rest[1:], strict=True)) if self.has_loss else {}
         self._check(outputs, loss, metrics)

@@ -90,6 +90,7 @@ class Plan:
         seconds: predicted, up to the speed of the machine.
         workers: tiles that run side by side.
         spill_dir: folder of the boundaries on disk.
+        made_for: what the plan was made for, as the caller saw it; compared before a run.
     """
 
     graph: Graph
@@ -104,6 +105,7 @@ class Plan:
     backward: bool
     workers: int = 1
     spill_dir: Path | None = None
+    made_for: object = None
     _grids: dict[int, Grid] = field(default_factory=dict, repr=False)
 
     @property

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from wholegrad.errors import BudgetError, PlanError
 from wholegrad.graph import fusion
-from wholegrad.graph.graph import Graph, Kind, Node, Ref
-from wholegrad.graph.layout import Role
+from wholegrad.graph.graph import Graph, Kind, Node, Ref, Spec
+from wholegrad.graph.layout import Role, map_layout
 from wholegrad.graph.segment import Segment, cut
 from wholegrad.plan import cost, memory
 from wholegrad.plan.plan import Placement, Plan, SegmentPlan, show_bytes
@@ -82,7 +82,8 @@ def _best(graph: Graph, request: Request) -> Plan | None:
         if found is None:
             return None
         parts = [search.exact(part) for part in found.segments]
-        plan = replace(search.assemble(parts, found.segments[-1].fused, found.placements), budget=request.budget)
+        fused = bool(found.segments) and found.segments[-1].fused
+        plan = replace(search.assemble(parts, fused, found.placements), budget=request.budget)
         if request.budget is None or plan.projected <= request.budget:
             return plan
     return None
@@ -99,9 +100,14 @@ def candidates(graph: Graph) -> list[Ref]:
     ]
 
 
+def storable(spec: Spec) -> bool:
+    """Whether a map can be a boundary: its last two dimensions are rows and columns."""
+    return spec.is_map and len(spec.shape) >= 2 and spec.layout == map_layout(spec.shape)
+
+
 def _worth_keeping(graph: Graph, node: Node) -> bool:
     spec = node.outputs[0]
-    if not spec.dtype.is_floating_point or (not node.needs_grad and graph.loss is not None):
+    if not storable(spec) or not spec.dtype.is_floating_point or (not node.needs_grad and graph.loss is not None):
         return False
     readers = [graph.nodes[i] for i in graph.consumers(node.index)]
     if len(readers) == 1 and readers[0].kind is Kind.MAP:

@@ -242,7 +242,7 @@ class Executor:
         """Run a tile forward and pull it back; touches nothing that other tiles see."""
         run = run_tile(self.graph, segment, tile, self._fetch, self.small.leaf, True)
         sums = partials(self.graph, segment, run, True)
-        grads = pull_back(self.graph, run, sums, sum_grads, self._map_grad, tile)
+        grads = pull_back(self.graph, segment, run, sums, sum_grads, self._map_grad, tile)
         return _Pulled({index: value.detach() for index, value in sums.items()}, grads, run.boxes)
 
     def _add_grads(self, pulled: _Pulled) -> None:

@@ -34,7 +34,9 @@ class MapReader(Protocol):
     def read(self, box: Box) -> npt.NDArray[np.generic]:
         """The pixels of ``box`` as an array ``(C, box.height, box.width)``, of any strides.
 
-        ``box`` lies within the map. The array belongs to the caller until the next call of ``read``.
+        ``box`` lies within the map. The array belongs to the caller until the next call of ``read``. A reader
+        with an attribute ``concurrent = True`` may be called by several threads at once, and its array then belongs
+        to the calling thread until that thread's next call; others are called by one thread at a time.
 
         Raises:
             SlideError: the pixels cannot be read.

@@ -53,6 +53,9 @@ class SmallValues:
         return other
 
     def _run(self, node: Node, values: Mapping[Ref, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        if node.op is torch.ops.aten.copy.default:  # the functional form has no derivative
+            source = values[node.operands[-1]]
+            return (widened(source.to(node.outputs[0].dtype)).expand(node.outputs[0].shape),)
         wide_node = _widened_node(node)
         return tuple(widened(out) for out in wide_node.call(lambda ref: widened(values[ref])))
 

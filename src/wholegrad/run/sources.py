@@ -6,7 +6,9 @@ that dtype; a target is handed over as it is stored. A map of shape ``(C, H, W)`
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,9 +32,18 @@ def torch_dtype(dtype: np.dtype[np.generic]) -> torch.dtype:
         ShapeError: torch has none.
     """
     try:
-        return torch.from_numpy(np.empty(0, dtype)).dtype
+        return torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype
     except TypeError as error:
         raise ShapeError("image or target", f"has dtype {dtype}", "use uint8, float32 or float64") from error
+
+
+_ONE_AT_A_TIME = threading.Lock()  # readers that do not say they are concurrent may reuse one buffer
+
+
+def _plain(pixels: np.ndarray) -> np.ndarray:
+    """The same values in an array that torch takes: writable, native, no negative strides."""
+    good = pixels.flags.writeable and pixels.dtype.isnative and min(pixels.strides, default=1) >= 0
+    return pixels if good else np.array(pixels, dtype=pixels.dtype.newbyteorder("="), order="C")
 
 
 @dataclass(frozen=True)
@@ -71,8 +82,9 @@ class Source:
         tile = torch.empty((n, c, box.height, box.width), dtype=self.out_dtype, memory_format=torch.channels_last)
         fraction = False
         for i, reader in enumerate(self.readers):
-            pixels = torch.from_numpy(reader.read(box))
-            tile[i].copy_(pixels)
+            with nullcontext() if getattr(reader, "concurrent", False) else _ONE_AT_A_TIME:
+                pixels = torch.from_numpy(_plain(reader.read(box)))
+                tile[i].copy_(pixels)
             fraction = self.scale and pixels.dtype == torch.uint8
         if fraction:
             tile.div_(255)

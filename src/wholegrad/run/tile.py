@@ -57,7 +57,8 @@ def run_tile(
     last = _last_readers(graph, segment, tile)
     for ref, box in tile.owned.items():
         if ref in env:  # a reduction straight over a map that was read
-            result.owned[ref] = crop(env[ref], graph.spec(ref).layout, tile.boxes[ref.node], box)
+            with torch.set_grad_enabled(grad):
+                result.owned[ref] = crop(env[ref], graph.spec(ref).layout, tile.boxes[ref.node], box)
     for index in segment.nodes:
         if index not in tile.boxes:
             continue
@@ -125,6 +126,7 @@ def partials(graph: Graph, segment: Segment, run: TileRun, grad: bool) -> dict[i
 
 def pull_back(
     graph: Graph,
+    segment: Segment,
     run: TileRun,
     sums: Mapping[int, torch.Tensor],
     sum_grads: Mapping[int, torch.Tensor],
@@ -134,8 +136,10 @@ def pull_back(
     """Gradients of the leaves from those of the owned maps (``map_grad``) and of the sums (``sum_grads``)."""
     roots: list[torch.Tensor] = []
     grads: list[torch.Tensor] = []
-    for ref, box in tile.owned.items():
-        value = run.owned[ref]
+    for ref in segment.outputs:  # not all that is owned: a reduction may sum a boundary that another segment made
+        if ref not in run.owned:
+            continue
+        value, box = run.owned[ref], tile.owned[ref]
         grad = map_grad(ref, box) if value.requires_grad else None
         if grad is not None:
             roots.append(value)

@@ -67,6 +67,8 @@ def _raw_of_memmap(array: np.memmap[Any, Any], shape: tuple[int, int, int]) -> R
 class ArrayReader:
     """Boxes of anything that is indexed like an array ``(C, H, W)`` or ``(H, W)``."""
 
+    concurrent = True  # a buffer a thread
+
     def __init__(self, array: Any, *, name: str = "image") -> None:
         self._array, self.name = array, name
         self.shape = _three(tuple(int(size) for size in array.shape), name)
@@ -99,6 +101,8 @@ class RawReader:
         SlideError: the file is missing or too short for the array.
         ShapeError: the shape has another rank or is empty.
     """
+
+    concurrent = True  # a buffer a thread
 
     def __init__(
         self, path: str | os.PathLike[str], shape: Sequence[int], dtype: npt.DTypeLike, offset: int = 0
@@ -193,6 +197,11 @@ class Cropped:
         return self._reader.dtype
 
     @property
+    def concurrent(self) -> bool:
+        """Whether several threads may read at once: as the reader beneath."""
+        return bool(getattr(self._reader, "concurrent", False))
+
+    @property
     def cache_bytes(self) -> int:
         return self._reader.cache_bytes
 
@@ -226,6 +235,11 @@ class Padded:
     @property
     def dtype(self) -> np.dtype[np.generic]:
         return self._reader.dtype
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may read at once: as the reader beneath."""
+        return bool(getattr(self._reader, "concurrent", False))
 
     @property
     def cache_bytes(self) -> int:

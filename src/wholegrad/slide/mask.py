@@ -129,6 +129,8 @@ class LabelMask:
         mpp: um a pixel of the stored map, None if unknown.
     """
 
+    concurrent = True  # a buffer a thread
+
     def __init__(self, stored: MapReader, like: MapReader, mpp: float | None = None) -> None:
         if stored.shape[0] != 1:
             raise ShapeError(stored.name, f"has {stored.shape[0]} channels", "give one channel of labels")

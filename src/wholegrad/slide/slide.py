@@ -60,6 +60,8 @@ class Slide:
         level_shapes, level_mpps: ``(H, W)`` and um a pixel of every level.
     """
 
+    concurrent = True  # a buffer a thread
+
     def __init__(
         self,
         path: str | os.PathLike[str],

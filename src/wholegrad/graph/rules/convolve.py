@@ -55,8 +55,9 @@ def weight_gradient(sat: torch.Tensor, read: torch.Tensor, weight: torch.Tensor,
     for top in range(0, height, band):
         end = min(top + band, height)
         first, last = top * stride - pad, (end - 1) * stride - pad + reach
-        rows = read[:, :, max(first, 0) : last]
-        missing = (max(-first, 0), max(last - read.shape[2], 0))
+        lo, hi = (min(max(edge, 0), read.shape[2]) for edge in (first, last))
+        rows = read[:, :, lo:hi]
+        missing = (lo - first, last - hi) if lo < hi else (0, last - first)
         rows = F.pad(rows, (0, 0, *missing)) if any(missing) else rows
         inner = plain._replace(padding=[0, settings.padding[1]])
         total += _weight_gradient(sat[:, :, top:end], rows, weight, inner)

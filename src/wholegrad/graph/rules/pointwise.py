@@ -41,6 +41,7 @@ PIXEL_LOSSES = (
     aten.where.ScalarSelf,
     aten.where.Scalar,
     aten.log_sigmoid_forward.default,
+    aten._prelu_kernel.default,
     *PIXEL_LOSSES,
     aten.fill.Scalar,
     aten.fill.Tensor,

@@ -1,0 +1,179 @@
+"""What wholegrad would get wrong in silence, it refuses in one line; what it is given, it leaves as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import wholegrad as wg
+from oracle import assert_exact
+from wholegrad.errors import CaptureError, PlanError, ShapeError
+from wholegrad.losses import LOSSES
+from wholegrad.nets import unet4492
+from wholegrad.verify import random_labels
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.Conv2d(4, 1, 3)).double()
+
+
+def image() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.rand(3, 20, 26, dtype=torch.float64)
+
+
+def square(output: torch.Tensor, target: Any) -> torch.Tensor:
+    return (output**2).mean()
+
+
+def test_a_plan_runs_only_what_it_was_made_for() -> None:
+    model = small()
+    plan = wg.plan(model, square, image())
+    model[0].requires_grad_(False)
+    with pytest.raises(PlanError, match="made for other parameters"):
+        wg.backward(model, square, image(), plan=plan)
+    model[0].requires_grad_(True)
+    with pytest.raises(PlanError, match="made for another loss"):
+        wg.backward(model, lambda o, t: o.abs().mean(), image(), plan=plan)
+    with pytest.raises(PlanError, match=r"made for an image of .*float64"):
+        wg.backward(small().float(), square, image(), plan=plan)
+    model[1].eval()
+    with pytest.raises(PlanError, match="training or evaluation mode"):
+        wg.backward(model, square, image(), plan=plan)
+
+
+class Remembers(nn.Module):
+    """A running mean, written in place or bound anew."""
+
+    def __init__(self, rebind: bool) -> None:
+        super().__init__()
+        self.conv, self.rebind = nn.Conv2d(3, 1, 1), rebind
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        with torch.no_grad():
+            if self.rebind:
+                self.mean = 0.9 * self.mean + 0.1 * y.mean()
+            else:
+                self.mean.mul_(0.9).add_(0.1 * y.mean())
+        return y
+
+
+@pytest.mark.parametrize("rebind", [False, True])
+def test_state_written_while_the_model_runs_is_refused(rebind: bool) -> None:
+    with pytest.raises(CaptureError, match=r"model\.mean: is written while the model runs"):
+        wg.plan(Remembers(rebind).double(), square, image())
+
+
+def test_trained_tensors_that_belong_to_nobody_are_refused() -> None:
+    weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+    with pytest.raises(CaptureError, match="is no parameter of either"):
+        wg.plan(small(), lambda o, t: (o**2).mean() * torch.exp(-weight) + weight, image())
+
+
+def test_losses_and_metrics_that_are_no_tensor_are_refused() -> None:
+    with pytest.raises(CaptureError, match="loss: returns tuple"):
+        wg.plan(small(), lambda o, t: ((o**2).mean(), o.mean()), image())  # type: ignore[arg-type, return-value]
+    with pytest.raises(CaptureError, match="metric m: returns float"):
+        wg.plan(small(), square, image(), metrics={"m": lambda o, t: 1.0})  # type: ignore[dict-item, return-value]
+
+
+class Hidden(nn.Module):
+    """In-place writes that autograd does not see."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.how = nn.Conv2d(3, 2, 1), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        if self.how == "no_grad":
+            with torch.no_grad():
+                y.clamp_(-0.1, 0.1)
+        else:
+            y.data.clamp_(-0.1, 0.1)
+        return y
+
+
+@pytest.mark.parametrize("how", ["no_grad", "data"])
+def test_writes_that_autograd_does_not_see_are_refused(how: str) -> None:
+    with pytest.raises(CaptureError, match="where autograd does not look"):
+        wg.plan(Hidden(how).double(), square, image())
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("tile", 32), ("tile", (3.5, 4)), ("tile", (3,)), ("boundaries", "0"), ("budget", 1.5), ("budget", "lots")],
+)
+def test_arguments_that_make_no_sense_are_refused(argument: str, value: Any) -> None:
+    with pytest.raises(PlanError, match=argument):
+        wg.plan(small(), square, image(), **{argument: value})
+
+
+@pytest.mark.parametrize("target", [1, "mask", [1, 2], np.zeros((0, 1, 20, 26), np.uint8)])
+def test_targets_that_are_no_maps_are_refused(target: Any) -> None:
+    with pytest.raises(ShapeError, match="target"):
+        wg.plan(small(), square, image(), target)
+
+
+def test_parameter_hooks_run_and_gradients_are_added_in_place() -> None:
+    model = small()
+    seen: list[torch.Tensor] = []
+    model[0].weight.register_hook(lambda grad: grad * 2)
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))  # type: ignore[union-attr]
+    loss = square(model(image()[None]), None)
+    (plain,) = torch.autograd.grad(loss, model[2].weight)
+    model[2].weight.grad = kept = torch.zeros_like(model[2].weight)
+    wg.backward(model, square, image())
+    assert model[2].weight.grad is kept
+    torch.testing.assert_close(kept, plain, rtol=1e-12, atol=0)
+    doubled = model[0].weight.grad
+    assert doubled is not None and torch.equal(seen[0], doubled)
+    model.zero_grad()
+    square(model(image()[None]), None).backward()
+    torch.testing.assert_close(doubled, model[0].weight.grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_flipped_read_only_and_foreign_arrays_are_read() -> None:
+    model, labels = unet4492(seed=0).double(), random_labels((20, 26), 0)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 26), dtype=np.uint8)
+    flipped = pixels[:, ::-1, ::-1]
+    frozen = flipped.copy()
+    frozen.setflags(write=False)
+    big = (frozen / 255).astype(">f8")
+    losses = [wg.backward(model, LOSSES["bce"], each, labels).item() for each in (flipped, frozen, big)]
+    assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-14)
+
+
+def test_padding_far_beyond_the_map_is_exact() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=7), nn.Tanh(), nn.Conv2d(2, 1, 1, padding=3)).double()
+    assert_exact(model, square, torch.rand(1, 6, 3000, dtype=torch.float64), None, tile=(50, 4000))
+
+
+def test_a_reader_with_one_buffer_is_read_by_one_thread_at_a_time() -> None:
+    class OneBuffer:
+        shape, dtype, cache_bytes, name = (3, 64, 64), np.dtype(np.uint8), 0, "one buffer"
+
+        def __init__(self) -> None:
+            self.pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64), dtype=np.uint8)
+            self.buffer = np.empty(3 * 64 * 64, np.uint8)
+
+        def read(self, box: Any) -> np.ndarray:
+            rows, cols = box.slices()
+            out = self.buffer[: 3 * box.area].reshape(3, box.height, box.width)
+            out[...] = self.pixels[:, rows, cols]
+            return out
+
+    model, labels, reader = unet4492(seed=0).double(), random_labels((64, 64), 0), OneBuffer()
+    wanted = wg.backward(model, LOSSES["bce"], reader.pixels, labels).item()
+    plan = wg.plan(model, LOSSES["bce"], reader, labels, tile=(8, 8))
+    for _ in range(3):
+        assert wg.backward(model, LOSSES["bce"], reader, labels, plan=plan).item() == pytest.approx(wanted, rel=1e-13)
