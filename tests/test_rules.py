@@ -48,8 +48,11 @@ WINDOWS = [
 ]
 
 
-@pytest.mark.parametrize("function", WINDOWS)
-def test_an_output_needs_exactly_the_inputs_that_its_gradient_reaches(function: Any) -> None:
+DILATED = 2  # at the map's end a dilated window's first tap may lie in the padding, and the interval is not tight
+
+
+@pytest.mark.parametrize(("function", "tight"), [(function, i != DILATED) for i, function in enumerate(WINDOWS)])
+def test_an_output_needs_exactly_the_inputs_that_its_gradient_reaches(function: Any, tight: bool) -> None:
     graph = graph_of(function, (1, 1, 11, 13))
     x = torch.zeros(1, 1, 11, 13, dtype=torch.float64, requires_grad=True)
     y = function(x)
@@ -66,11 +69,10 @@ def test_an_output_needs_exactly_the_inputs_that_its_gradient_reaches(function: 
                 span = {role: rule.needs(node, specs, 0, role, interval) for role, interval in span.items()}
             if len(reached):
                 lo, hi = reached.min(0).values, reached.max(0).values + 1
-                assert span[Role.ROW].holds(Interval(int(lo[0]), int(hi[0])))
-                assert span[Role.COL].holds(Interval(int(lo[1]), int(hi[1])))
-                if len(chain) == 1 and "transpose" not in str(chain[0].args) and not chain[0].kwargs:
-                    tight = clip(Interval(int(lo[0]), int(hi[0])), 11)
-                    assert span[Role.ROW] == tight or chain[0].op is aten.convolution.default
+                rows, cols = Interval(int(lo[0]), int(hi[0])), Interval(int(lo[1]), int(hi[1]))
+                assert span[Role.ROW].holds(rows) and span[Role.COL].holds(cols)
+                if tight:
+                    assert (span[Role.ROW], span[Role.COL]) == (rows, cols)
 
 
 @given(st.integers(0, 6), st.integers(1, 6), st.integers(-8, 12), st.integers(1, 8))
@@ -131,4 +133,5 @@ def test_window_and_sources_are_each_others_mirror(k: int, s: int, p: int, d: in
             written = {i * s - p + d * t for t in range(k)}
             if out in written:
                 assert sources(Interval(out, out + 1), k, s, p, d).holds(Interval(i, i + 1))
-        assert reach(Interval(out, out + 1), k, s, p, d) == read
+        written = [out * s - p + d * t for t in range(k)]
+        assert reach(Interval(out, out + 1), k, s, p, d) == Interval(min(written), max(written) + 1)
