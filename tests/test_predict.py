@@ -85,3 +85,8 @@ def test_what_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) 
         wg.predict(model, image, out=tmp_path / "mask.tif", kind="logits")
     with pytest.raises(ConfigError, match="threshold"):
         wg.predict(model, image, threshold=1.0)
+    with pytest.raises(ConfigError, match="choose from mask, probability, logits"):
+        wg.predict(model, image, kind="labels")  # type: ignore[arg-type]
+    for name in ("a.npy", "a.tif"):
+        with pytest.raises(SlideError, match="cannot be"):
+            wg.predict(model, image, out=Path("/proc/nowhere") / name)

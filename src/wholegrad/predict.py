@@ -10,7 +10,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from wholegrad.api import image_source, run_outputs
-from wholegrad.errors import ConfigError, ShapeError
+from wholegrad.errors import ConfigError, ShapeError, SlideError
 from wholegrad.graph.geometry import Box
-from wholegrad.graph.graph import Graph, Ref
+from wholegrad.graph.graph import Graph, Ref, Spec
+from wholegrad.plan.planner import storable
 from wholegrad.run.executor import ProgressFn, Sink
 from wholegrad.run.sources import model_dtype
 from wholegrad.slide.write import PyramidWriter
@@ -75,7 +76,11 @@ class _Npy(_Bands):
         super().__init__(shape[0], shape[2], dtype)
         self.path, self.height = path, shape[1]
         self.aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        self.file = self.aside.open("wb")
+        try:
+            self.file = self.aside.open("wb")
+        except OSError as error:
+            cause = f"cannot be written: {error.strerror}"
+            raise SlideError(str(path), cause, "choose a folder that exists and can be written") from error
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self.file, header)
         self.start = self.file.tell()
@@ -159,17 +164,18 @@ def predict(
     source = image_source(image, model_dtype(model))
     if source.shape[0] != 1:
         raise ShapeError("image", f"is a batch of {source.shape[0]}", "predict one image at a time")
-    if not 0 < threshold < 1:
-        raise ConfigError("threshold", f"is {threshold}", "choose a probability between 0 and 1")
+    if kind not in get_args(Kind):
+        raise ConfigError("kind", f"is {kind!r}", f"choose from {', '.join(get_args(Kind))}")
+    if not isinstance(threshold, int | float) or not 0 < threshold < 1:
+        raise ConfigError("threshold", f"is {threshold!r}", "choose a probability between 0 and 1")
     path = None if out is None else Path(out)
     if path is not None and path.suffix.lower() not in (".tif", ".tiff", ".npy"):
         raise ConfigError(str(path), "has an ending that says nothing", "name it .tif, .ome.tif or .npy")
     writers: list[_Bands] = []
 
     def sinks(graph: Graph) -> dict[Ref, Sink]:
-        shape = graph.spec(graph.outputs[0]).shape
-        logits = torch.empty(0, dtype=graph.spec(graph.outputs[0]).dtype).numpy().dtype
-        writer = _writer(path, shape, kind, getattr(image, "mpp", None), source.shape, logits)
+        spec = graph.spec(graph.outputs[0])
+        writer = _writer(path, spec, kind, getattr(image, "mpp", None), source.shape)
         writers.append(writer)
         return {graph.outputs[0]: lambda box, value: writer.take(box, _as_array(writer, value, kind, threshold))}
 
@@ -199,20 +205,20 @@ def _as_array(writer: _Bands, value: torch.Tensor, kind: Kind, threshold: float)
 
 def _writer(
     path: Path | None,
-    shape: tuple[int, ...],
+    spec: Spec,
     kind: Kind,
     mpp: float | None,
     image: tuple[int, ...],
-    logits: np.dtype[Any],
 ) -> _Bands:
-    if len(shape) != 4:
+    shape = spec.shape
+    if len(shape) != 4 or not storable(spec):
         raise ShapeError("model", f"returns shape {shape}", "predict needs a map of logits (1, C, H, W)")
     channels = 1 if kind == "mask" else shape[1]
     full = (channels, shape[2], shape[3])
     dtypes: dict[str, np.dtype[Any]] = {
         "mask": np.dtype(np.uint8),
         "probability": np.dtype(np.float32),
-        "logits": logits,
+        "logits": torch.empty(0, dtype=spec.dtype).numpy().dtype,
     }
     dtype = dtypes[kind]
     if path is None:

@@ -127,6 +127,7 @@ def verify(
     chosen = list(tiles) if tiles is not None else default_tiles(height, width)
     runs = [(tile, "host") for tile in chosen] + [(chosen[-1], "disk")]
     double = _Case(model, loss_fn, image, labels, torch.float64)
+    plan(double.model, double.loss_fn, double.image, double.target)  # refusals come before the reference runs
     wanted = double.reference()
     doubles = _worst(double, wanted, runs)
     singles: dict[str, float] = {}

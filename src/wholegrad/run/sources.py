@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from wholegrad.errors import ShapeError
+from wholegrad.errors import ShapeError, SlideError
 from wholegrad.graph.geometry import Box
 from wholegrad.run.reader import MapReader
 
@@ -38,6 +38,14 @@ def torch_dtype(dtype: np.dtype[np.generic]) -> torch.dtype:
 
 
 _ONE_AT_A_TIME = threading.Lock()  # readers that do not say they are concurrent may reuse one buffer
+
+
+def _read(reader: MapReader, box: Box) -> np.ndarray:
+    try:
+        return reader.read(box)
+    except OSError as error:
+        cause = f"cannot be read on {tuple(box)}: {error.strerror or error}"
+        raise SlideError(reader.name, cause, "check the file and the disk") from error
 
 
 def _plain(pixels: np.ndarray) -> np.ndarray:
@@ -83,7 +91,7 @@ class Source:
         fraction = False
         for i, reader in enumerate(self.readers):
             with nullcontext() if getattr(reader, "concurrent", False) else _ONE_AT_A_TIME:
-                pixels = torch.from_numpy(_plain(reader.read(box)))
+                pixels = torch.from_numpy(_plain(_read(reader, box)))
                 tile[i].copy_(pixels)
             fraction = self.scale and pixels.dtype == torch.uint8
         if fraction:
