@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,6 +210,3 @@ def _worst(case: _Case, wanted: Reference, runs: Sequence[tuple[tuple[int, int],
         for name, error in _errors(case.tiled(tile, place), _tensors(wanted)).items():
             worst[name] = max(worst.get(name, 0.0), error)
     return worst
-
-
-Factory = Callable[[], tuple[nn.Module, LossFn]]

@@ -10,7 +10,7 @@ Boxes follow backwards from what a tile owns (rule 1), one axis at a time: :func
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wholegrad.graph.geometry import Interval
@@ -110,7 +110,6 @@ def spans(
     segment: Segment,
     role: Role,
     owned: Mapping[Ref, Interval],
-    only: Iterable[int] | None = None,
 ) -> dict[int, Interval]:
     """The interval of every node that a tile must compute or read along one axis, by node index.
 

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from wholegrad.run.sources import Source
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -53,8 +51,3 @@ def whole_image(
     loss.backward()  # type: ignore[no-untyped-call]
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return Reference(loss.detach(), output.detach(), grads)
-
-
-def whole_source(source: Source) -> torch.Tensor:
-    """All of a source as the tensor that model or loss sees."""
-    return source.whole()
