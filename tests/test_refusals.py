@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -165,8 +166,13 @@ def test_a_reader_with_one_buffer_is_read_by_one_thread_at_a_time() -> None:
         def __init__(self) -> None:
             self.pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64), dtype=np.uint8)
             self.buffer = np.empty(3 * 64 * 64, np.uint8)
+            self.inside, self.most = 0, 0
 
         def read(self, box: Any) -> np.ndarray:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            time.sleep(0.001)  # long enough for another thread to come in
+            self.inside -= 1
             rows, cols = box.slices()
             out = self.buffer[: 3 * box.area].reshape(3, box.height, box.width)
             out[...] = self.pixels[:, rows, cols]
@@ -177,3 +183,4 @@ def test_a_reader_with_one_buffer_is_read_by_one_thread_at_a_time() -> None:
     plan = wg.plan(model, LOSSES["bce"], reader, labels, tile=(8, 8))
     for _ in range(3):
         assert wg.backward(model, LOSSES["bce"], reader, labels, plan=plan).item() == pytest.approx(wanted, rel=1e-13)
+    assert plan.workers > 1 and reader.most == 1

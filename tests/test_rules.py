@@ -16,6 +16,7 @@ from wholegrad.graph.geometry import Box, Interval
 from wholegrad.graph.graph import Graph, Kind
 from wholegrad.graph.layout import Axis, Role, broadcast, map_layout, plain, regroup
 from wholegrad.graph.rules import MapRule, register, registered, rule_for
+from wholegrad.graph.rules.convolve import Settings, interleaved, weight_gradient
 from wholegrad.graph.rules.shape import clip, place
 
 aten = torch.ops.aten
@@ -135,3 +136,19 @@ def test_window_and_sources_are_each_others_mirror(k: int, s: int, p: int, d: in
                 assert sources(Interval(out, out + 1), k, s, p, d).holds(Interval(i, i + 1))
         written = [out * s - p + d * t for t in range(k)]
         assert reach(Interval(out, out + 1), k, s, p, d) == Interval(min(written), max(written) + 1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weights_gradient_is_summed_more_carefully_than_by_pytorch(transposed: bool) -> None:
+    torch.manual_seed(0)
+    read, sat = torch.rand(1, 2, 900, 900), torch.rand(1, 1, 900, 900)  # all of one sign: the sums grow
+    settings = Settings([1, 1], [1, 1], [1, 1], transposed, [0, 0], 1)
+    weight = torch.zeros(1, 2, 3, 3)
+    found = weight_gradient(sat, read, weight, settings)
+    wanted = weight_gradient(sat.double(), read.double(), weight.double(), settings)
+    assert ((found - wanted).abs().max() / wanted.abs().max()).item() < 3e-6
+    plain = settings._replace(transposed=False)
+    whole = aten.convolution_backward(interleaved(sat), interleaved(read), weight, None, *plain, [False, True, False])[
+        1
+    ]
+    assert (whole - wanted).abs().max() > 5 * (found - wanted).abs().max()

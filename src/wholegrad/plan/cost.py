@@ -1,7 +1,7 @@
 """Predict time, up to a factor: multiply-adds and bytes over all tiles, recomputed halos included.
 
-The rates are those of one 2-core AVX-512 machine with PyTorch's own kernels on channels_last tensors (measured
-2026-11-23 with ``benchmarks/gigapixel_step``); only their ratios matter to the choice between plans.
+The rates are round estimates for PyTorch's own kernels on a CPU, not measurements; only their ratios matter to the
+choice between plans.
 """
 
 from __future__ import annotations

@@ -180,17 +180,10 @@ def open_npy(path: str | os.PathLike[str]) -> RawReader:
         return RawReader(path, shape, dtype, stream.tell())
 
 
-class Cropped:
-    """A region of interest of another reader, as a map of its own.
+class _OfReader:
+    """What a map made of another reader takes over from it."""
 
-    Raises:
-        ShapeError: ``box`` is empty or reaches outside the reader.
-    """
-
-    def __init__(self, reader: MapReader, box: Box) -> None:
-        check_box(reader.name, reader.shape, box)
-        self._reader, self._box = reader, box
-        self.shape = (reader.shape[0], box.height, box.width)
+    _reader: MapReader
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
@@ -209,6 +202,19 @@ class Cropped:
     def name(self) -> str:
         return self._reader.name
 
+
+class Cropped(_OfReader):
+    """A region of interest of another reader, as a map of its own.
+
+    Raises:
+        ShapeError: ``box`` is empty or reaches outside the reader.
+    """
+
+    def __init__(self, reader: MapReader, box: Box) -> None:
+        check_box(reader.name, reader.shape, box)
+        self._reader, self._box = reader, box
+        self.shape = (reader.shape[0], box.height, box.width)
+
     def read(self, box: Box) -> npt.NDArray[np.generic]:
         """The pixels of ``box``, counted from the region's own corner; errors as those of the reader."""
         check_box(self.name, self.shape, box)
@@ -216,7 +222,7 @@ class Cropped:
         return self._reader.read(Box(box.y0 + y, box.y1 + y, box.x0 + x, box.x1 + x))
 
 
-class Padded:
+class Padded(_OfReader):
     """Another reader made ``height`` x ``width`` pixels, with a constant below and to the right.
 
     Raises:
@@ -231,23 +237,6 @@ class Padded:
         self._reader, self._value = reader, value
         self.shape = (channels, height, width)
         self._buffer = ReusedBuffer()
-
-    @property
-    def dtype(self) -> np.dtype[np.generic]:
-        return self._reader.dtype
-
-    @property
-    def concurrent(self) -> bool:
-        """Whether several threads may read at once: as the reader beneath."""
-        return bool(getattr(self._reader, "concurrent", False))
-
-    @property
-    def cache_bytes(self) -> int:
-        return self._reader.cache_bytes
-
-    @property
-    def name(self) -> str:
-        return self._reader.name
 
     def read(self, box: Box) -> npt.NDArray[np.generic]:
         """The pixels of ``box``, valid until this thread's next read; errors as those of the reader."""

@@ -31,7 +31,7 @@ class Settings(NamedTuple):
 def interleaved(x: torch.Tensor) -> torch.Tensor:
     """``x`` of shape ``(N, C, H, W)`` with channels last in memory, and strides that say so even where C is 1.
 
-    One planar operand makes PyTorch run a thin convolution's backward planar: six to eight times slower.
+    One planar operand makes PyTorch run a thin convolution's backward planar, several times slower.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     n, c, h, w = x.shape
