@@ -15,13 +15,17 @@ export WHOLEGRAD_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: demo test lint format clean
+.PHONY: demo test support lint format clean
 
 demo: $(STAMP)
 	$(BIN)/wholegrad demo --out out/demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Measures every row of docs/support.md and writes it.
+support: $(STAMP)
+	WHOLEGRAD_WRITE_SUPPORT=1 $(BIN)/python -m pytest -q tests/test_support.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -10,7 +10,10 @@ from pathlib import Path
 import wholegrad
 from wholegrad import errors
 
-ROOM = ["errors", "graph", "plan", "run", "slide", "nets", "losses", "api", "predict", "verify", "train", "commands"]
+ROOM = [
+    "errors", "graph", "plan", "run", "slide", "nets", "losses", "given", "cache", "api", "predict", "diagnose",
+    "verify", "train", "commands",
+]  # fmt: skip
 SOURCE = Path(wholegrad.__file__).parent
 
 

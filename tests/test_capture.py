@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 import wholegrad as wg
 from oracle import assert_exact
-from wholegrad.errors import CaptureError, NumericsError, ShapeError, UnsupportedOpError
+from wholegrad.commands.common import blank
+from wholegrad.errors import CaptureError, NumericsError, ShapeError
+from wholegrad.given import given
 from wholegrad.graph.capture import capture
 from wholegrad.graph.graph import Kind
 from wholegrad.losses import LOSSES
@@ -55,8 +57,8 @@ def test_in_place_ops_are_exact(into_view: bool) -> None:
 
 
 def test_a_gigapixel_capture_takes_no_memory_and_keeps_module_paths() -> None:
-    graph = capture(unet4492(), LOSSES["bce"], (1, 3, 16000, 64000), ((1, 1, 16000, 64000), torch.uint8),
-                    dtype=torch.float32)  # fmt: skip
+    inputs = given(blank(3, 16000, 64000), blank(1, 16000, 64000), torch.float32).inputs
+    graph = capture(unet4492(), LOSSES["bce"], inputs)
     paths = {node.path for node in graph.of_kind(Kind.MAP)}
     assert {"down1", "middle", "fuse1", "head", "loss"} <= paths
     assert graph.nodes[graph.outputs[0].node].outputs[0].shape == (1, 1, 16000, 64000)
@@ -126,6 +128,24 @@ class Weighted(nn.Module):
         return self.scale**2 * F.binary_cross_entropy_with_logits(o, (t == 1).to(o.dtype), pos_weight=self.positive)
 
 
+def test_one_module_under_two_names_and_one_tensor_in_two_modules() -> None:
+    torch.manual_seed(0)
+    twice, a, b = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False)
+    a.weight = b.weight
+    model = nn.Sequential(twice, nn.Tanh(), twice, a, nn.Tanh(), b).double()
+    wg.plan(model, square, image())
+    assert not any(p.is_meta for p in model.parameters()) and model[3].weight is model[5].weight
+    assert_exact(model, square, image(), None, **TILE)
+
+
+def test_constants_made_on_the_images_device_keep_their_values() -> None:
+    def loss(o: torch.Tensor, t: Any) -> torch.Tensor:
+        gain = o.new_tensor([2.0]).view(1, 1, 1, 1) * torch.tensor(0.25, device=o.device)
+        return (o * gain).pow(2).mean() + torch.zeros(o.shape, dtype=o.dtype, device=o.device).add_(o).abs().mean()
+
+    assert_exact(unet4492(seed=2).double(), loss, image(), None, **TILE)
+
+
 def test_a_loss_may_be_a_module_with_parameters() -> None:
     model, loss, labels = unet4492(seed=0).double(), Weighted().double(), random_labels((40, 50), 0)
     assert_exact(model, loss, image(), labels, **TILE)
@@ -156,47 +176,6 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
     text = str(error.value)
     assert "\n" not in text and text.count(";") >= 1, text
     return text
-
-
-class Cumulative(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Identity())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x).cumsum(-1)
-
-
-def test_an_op_without_a_rule_is_refused_with_path_op_and_remedy() -> None:
-    with pytest.raises(UnsupportedOpError) as caught:
-        wg.plan(nn.Sequential(Cumulative()), square, image(), None)
-    text = one_line(caught)
-    assert text.startswith("0 (aten.cumsum.default): has no rule") and "register a rule" in text
-
-
-@pytest.mark.parametrize(
-    ("module", "cause"),
-    [
-        (lambda x: x.transpose(2, 3) + x, "do not agree on rows and columns"),
-        (lambda x: x.sum(3), "sums over rows or columns but not both"),
-        (lambda x: torch.softmax(x, -1), "works along rows or columns"),
-        (lambda x: x + torch.ones(40, 40, dtype=x.dtype), "runs along the image"),
-        (lambda x: x.reshape(1, 3, 20, 2, 40), "splits rows or columns"),
-    ],
-)
-def test_uses_without_locality_are_refused(module: Any, cause: str) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 3, 1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = module(self.conv(x))
-            return result
-
-    with pytest.raises(UnsupportedOpError, match=cause) as caught:
-        wg.plan(Model().double(), square, image(height=40, width=40), None)
-    one_line(caught)
 
 
 def test_wrong_shapes_are_refused_in_one_line() -> None:
@@ -233,3 +212,20 @@ def test_a_model_with_nothing_to_train_is_refused() -> None:
     model = unet4492(seed=0).requires_grad_(False)
     with pytest.raises(PlanError, match="no parameter"):
         wg.plan(model, LOSSES["bce"], torch.rand(3, 40, 50), torch.ones(1, 40, 50, dtype=torch.uint8))
+
+
+class Chained(nn.Module):
+    """An output that another output is made from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.a(x)
+        return y, self.b(y)
+
+
+def test_an_output_may_feed_another() -> None:
+    torch.manual_seed(0)
+    assert_exact(Chained().double(), lambda o, t: (o[0] ** 2).mean() + (o[1] ** 2).mean(), image(), None, **TILE)

@@ -81,3 +81,41 @@ def test_a_budget_that_python_and_torch_alone_exceed_is_refused() -> None:
     image = np.zeros((3, 256, 256), np.uint8)
     with pytest.raises(BudgetError, match="too small"):
         wg.plan(unet4492(seed=0), LOSSES["bce"], image, image[:1], budget="50MiB")
+
+
+OTHER = """
+import json, sys
+import numpy as np
+sys.path.insert(0, sys.argv[4])
+import wholegrad as wg
+from memory_networks import NETWORKS
+from wholegrad.run.process import peak_resident
+
+folder, budget, name = sys.argv[1:4]
+image, mask = (np.load(f"{folder}/{name}.npy", mmap_mode="r") for name in ("image", "mask"))
+build, loss, target = NETWORKS[name]
+model = build()
+target = mask if target is None else target
+plan = wg.plan(model, loss, image, target, budget=budget)
+for _ in range(2):
+    wg.backward(model, loss, image, target, plan=plan)
+print(json.dumps({"peak": peak_resident(), "projected": plan.projected, "budget": plan.budget}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [
+        ("batch norm", "0.8GiB"),
+        ("group norm, reflect", "0.8GiB"),
+        ("instance norm", "2GiB"),
+        ("attention", "2GiB"),
+        ("classifier", "2GiB"),
+    ],
+)
+def test_so_it_does_for_norms_pools_attention_and_classifiers(files: Path, name: str, budget: str) -> None:
+    command = [sys.executable, "-c", OTHER, str(files), budget, name, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["peak"] <= found["projected"] <= found["budget"]

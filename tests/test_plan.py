@@ -39,7 +39,7 @@ def check(plan: Plan) -> None:
     assert sorted(made) == sorted(plan.boundaries), "each boundary is made by exactly one segment"
     summed = [index for part in plan.segments for index in part.segment.reductions]
     assert sorted(summed) == [node.index for node in graph.of_kind(Kind.REDUCTION)]
-    known = {graph.image.index} | ({graph.target.index} if graph.target else set())
+    known = {node.index for node in graph.of_kind(Kind.IMAGE, Kind.TARGET)}
     for i, part in enumerate(plan.segments):
         assert all(ref.node in known for ref in part.segment.maps), "a segment reads what earlier ones left"
         known |= {ref.node for ref in part.segment.outputs}

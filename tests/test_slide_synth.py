@@ -89,15 +89,16 @@ def test_failure_leaves_no_files(tmp_path: Path) -> None:
 
 
 MEASURE = """
-import resource, sys
+import sys
+from wholegrad.run.process import peak_resident
 from wholegrad.slide.synth import synthesize
 synthesize(4000, 8000, 1, sys.argv[1] + "/a.tif", sys.argv[1] + "/m.tif")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_resident())
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is that of the parent too")
 def test_memory_is_bounded(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1 << 20  # KiB: the slide alone has 96 million values
+    assert int(done.stdout) < 1 << 30  # bytes: the slide alone has 96 million values

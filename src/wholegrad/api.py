@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,67 +12,23 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from wholegrad.errors import NumericsError, PlanError, ShapeError
+from wholegrad.cache import cached
+from wholegrad.errors import CaptureError, NumericsError, PlanError, ShapeError
+from wholegrad.given import Given, given
 from wholegrad.graph.capture import capture
 from wholegrad.graph.graph import Graph, Kind, Ref
+from wholegrad.graph.inputs import Input, Leaf
 from wholegrad.plan import memory
 from wholegrad.plan.plan import Placement, Plan, parse_bytes
 from wholegrad.plan.planner import Request, check_elements, make_plan, storable
 from wholegrad.run import process
 from wholegrad.run.executor import Executor, ProgressFn, Sink
-from wholegrad.run.reader import MapReader
-from wholegrad.run.sources import Source, model_dtype
+from wholegrad.run.sources import model_dtype
+from wholegrad.run.store import check_space
 from wholegrad.run.workers import default_workers
-from wholegrad.slide.arrays import as_reader
 
 LossFn = Callable[..., torch.Tensor]
 SHARE = 0.6  # of the memory that is free, where nobody names a budget
-
-
-def image_source(image: Any, dtype: torch.dtype) -> Source:
-    """An image as the model will see it: ``(N, C, H, W)`` in ``dtype``, 8-bit values divided by 255.
-
-    Args:
-        image: a reader, NumPy array, memmap, Zarr array or CPU tensor of shape ``(C, H, W)``, or ``(N, C, H, W)``
-            for arrays and tensors.
-
-    Raises:
-        ShapeError: any other rank.
-    """
-    if isinstance(image, Source):
-        return image
-    return Source(_readers(image, "image"), dtype, scale=True)
-
-
-def target_source(target: Any) -> Source | None:
-    """A target as the loss will see it: a batch axis in front of ``(C, H, W)``, dtype as stored.
-
-    A target of shape ``(H, W)`` is handed over as ``(1, H, W)``, which is what cross-entropy expects.
-    """
-    if target is None or isinstance(target, Source):
-        return target
-    rank = 3 if not isinstance(target, MapReader) and len(getattr(target, "shape", ())) == 2 else 4
-    return Source(_readers(target, "target"), None, scale=False, rank=rank)
-
-
-def _readers(value: Any, name: str) -> Sequence[MapReader]:
-    if isinstance(value, MapReader):
-        return [value]
-    shape = tuple(getattr(value, "shape", ()))
-    if len(shape) == 4 and shape[0] > 0:
-        return [as_reader(value[i], name=name) for i in range(shape[0])]
-    if len(shape) == 3 or (len(shape) == 2 and name == "target"):
-        return [as_reader(value, name=name)]
-    raise ShapeError(name, f"has shape {shape}", "give (C, H, W), or (N, C, H, W) for a batch")
-
-
-def _check_sizes(image: Source, target: Source | None) -> None:
-    if target is not None and image.shape[-2:] != target.shape[-2:]:
-        raise ShapeError(
-            "target",
-            f"is {target.shape[-2]} x {target.shape[-1]} but the image is {image.shape[-2]} x {image.shape[-1]} pixels",
-            "give both the same height and width (open_mask aligns a mask to its slide)",
-        )
 
 
 def joint_tensors(model: nn.Module, loss_fn: Any, metrics: Mapping[str, Any] | None) -> dict[str, torch.Tensor]:
@@ -101,15 +58,13 @@ def budget_bytes(budget: str | int | None) -> int:
 
 
 def _request(
-    image: Source,
-    target: Source | None,
+    inputs: Given,
     budget: str | int | None,
     backward: bool,
     sinks: tuple[Ref, ...] = (),
 ) -> Request:
-    caches = image.cache_bytes + (target.cache_bytes if target else 0)
     still_to_load = memory.LIBRARIES // (4 if process.has_run() else 1)
-    reserved = process.resident() + still_to_load + caches
+    reserved = process.resident() + still_to_load + inputs.cache_bytes
     return Request(budget_bytes(budget), reserved, backward, default_workers(), sinks)
 
 
@@ -164,8 +119,9 @@ def plan(
     Args:
         model: any module, in the mode (train or eval) in which it will run.
         loss_fn: ``loss_fn(output, target)`` to one number.
-        image: ``(C, H, W)`` pixels: a slide, array, memmap or CPU tensor; only its shape matters here.
-        target: likewise, of the same height and width.
+        image: ``(C, H, W)`` pixels (or ``(N, C, H, W)``): a slide, array, memmap or CPU tensor; a tuple of such for
+            ``model(*images)``, a dictionary for ``model(**images)``. Only shapes matter here.
+        target: the loss's second argument: a map, a small tensor such as a slide's label, or several, nested.
         budget: the whole process's peak, such as ``"1.5GiB"`` or bytes; without one, a safe share of what is free.
         metrics: functions ``fn(output, target)`` to a small tensor, computed in the same pass without gradient.
         tile: height and width of every tile in pixels of the largest map that a segment owns.
@@ -179,17 +135,16 @@ def plan(
         BudgetError: no plan fits; says the smallest budget that would do.
     """
     _check_tile(tile)
-    source, labels = image_source(image, model_dtype(model)), target_source(target)
-    _check_sizes(source, labels)
-    graph = _capture(model, loss_fn, source, labels, metrics)
+    inputs = given(image, target, model_dtype(model))
+    graph = _capture(model, loss_fn, inputs, metrics)
     request = replace(
-        _request(source, labels, budget, loss_fn is not None),
+        _request(inputs, budget, loss_fn is not None),
         tile=None if tile is None else (tile[0], tile[1]),
         boundaries=_boundary_refs(graph, boundaries),
         placement=_placement(placement),
         spill_dir=None if spill_dir is None else Path(spill_dir),
     )
-    made = replace(make_plan(graph, request), made_for=_signature(model, loss_fn, source, labels, metrics))
+    made = replace(make_plan(graph, request), made_for=_signature(model, loss_fn, inputs, metrics))
     check_elements(made)
     return made
 
@@ -199,7 +154,7 @@ class _Signature:
     """What a captured graph depends on, beside the code: a plan runs only where all of it is the same."""
 
     image: tuple[Any, ...]
-    target: tuple[Any, ...] | None
+    target: tuple[Any, ...]
     modes: tuple[bool, ...]
     tensors: tuple[tuple[str, tuple[int, ...], torch.dtype, bool], ...]
     metrics: tuple[str, ...]
@@ -222,14 +177,16 @@ class _Signature:
         return None
 
 
-def _signature(
-    model: nn.Module, loss_fn: Any, image: Source, target: Source | None, metrics: Mapping[str, Any] | None
-) -> _Signature:
+def _signature(model: nn.Module, loss_fn: Any, inputs: Given, metrics: Mapping[str, Any] | None) -> _Signature:
+    def leaf(each: Leaf) -> Any:
+        return (*each.shape, each.dtype) if isinstance(each, Input) else each.value
+
     parts = [part for part in (model, loss_fn, *(metrics or {}).values()) if isinstance(part, nn.Module)]
     tensors = joint_tensors(model, loss_fn, metrics)
+    nested = inputs.inputs
     return _Signature(
-        image=(*image.shape, image.out_dtype),
-        target=None if target is None else (*target.shape, target.out_dtype),
+        image=(*(leaf(each) for each in nested.images), *([nested.image_tree] if len(nested.images) > 1 else [])),
+        target=(*(leaf(each) for each in nested.targets), *([nested.target_tree] if len(nested.targets) > 1 else [])),
         modes=tuple(module.training for part in parts for module in part.modules()),
         tensors=tuple((name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in tensors.items()),
         metrics=tuple(metrics or {}),
@@ -240,12 +197,19 @@ def _signature(
 def _capture(
     model: nn.Module,
     loss_fn: LossFn | None,
-    image: Source,
-    target: Source | None,
+    inputs: Given,
     metrics: Mapping[str, Callable[..., torch.Tensor]] | None,
 ) -> Graph:
-    described = None if target is None else (target.shape, target.out_dtype)
-    return capture(model, loss_fn, image.shape, described, dtype=image.out_dtype, metrics=metrics)
+    def make() -> Graph:
+        try:
+            return capture(model, loss_fn, inputs.inputs, metrics=metrics)
+        except (CaptureError, ShapeError):
+            inputs.check_sizes()
+            raise
+
+    if not isinstance(model, nn.Module):
+        return make()  # which refuses
+    return cached(model, [loss_fn, *(metrics or {}).values()], _signature(model, loss_fn, inputs, metrics), make)
 
 
 def _check_plan(made: Plan, wanted: _Signature) -> None:
@@ -259,12 +223,13 @@ def _check_plan(made: Plan, wanted: _Signature) -> None:
 def backward(
     model: nn.Module, loss_fn: LossFn, image: Any, target: Any = ..., *, plan: Plan | None = ...,
     budget: str | int | None = ..., metrics: None = ..., progress: ProgressFn | None = ...,
+    seed: int | None = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 @overload
 def backward(
     model: nn.Module, loss_fn: LossFn, image: Any, target: Any = ..., *, plan: Plan | None = ...,
     budget: str | int | None = ..., metrics: Mapping[str, Callable[..., torch.Tensor]],
-    progress: ProgressFn | None = ...,
+    progress: ProgressFn | None = ..., seed: int | None = ...,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...  # fmt: skip
 def backward(
     model: nn.Module,
@@ -276,12 +241,18 @@ def backward(
     budget: str | int | None = None,
     metrics: Mapping[str, Callable[..., torch.Tensor]] | None = None,
     progress: ProgressFn | None = None,
+    seed: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Add to every ``param.grad`` what ``loss_fn(model(image), target).backward()`` would add, and return the loss.
 
+    Buffers that the model writes (running statistics) are updated as PyTorch would. Under ``torch.autocast("cpu")`` the
+    model runs with its casts.
+
     Args:
+        image, target: as for :func:`plan`.
         plan: from :func:`plan` for the same model, loss, shapes and metrics; made here if missing.
         progress: called after each tile.
+        seed: of random ops (dropout); without one, drawn from PyTorch's generator.
 
     Returns:
         The loss, 0-dimensional in float64; with ``metrics`` also their values by name.
@@ -291,14 +262,12 @@ def backward(
         PlanError: the plan belongs to other shapes or metrics.
         SlideError: pixels cannot be read.
     """
-    source, labels = image_source(image, model_dtype(model)), target_source(target)
-    _check_sizes(source, labels)
-    made = plan if plan is not None else _plan(model, loss_fn, source, labels, budget=budget, metrics=metrics)
-    _check_plan(made, _signature(model, loss_fn, source, labels, metrics))
-    tensors = joint_tensors(model, loss_fn, metrics)
-    executor = Executor(made, tensors, source, labels, progress=progress)
+    inputs = given(image, target, model_dtype(model))
+    made = plan if plan is not None else _plan(model, loss_fn, image, target, budget=budget, metrics=metrics)
+    _check_plan(made, _signature(model, loss_fn, inputs, metrics))
+    executor = _executor(made, joint_tensors(model, loss_fn, metrics), inputs, progress=progress, seed=seed)
     try:
-        with process.reuse_memory(), torch.inference_mode(False), torch.enable_grad():
+        with _as_captured(), torch.enable_grad():
             executor.forward()
             executor.backward()
     finally:
@@ -307,13 +276,39 @@ def backward(
     loss = executor.small.values[made.graph.loss].detach().to(torch.float64).reshape(())
     if not torch.isfinite(loss):
         raise NumericsError("loss", f"is {loss.item()}", "lower the learning rate, or check weights and pixels")
+    tensors = joint_tensors(model, loss_fn, metrics)
     _leave_gradients(made.graph, executor, tensors)
+    _leave_buffers(executor, tensors)
     if metrics is None:
         return loss
     return loss, {name: executor.small.values[ref] for name, ref in made.graph.metrics.items()}
 
 
 _plan = plan
+
+
+def _executor(
+    made: Plan, tensors: Mapping[str, torch.Tensor], inputs: Given, *, seed: int | None = None, **options: Any
+) -> Executor:
+    """An executor with a seed of its own if the graph draws random numbers and the caller names none."""
+    spilled = [made.graph.spec(ref) for ref, place in made.placements.items() if place is Placement.DISK]
+    check_space(spilled, made.spill_dir)
+    if seed is None:
+        seed = int(torch.randint(2**63 - 1, ()).item()) if made.graph.random else 0
+    return Executor(made, {**tensors, **inputs.values}, inputs.sources, seed=seed, **options)
+
+
+@contextmanager
+def _as_captured() -> Iterator[None]:
+    """Run the graph as it stands: autocast's casts are nodes of it, and memory is kept between tiles."""
+    with process.reuse_memory(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def _leave_buffers(executor: Executor, tensors: Mapping[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in executor.updates().items():
+            tensors[name].copy_(value)
 
 
 def _leave_gradients(graph: Graph, executor: Executor, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -360,17 +355,18 @@ def measure(
     Returns:
         Their values by name, floating-point ones in float64.
     """
-    source, labels = image_source(image, model_dtype(model)), target_source(target)
-    _check_sizes(source, labels)
-    graph = _capture(model, _no_loss, source, labels, metrics)
-    made = make_plan(graph, _request(source, labels, budget, False))
+    inputs = given(image, target, model_dtype(model))
+    graph = _capture(model, _no_loss, inputs, metrics)
+    made = make_plan(graph, _request(inputs, budget, False))
     check_elements(made)
-    executor = Executor(made, joint_tensors(model, None, metrics), source, labels, progress=progress)
+    tensors = joint_tensors(model, None, metrics)
+    executor = _executor(made, tensors, inputs, progress=progress)
     try:
-        with process.reuse_memory(), torch.no_grad():
+        with _as_captured(), torch.no_grad():
             executor.forward()
     finally:
         executor.close()
+    _leave_buffers(executor, tensors)
     return {name: executor.small.values[ref] for name, ref in graph.metrics.items()}
 
 
@@ -380,26 +376,31 @@ def _no_loss(output: Any, target: Any) -> torch.Tensor:
 
 def run_outputs(
     model: nn.Module,
-    image: Source,
+    image: Any,
     sinks: Callable[[Graph], Mapping[Ref, Sink]],
     budget: str | int | None,
     tile: tuple[int, int] | None = None,
     progress: ProgressFn | None = None,
     sink_bytes: int = 0,
-) -> None:
-    """Run the model forward and hand each box of its output maps to a sink.
+    seed: int | None = None,
+) -> dict[Ref, torch.Tensor]:
+    """Run the model forward and hand each box of its output maps to a sink; outputs that are small are returned.
 
     Args:
         sink_bytes: what the sinks hold, in bytes for each pixel of one row of tiles.
     """
-    graph = _capture(model, None, image, None, None)
+    inputs = given(image, None, model_dtype(model))
+    graph = _capture(model, None, inputs, None)
     taken = dict(sinks(graph))
-    request = replace(_request(image, None, budget, False, tuple(taken)), tile=tile, sink_bytes=sink_bytes)
+    request = replace(_request(inputs, budget, False, tuple(taken)), tile=tile, sink_bytes=sink_bytes)
     made = make_plan(graph, request)
     check_elements(made)
-    executor = Executor(made, joint_tensors(model, None, None), image, None, taken, progress)
+    tensors = joint_tensors(model, None, None)
+    executor = _executor(made, tensors, inputs, sinks=taken, progress=progress, seed=seed)
     try:
-        with process.reuse_memory(), torch.no_grad():
+        with _as_captured(), torch.no_grad():
             executor.forward()
     finally:
         executor.close()
+    _leave_buffers(executor, tensors)
+    return {ref: executor.small.leaf(ref) for ref in graph.outputs if not graph.spec(ref).is_map}

@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from wholegrad.api import image_source, run_outputs
+from wholegrad.api import run_outputs
 from wholegrad.errors import ConfigError, ShapeError, SlideError
+from wholegrad.given import given
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Graph, Ref, Spec
 from wholegrad.plan.planner import storable
@@ -161,9 +162,9 @@ def predict(
         ConfigError: ``out`` and ``kind`` do not go together.
         SlideError: pixels cannot be read or the file cannot be written; no file is left behind.
     """
-    source = image_source(image, model_dtype(model))
-    if source.shape[0] != 1:
-        raise ShapeError("image", f"is a batch of {source.shape[0]}", "predict one image at a time")
+    first = given(image, None, model_dtype(model)).inputs.tensors[0]
+    if first.shape[0] != 1:
+        raise ShapeError("image", f"is a batch of {first.shape[0]}", "predict one image at a time")
     if kind not in get_args(Kind):
         raise ConfigError("kind", f"is {kind!r}", f"choose from {', '.join(get_args(Kind))}")
     if not isinstance(threshold, int | float) or not 0 < threshold < 1:
@@ -175,13 +176,13 @@ def predict(
 
     def sinks(graph: Graph) -> dict[Ref, Sink]:
         spec = graph.spec(graph.outputs[0])
-        writer = _writer(path, spec, kind, getattr(image, "mpp", None), source.shape)
+        writer = _writer(path, spec, kind, getattr(image, "mpp", None), first.shape)
         writers.append(writer)
         return {graph.outputs[0]: lambda box, value: writer.take(box, _as_array(writer, value, kind, threshold))}
 
     try:
         with torch.no_grad():
-            run_outputs(model, source, sinks, budget, tile, progress, _band_bytes(kind))
+            run_outputs(model, image, sinks, budget, tile, progress, _band_bytes(kind))
         for writer in writers:
             writer.close()
     except BaseException:

@@ -7,18 +7,20 @@ whatever reads the tensor from then on reads the result.
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from wholegrad.errors import CaptureError
-from wholegrad.graph.graph import READERS, Graph, Kind, Node, Ref, Spec, references, unsupported
+from wholegrad.graph.builder import Builder
+from wholegrad.graph.graph import READERS, SOURCES, Graph, Kind, Ref, Spec, references, substitute, unsupported
 from wholegrad.graph.layout import map_layout, plain
-from wholegrad.graph.rules import LayoutRequest, MapRule, ReductionRule, rule_for
+from wholegrad.graph.rules.random import FUNCTIONAL
 
 aten = torch.ops.aten
-SMALL_LIMIT = 1 << 24  # elements that a tensor made from nothing, or summed from small ones, may have
-_DEVICE_KWARGS = {"device", "layout", "pin_memory", "memory_format"}
+_DEVICE_KWARGS = {"device", "layout", "pin_memory", "memory_format", "generator"}
+_SAME = (aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
 
 
 class WritesIntoViewError(Exception):
@@ -26,9 +28,9 @@ class WritesIntoViewError(Exception):
 
 
 def buffer_written(name: str) -> CaptureError:
-    """The error for a model that keeps state as it runs: tiles would write it many times."""
+    """The error for a model that writes state which no step can carry."""
     return CaptureError(
-        name, "is written while the model runs", "use evaluation mode there, or keep such state outside of forward"
+        name, "is written while the model runs", "write buffers only, in place, with small tensors of their own shape"
     )
 
 
@@ -41,22 +43,24 @@ class Converter:
         sources: list[tuple[Kind, str]],
         has_loss: bool,
         metrics: list[str],
+        changed: list[str],
         training: bool,
         trained: set[str],
     ) -> None:
         self.traced = traced
         self.trained = trained
         self.sources = sources
-        self.has_loss, self.metrics, self.training = has_loss, metrics, training
-        self.nodes: list[Node] = []
+        self.has_loss, self.metrics, self.changed, self.training = has_loss, metrics, changed, training
+        self.build = Builder()
         self.constants: dict[str, torch.Tensor] = {}
         self.current: dict[torch.fx.Node, Ref | tuple[Ref, ...]] = {}
+        self.order = {fx_node: i for i, fx_node in enumerate(traced.graph.nodes)}
         self.base: dict[torch.fx.Node, torch.fx.Node] = {}  # view -> what it is a view of
         self.original: dict[torch.fx.Node, Ref] = {}  # sources as they came
-        self.same: dict[torch.fx.Node, torch.fx.Node] = {}  # in-place result -> the tensor written
+        self.same: dict[torch.fx.Node, torch.fx.Node] = {}  # in-place result or alias -> the tensor that it is
 
     def convert(self) -> Graph:
-        placeholders = iter([*self.sources, (Kind.IMAGE, "image"), (Kind.TARGET, "target")])
+        placeholders = iter(self.sources)
         result: Any = None
         for fx_node in self.traced.graph.nodes:
             if fx_node.op == "placeholder":
@@ -74,30 +78,20 @@ class Converter:
         assert isinstance(result, Graph)
         return result
 
-    def _add(
-        self, kind: Kind, name: str, specs: tuple[Spec, ...], path: str, grad: bool, **call: Any
-    ) -> tuple[Ref, ...]:
-        args, kwargs = call.get("args", ()), call.get("kwargs", {})
-        index = len(self.nodes)
-        operands = tuple(dict.fromkeys(references((args, kwargs))))
-        self.nodes.append(Node(index, name, kind, call.get("op"), args, kwargs, operands, specs, path, grad))
-        return tuple(Ref(index, i) for i in range(len(specs)))
-
     def _source(self, fx_node: torch.fx.Node, kind: Kind, name: str) -> None:
-        value = fx_node.meta.get("val")
-        if not isinstance(value, torch.Tensor):
-            return  # no target
+        value = fx_node.meta["val"]
+        if kind in READERS and value.dim() < 2:
+            raise CaptureError(name, f"has shape {tuple(value.shape)}", "give a map with rows and columns")
         layout = map_layout(value.shape) if kind in READERS else plain(value.shape)
-        spec = Spec(layout, value.dtype)
         grad = kind is Kind.PARAMETER and name in self.trained
-        (self.current[fx_node],) = self._add(kind, name, (spec,), name, grad)
-        self.original[fx_node] = Ref(len(self.nodes) - 1)
+        (ref,) = self.build.add(kind, name, (Spec(layout, value.dtype),), path=name, grad=grad)
+        self.current[fx_node] = self.original[fx_node] = ref
 
     def _constant(self, fx_node: torch.fx.Node) -> None:
         tensor = getattr(self.traced, str(fx_node.target))
         self.constants[fx_node.name] = tensor.detach()
         spec = Spec(plain(tensor.shape), tensor.dtype)
-        (self.current[fx_node],) = self._add(Kind.CONSTANT, fx_node.name, (spec,), fx_node.name, False)
+        (self.current[fx_node],) = self.build.add(Kind.CONSTANT, fx_node.name, (spec,), path=fx_node.name)
 
     def _swap(self, value: Any) -> Any:
         if isinstance(value, torch.fx.Node):
@@ -112,6 +106,9 @@ class Converter:
         place = f"{note.get('path') or 'model'} ({op})"
         if not isinstance(op, torch._ops.OpOverload):
             raise unsupported(place, "is not an ATen op")
+        if op in _SAME and isinstance(fx_node.args[0], torch.fx.Node):
+            self.same[fx_node] = fx_node.args[0]
+            return
         mutated = self._mutated(fx_node, op)
         if mutated is not None:
             op = self._functional(op, place)
@@ -119,56 +116,14 @@ class Converter:
         kwargs = {key: self._swap(value) for key, value in kwargs.items() if key not in _DEVICE_KWARGS}
         values = fx_node.meta["val"]
         outputs = tuple(values) if isinstance(values, tuple | list) else (values,)
-        refs = self._node(fx_node.name, op, args, kwargs, outputs, note, place)
+        path, grad, draw = note.get("path", ""), note.get("grad", True), note.get("draw", -1)
+        refs = self.build.call(fx_node.name, op, args, kwargs, outputs, path, grad, draw)
         if mutated is not None:
             self.same[fx_node] = mutated
             self.current[mutated] = refs[0]  # from here on the tensor reads as the result
             return
         self.current[fx_node] = refs if isinstance(values, tuple | list) else refs[0]
         self._track_view(fx_node, op)
-
-    def _node(
-        self,
-        name: str,
-        op: Any,
-        args: Any,
-        kwargs: Any,
-        outputs: tuple[Any, ...],
-        note: dict[str, Any],
-        place: str,
-    ) -> tuple[Ref, ...]:
-        refs = list(dict.fromkeys(references((args, kwargs))))
-        specs = {ref: self.nodes[ref.node].outputs[ref.out] for ref in refs}
-        shapes = tuple(tuple(out.shape) for out in outputs)
-        dtypes = tuple(out.dtype for out in outputs)
-        on_maps = any(spec.is_map for spec in specs.values())
-        kind = Kind.SMALL
-        layouts = tuple(plain(shape) for shape in shapes)
-        if on_maps:
-            request = LayoutRequest(place, op, args, kwargs, specs, shapes)
-            kind, layouts = self._map_kind(request)
-        elif any(torch.Size(shape).numel() > SMALL_LIMIT for shape in shapes):
-            raise unsupported(place, f"makes a whole tensor of shape {shapes[0]} that no tile can share")
-        out_specs = tuple(Spec(layout, dtype) for layout, dtype in zip(layouts, dtypes, strict=True))
-        grad = (
-            note.get("grad", True)
-            and op is not aten.detach.default
-            and any(self.nodes[ref.node].needs_grad for ref in refs)
-            and any(dtype.is_floating_point for dtype in dtypes)
-        )
-        return self._add(kind, name, out_specs, note.get("path", ""), grad, op=op, args=args, kwargs=kwargs)
-
-    def _map_kind(self, request: LayoutRequest) -> tuple[Kind, tuple[Any, ...]]:
-        rule = rule_for(request.op)
-        if rule is None:
-            raise unsupported(request.place, "has no rule, so it cannot run tile by tile")
-        layouts = rule.layouts(request)
-        maps = [Spec(layout, torch.float32).is_map for layout in layouts]
-        if all(maps) and isinstance(rule, MapRule):
-            return Kind.MAP, layouts
-        if not any(maps) and isinstance(rule, ReductionRule):
-            return Kind.REDUCTION, layouts
-        raise request.refuse("is neither a map nor a reduction")
 
     # In-place ops and the views that they may write through.
 
@@ -200,37 +155,43 @@ class Converter:
         if not isinstance(target, torch.fx.Node):
             raise WritesIntoViewError
         before, after = target.meta["val"], fx_node.meta["val"]
-        if self._shared(target) or before.dtype != after.dtype or before.shape != after.shape:
+        if self._shared(fx_node, target) or before.dtype != after.dtype or before.shape != after.shape:
             raise WritesIntoViewError
         return self._itself(target)
 
     def _refuse_state(self, fx_node: torch.fx.Node, target: torch.fx.Node) -> None:
-        """Refuse writes into parameters and buffers, and writes that autograd would not see."""
+        """Refuse writes into parameters, and writes that autograd would not see."""
         root = self.original.get(self._root(target))
-        if root is not None and self.nodes[root.node].kind in (Kind.PARAMETER, Kind.BUFFER):
-            raise buffer_written(self.nodes[root.node].name)
+        nodes = self.build.nodes
+        if root is not None and nodes[root.node].kind is Kind.PARAMETER:
+            raise buffer_written(nodes[root.node].name)
         note = fx_node.meta.get("custom") or {}
         value = self.current[self._itself(target)]
-        grad = isinstance(value, Ref) and self.nodes[value.node].needs_grad
+        grad = isinstance(value, Ref) and nodes[value.node].needs_grad
         hidden = not note.get("grad", True) and grad
         chain = self._itself(target)
         while chain in self.base and not hidden:
             hidden = chain.target is aten.detach.default
             chain = self._itself(self.base[chain])
-        if hidden:
+        if hidden and root is None:
             raise CaptureError(
                 f"{note.get('path') or 'model'} ({fx_node.target})",
                 "writes in place where autograd does not look (no_grad, .data or detach)",
                 "write y + (f(y) - y).detach() instead",
             )
 
-    def _shared(self, target: torch.fx.Node) -> bool:
-        """Whether the memory of ``target`` is read under another shape or name too."""
-        root = self._root(target)
-        views = (view for view in self.base if view.users and self._root(view) is root)
-        return root is not self._itself(target) or any(views)
+    def _shared(self, fx_node: torch.fx.Node, target: torch.fx.Node) -> bool:
+        """Whether the memory that ``fx_node`` writes is read later on under another shape or name."""
+        root, target = self._root(target), self._itself(target)
+        if root in self.original:
+            return root is not target
+        family = (other for other in (root, *self.base, *self.same) if self._root(other) is root)
+        names = {other for other in family if self._itself(other) is not target}
+        return any(self.order[user] > self.order[fx_node] for name in names for user in name.users)
 
     def _functional(self, op: Any, place: str) -> Any:
+        if op in FUNCTIONAL:
+            return FUNCTIONAL[op]
         name, overload = op._schema.name.split("::")[1], op._overloadname
         packet = getattr(aten, name.removesuffix("_"), None)
         if not name.endswith("_") or packet is None or overload not in packet.overloads():
@@ -240,56 +201,70 @@ class Converter:
     def _finish(self, fx_node: torch.fx.Node) -> Graph:
         returned = fx_node.args[0]
         assert isinstance(returned, tuple | list)
-        values = self._swap(tuple(returned))
-        outputs, rest = tuple(references(values[0])), list(references(values[1:]))
-        loss = rest[0] if self.has_loss else None
-        metrics = dict(zip(self.metrics, rest[1:], strict=True)) if self.has_loss else {}
-        self._check(outputs, loss, metrics)
-        return self._pruned(outputs, loss, metrics)
+        flat = list(references(self._swap(tuple(returned))))  # outputs, loss, metrics, buffers given another tensor
+        changed = [flat.pop() for _ in self.changed][::-1]
+        values = [flat.pop() for _ in self.metrics][::-1]
+        loss = flat.pop() if self.has_loss else None
+        metrics = dict(zip(self.metrics, values, strict=True))
+        updates = {**self._written(), **dict(zip(self.changed, changed, strict=True))}
+        self._check(loss, metrics, updates)
+        return self._pruned(tuple(flat), loss, metrics, updates)
 
-    def _check(self, outputs: tuple[Ref, ...], loss: Ref | None, metrics: dict[str, Ref]) -> None:
-        def spec(ref: Ref) -> Spec:
-            return self.nodes[ref.node].outputs[ref.out]
+    def _written(self) -> dict[str, Ref]:
+        """What each buffer that was written in place holds at the end."""
+        result = {}
+        for fx_node, ref in self.original.items():
+            now, node = self.current[fx_node], self.build.nodes[ref.node]
+            if node.kind is Kind.BUFFER and now != ref:
+                assert isinstance(now, Ref)
+                result[node.name] = now
+        return result
 
+    def _check(self, loss: Ref | None, metrics: dict[str, Ref], updates: dict[str, Ref]) -> None:
+        spec = self.build.spec
         if loss is not None and spec(loss).shape not in ((), (1,)):
             raise CaptureError("loss", f"returns shape {spec(loss).shape}", "return one number (mean or sum)")
         for name, ref in metrics.items():
             if spec(ref).is_map:
                 raise CaptureError(f"metric {name}", f"returns a map of shape {spec(ref).shape}", "sum it up")
+        buffers = {node.name: node.outputs[0] for node in self.build.nodes if node.kind is Kind.BUFFER}
+        for name, ref in updates.items():
+            if spec(ref).is_map or spec(ref).shape != buffers[name].shape or spec(ref).dtype != buffers[name].dtype:
+                raise buffer_written(name)
 
-    def _pruned(self, outputs: tuple[Ref, ...], loss: Ref | None, metrics: dict[str, Ref]) -> Graph:
+    def _pruned(
+        self, outputs: tuple[Ref, ...], loss: Ref | None, metrics: dict[str, Ref], updates: dict[str, Ref]
+    ) -> Graph:
         """The graph without nodes that nothing returned depends on. Sources stay."""
+        nodes = self.build.nodes
         alive: set[int] = set()
-        roots = [*metrics.values()] + ([loss] if loss is not None else list(outputs))
-        stack = [ref.node for ref in (*roots, *outputs)]
+        stack = [ref.node for ref in (*outputs, *([loss] if loss else []), *metrics.values(), *updates.values())]
         while stack:
             index = stack.pop()
             if index not in alive:
                 alive.add(index)
-                stack.extend(ref.node for ref in self.nodes[index].operands)
-        kept = [node for node in self.nodes if node.index in alive or node.op is None]
+                stack.extend(ref.node for ref in nodes[index].operands)
+        kept = [node for node in nodes if node.index in alive or node.kind in SOURCES]
         number = {node.index: i for i, node in enumerate(kept)}
 
         def moved(value: Any) -> Any:
-            if isinstance(value, Ref):
-                return Ref(number[value.node], value.out)
-            if isinstance(value, tuple | list):
-                return type(value)(moved(item) for item in value)
-            return value
+            return substitute(value, lambda ref: Ref(number[ref.node], ref.out))
 
-        nodes = tuple(
-            Node(
-                number[node.index], node.name, node.kind, node.op, moved(node.args),
-                {key: moved(value) for key, value in node.kwargs.items()},
-                tuple(moved(ref) for ref in node.operands), node.outputs, node.path, node.needs_grad,
-            )
-            for node in kept
-        )  # fmt: skip
         return Graph(
-            nodes,
+            tuple(
+                replace(
+                    node,
+                    index=number[node.index],
+                    args=moved(node.args),
+                    kwargs={key: moved(value) for key, value in node.kwargs.items()},
+                    operands=moved(node.operands),
+                )
+                for node in kept
+            ),
             self.constants,
-            tuple(moved(ref) for ref in outputs),
-            None if loss is None else moved(loss),
+            moved(outputs),
+            moved(loss),
             {name: moved(ref) for name, ref in metrics.items()},
             self.training,
+            {name: moved(ref) for name, ref in updates.items()},
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from wholegrad.graph.graph import Graph, Kind, Node, Ref
+from wholegrad.graph.segment import reduction_rule
 
 aten = torch.ops.aten
 
@@ -34,7 +35,7 @@ def _values_used(node: Node, wanted: Ref) -> list[Ref]:
         return [ref for ref in (b if wanted == a else None, a if wanted == b else None) if isinstance(ref, Ref)]
     if node.op is aten.div.Tensor and wanted == node.args[0] != node.args[1]:
         return [node.args[1]] if isinstance(node.args[1], Ref) else []
-    return [*node.operands, Ref(node.index)]
+    return [*node.operands, *node.refs]
 
 
 def gradient_needs(graph: Graph) -> dict[Ref, set[Ref]]:
@@ -42,8 +43,7 @@ def gradient_needs(graph: Graph) -> dict[Ref, set[Ref]]:
     assert graph.loss is not None
     needs: dict[Ref, set[Ref]] = {graph.loss: set()}
     for node in reversed(graph.nodes):
-        refs = [Ref(node.index, i) for i in range(len(node.outputs))]
-        reached = [needs[ref] for ref in refs if ref in needs]
+        reached = [needs[ref] for ref in node.refs if ref in needs]
         if node.kind is not Kind.SMALL or not reached or not node.needs_grad:
             continue
         so_far = set().union(*reached)
@@ -59,14 +59,19 @@ def known_before(graph: Graph, reductions: tuple[int, ...]) -> bool:
     True also requires that maps do not consume anything that depends on them.
     """
     later = graph.descendants(list(reductions))
-    if any(graph.nodes[index].kind in (Kind.MAP, Kind.REDUCTION) for index in later - set(reductions)):
+    local = (Kind.MAP, Kind.REDUCTION, Kind.SPREAD)
+    if any(graph.nodes[index].kind in local for index in later - set(reductions)):
         return False
     needs = gradient_needs(graph)
-    return all(
-        ref.node not in later
+    pulled = [
+        index
         for index in reductions
-        if graph.nodes[index].needs_grad
-        for ref in needs.get(Ref(index), set())
+        if graph.nodes[index].needs_grad and any(r in needs for r in graph.nodes[index].refs)
+    ]
+    return all(
+        reduction_rule(graph, index).linear and not any(ref.node in later for ref in needs.get(each, set()))
+        for index in pulled
+        for each in graph.nodes[index].refs
     )
 
 

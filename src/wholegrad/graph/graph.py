@@ -23,12 +23,14 @@ class Kind(StrEnum):
     PARAMETER = "parameter"
     BUFFER = "buffer"
     CONSTANT = "constant"
+    VALUE = "value"  # a small tensor that the caller hands to the loss: a slide's label
     MAP = "map"  # maps (and small tensors) to a map, tile by tile
-    REDUCTION = "reduction"  # a map to a small tensor (rule 3)
+    REDUCTION = "reduction"  # a map to a small tensor (rule 3), or to itself held whole (rule 10)
     SMALL = "small"  # small tensors to small tensors, held whole
+    SPREAD = "spread"  # a small tensor that runs along the image, read by box like a map
 
 
-SOURCES = frozenset({Kind.IMAGE, Kind.TARGET, Kind.PARAMETER, Kind.BUFFER, Kind.CONSTANT})
+SOURCES = frozenset({Kind.IMAGE, Kind.TARGET, Kind.PARAMETER, Kind.BUFFER, Kind.CONSTANT, Kind.VALUE})
 READERS = frozenset({Kind.IMAGE, Kind.TARGET})
 
 
@@ -47,7 +49,7 @@ class Spec:
     layout: Layout
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         return shape_of(self.layout)
 
@@ -68,9 +70,26 @@ class Spec:
         """Bytes per pixel of a map: every axis that is neither row nor column."""
         return plain_size(self.layout) * self.dtype.itemsize
 
-    @property
+    @cached_property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @cached_property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
+
+    @cached_property
+    def wide(self) -> bool:
+        """Whether a small value of this Spec is held in float64."""
+        return self.dtype.is_floating_point and self.numel <= WIDE_ELEMENTS
+
+    @cached_property
+    def held_bytes(self) -> int:
+        """Bytes of a small value as it is held."""
+        return self.numel * (8 if self.wide else self.dtype.itemsize)
+
+
+WIDE_ELEMENTS = 1 << 16  # small values of up to this many elements are held in float64
 
 
 def substitute(value: Any, table: Callable[[Ref], Any]) -> Any:
@@ -105,6 +124,7 @@ class Node:
         outputs: what the node returns, one Spec a tensor.
         path: module path of the call in the user's model, for messages.
         needs_grad: whether a parameter's gradient flows through here.
+        draw: for a random op, its number among the random calls of model and loss; -1 for any other.
     """
 
     index: int
@@ -117,6 +137,12 @@ class Node:
     outputs: tuple[Spec, ...]
     path: str
     needs_grad: bool
+    draw: int = -1
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        """Every output."""
+        return tuple(Ref(self.index, i) for i in range(len(self.outputs)))
 
     def call(self, table: Callable[[Ref], Any]) -> tuple[Any, ...]:
         """Run the op as PyTorch would, on the tensors that ``table`` gives; always a tuple of outputs."""
@@ -137,10 +163,12 @@ class Graph:
     Attributes:
         nodes: in topological order; ``nodes[i].index == i``.
         constants: tensors that the capture found lying in the code, by node name.
-        outputs: the model's output maps.
+        outputs: the model's outputs, maps or small tensors, in the order of its nested result.
         loss: the loss, or None for a graph that only predicts.
         metrics: small tensors computed beside the loss, by name.
         training: whether the model was in training mode when captured.
+        updates: what the buffers that the model writes (running statistics) hold afterwards, by buffer name.
+        spans_known: a memory for :func:`wholegrad.graph.segment.spans`, which asks the same things many times.
     """
 
     nodes: tuple[Node, ...]
@@ -149,6 +177,8 @@ class Graph:
     loss: Ref | None
     metrics: dict[str, Ref]
     training: bool
+    updates: dict[str, Ref]
+    spans_known: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
     _consumers: dict[int, tuple[int, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -170,12 +200,13 @@ class Graph:
 
     @cached_property
     def image(self) -> Node:
+        """The first image."""
         return self.of_kind(Kind.IMAGE)[0]
 
     @cached_property
-    def target(self) -> Node | None:
-        found = self.of_kind(Kind.TARGET)
-        return found[0] if found else None
+    def random(self) -> bool:
+        """Whether the model or the loss draws random numbers."""
+        return any(node.draw >= 0 for node in self.nodes)
 
     def ancestors(self, roots: list[int]) -> set[int]:
         """Indices of the nodes that ``roots`` depend on, themselves included."""

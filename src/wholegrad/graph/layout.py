@@ -100,6 +100,49 @@ def crop(tile: torch.Tensor, layout: Layout, have: Box, want: Box) -> torch.Tens
     return tile[tuple(pick[axis.role] for axis in flat)].reshape(tile_shape(layout, want))
 
 
+def full_box(layout: Layout) -> Box:
+    """All rows and columns of a map."""
+    return Box(0, extent(layout, Role.ROW) or 1, 0, extent(layout, Role.COL) or 1)
+
+
+def unflattened(tile: torch.Tensor, layout: Layout, box: Box) -> torch.Tensor:
+    """``tile`` (the value's elements on ``box``) with one dimension for each axis."""
+    flat = axes(layout)
+    if len(flat) == tile.dim():
+        return tile
+    return tile.reshape([_tile_axis(axis, box.height, box.width) for axis in flat])
+
+
+def on_box(whole: torch.Tensor, layout: Layout, box: Box) -> torch.Tensor:
+    """The elements on ``box`` of a contiguous whole value, one dimension for each axis: a view to write through."""
+    flat = axes(layout)
+    pick = {Role.PLAIN: slice(None), Role.ROW: box.slices()[0], Role.COL: box.slices()[1]}
+    return whole.view([axis.size for axis in flat])[tuple(pick[axis.role] for axis in flat)]
+
+
+def aligned(shape: Sequence[int], layout: Layout) -> Layout | None:
+    """The layout of a tensor of this shape that broadcasts with a map; None if it does not run along the image.
+
+    Where the map has a row or column axis and the tensor has as many elements, the tensor runs along it; where it has
+    one, it holds one row or column. Dimensions are compared from the back.
+    """
+    result: list[Dim] = []
+    runs = False
+    for i, size in enumerate(shape):
+        back = len(shape) - i
+        dim = layout[-back] if back <= len(layout) else (Axis(size),)
+        if not roles(dim):
+            result.append((Axis(size),))
+        elif size == 1:
+            result.append(tuple(axis._replace(size=1) for axis in dim))
+        elif size == prod(axis.size for axis in dim):
+            result.append(dim)
+            runs = True
+        else:
+            return None
+    return tuple(result) if runs and is_map(tuple(result)) else None
+
+
 def regroup(layout: Layout, shape: Sequence[int]) -> Layout | None:
     """The layout after ``view(shape)``; None if that would split the row or the column axis."""
     pending = axes(layout)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wholegrad.graph.geometry import Interval
-from wholegrad.graph.graph import READERS, SOURCES, Graph, Kind, Ref
+from wholegrad.graph.graph import READERS, SOURCES, Graph, Kind, Node, Ref
 from wholegrad.graph.layout import Role
 from wholegrad.graph.rules import ReductionRule, rule_for
 
@@ -27,7 +27,7 @@ class Segment:
         outputs: boundary maps that this segment computes.
         reductions: indices of the reduction nodes that it sums.
         nodes: indices of the map nodes that a tile runs, in order.
-        maps: what a tile reads by box: image, target, boundaries of earlier segments.
+        maps: what a tile reads by box: image, target, boundaries of earlier segments, small tensors that run along.
         smalls: the small tensors that a tile reads.
         base: the largest map that is owned here; tile sizes count its pixels.
     """
@@ -92,7 +92,7 @@ def _segment(graph: Graph, boundaries: frozenset[Ref], outputs: list[Ref], reduc
     while stack:
         ref = stack.pop()
         node = graph.nodes[ref.node]
-        if node.kind in READERS or (ref in boundaries and ref.node not in own):
+        if node.kind in READERS or node.kind is Kind.SPREAD or (ref in boundaries and ref.node not in own):
             maps[ref] = None
         elif not graph.spec(ref).is_map:
             smalls[ref] = None
@@ -117,6 +117,7 @@ def spans(
         owned: the tile's own interval of each map in ``segment.owned``; one that is missing is not owned here.
     """
     need: dict[int, Interval] = {}
+    known = graph.spans_known
 
     def ask(index: int, interval: Interval) -> None:
         need[index] = need[index].union(interval) if index in need else interval
@@ -126,14 +127,25 @@ def spans(
     for index in reversed(segment.nodes):
         if index not in need:
             continue
-        node = graph.nodes[index]
-        specs = [graph.spec(ref) for ref in node.operands]
-        rule = rule_for(node.op)
-        assert rule is not None
-        for position, (ref, spec) in enumerate(zip(node.operands, specs, strict=True)):
-            if spec.is_map:
-                ask(ref.node, rule.needs(node, specs, position, role, need[index]))
+        key = (index, role, need[index])
+        found = known.get(key)
+        if found is None:
+            found = known[key] = _operand_needs(graph, graph.nodes[index], role, need[index])
+        for operand, interval in found:
+            ask(operand, interval)
     return need
+
+
+def _operand_needs(graph: Graph, node: Node, role: Role, out: Interval) -> list[tuple[int, Interval]]:
+    """For each map that a node reads, its node index and the interval of it that ``out`` depends on."""
+    specs = [graph.spec(ref) for ref in node.operands]
+    rule = rule_for(node.op)
+    assert rule is not None
+    return [
+        (ref.node, rule.needs(node, specs, position, role, out))
+        for position, (ref, spec) in enumerate(zip(node.operands, specs, strict=True))
+        if spec.is_map
+    ]
 
 
 def reduction_rule(graph: Graph, index: int) -> ReductionRule:

@@ -17,12 +17,15 @@ from dataclasses import dataclass
 
 import torch
 
-from wholegrad.graph.graph import READERS, Graph, Kind, Ref
+from wholegrad.graph.graph import READERS, Graph, Kind, Node, Ref
+from wholegrad.graph.rules import rule_for
+from wholegrad.graph.rules.fill import FILLS
 from wholegrad.graph.segment import Segment
 from wholegrad.plan.tiles import AxisTiles
 
 SLACK = 1.5
 LIBRARIES = 112 << 20  # oneDNN's kernels, thread stacks, autograd and decoders once they have run
+LEFTOVER = 6 << 20  # what each further segment leaves in pieces of the heap that cannot be given back
 DOUBLE = 8
 
 
@@ -32,6 +35,11 @@ class Working:
 
     forward: int
     backward: int
+
+
+def leftover(segments: int) -> int:
+    """Bytes that all but the first of so many segments leave behind in the heap."""
+    return LEFTOVER * max(segments - 1, 0)
 
 
 def node_bytes(graph: Graph, index: int, rows: AxisTiles, cols: AxisTiles) -> int:
@@ -58,11 +66,14 @@ def _raw(graph: Graph, ref: Ref, rows: AxisTiles, cols: AxisTiles) -> int:
 
 
 def _copies(graph: Graph, index: int, sizes: Mapping[int, int]) -> int:
-    """Padded or cropped copies of a window op's input, and the library's rearranged ones."""
+    """Padded or cropped copies that a rule makes of a node's input and output, and the library's rearranged ones."""
     node = graph.nodes[index]
-    if node.op is not torch.ops.aten.convolution.default:
+    rule = rule_for(node.op)
+    if rule is None or rule.copies == (0, 0):
         return 0
-    return sizes[node.operands[0].node] + (sizes[index] if node.args[6] else 0)
+    transposed = node.op is torch.ops.aten.convolution.default and node.args[6]
+    inputs, outputs = rule.copies
+    return inputs * sizes[node.operands[0].node] + (outputs or transposed) * sizes[index]
 
 
 def _forward(graph: Graph, segment: Segment, sizes: Mapping[int, int]) -> int:
@@ -119,6 +130,20 @@ def gradient_accumulators(graph: Graph) -> int:
         node.outputs[0].nbytes + node.outputs[0].nbytes // node.outputs[0].dtype.itemsize * DOUBLE
         for node in graph.of_kind(Kind.PARAMETER)
     )
+
+
+def held_whole(graph: Graph) -> int:
+    """Bytes of small values (those of dense regions above all, rule 10) and of their gradients, all held at once."""
+    kinds = (Kind.SMALL, Kind.REDUCTION)
+    values = sum(spec.held_bytes for node in graph.of_kind(*kinds) for spec in node.outputs if node.op not in FILLS)
+    grads = sum(spec.held_bytes for node in graph.of_kind(*kinds) for spec in node.outputs if node.needs_grad)
+    return values + (grads if graph.loss is not None else 0)
+
+
+def largest_whole(graph: Graph) -> Node | None:
+    """The node with the largest value that is held whole."""
+    nodes = [node for node in graph.of_kind(Kind.SMALL, Kind.REDUCTION) if node.op not in FILLS]
+    return max(nodes, key=lambda node: sum(spec.held_bytes for spec in node.outputs), default=None)
 
 
 def whole_image(graph: Graph) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.segment import Segment
-from wholegrad.plan.memory import Working
+from wholegrad.plan.memory import Working, held_whole
 from wholegrad.plan.tiles import Grid, grid
 
 
@@ -19,6 +19,8 @@ class Placement(StrEnum):
     HOST = "host"
     DISK = "disk"
 
+
+HELD_WORTH_SAYING = 16 << 20  # bytes
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -157,6 +159,8 @@ class Plan:
         kept = sum(self.graph.spec(ref).nbytes for ref in self.placements)
         where = sorted({str(place) for place in self.placements.values()}) or ["nowhere"]
         shape = " x ".join(map(str, self.image_shape))
+        if (held := held_whole(self.graph)) > HELD_WORTH_SAYING:
+            lines.append(f"held whole, for ops without locality: {show_bytes(held)}")
         lines += [
             "",
             f"image {shape}; boundaries {show_bytes(kept)} in {' and '.join(where)}; "

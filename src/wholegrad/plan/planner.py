@@ -22,6 +22,10 @@ from wholegrad.plan.tiles import AxisTiles, axis_tiles
 
 ELEMENT_LIMIT = 2**31  # rule 8
 TILE_EDGES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+COARSE_EDGES = (64, 256, 512, 1024)  # while boundaries are being chosen
+LOOKED_AT = 8  # boundaries weighed anew at each step
+WORTHWHILE = 0.98  # of the predicted time, to which a change of boundaries must bring it
+FEW = 16  # candidates up to which each is also tried alone for the smallest budget
 MARGIN = 16 << 20  # added to the smallest budget that is reported
 
 
@@ -66,11 +70,25 @@ def make_plan(graph: Graph, request: Request) -> Plan:
         assert request.budget is not None
         raise BudgetError(
             f"budget {show_bytes(request.budget)}",
-            f"too small for an image of {' x '.join(map(str, graph.image.outputs[0].shape))}",
+            f"too small for an image of {' x '.join(map(str, graph.image.outputs[0].shape))}{_dense(graph)}",
             f"the smallest that would do is {show_bytes(smallest)} ({smallest} bytes)",
             smallest,
         )
     return best
+
+
+def _dense(graph: Graph) -> str:
+    """What is held whole, in words, where it counts."""
+    held, largest = memory.held_whole(graph), memory.largest_whole(graph)
+    if largest is None or held < MARGIN:
+        return ""
+    return f" ({show_bytes(held)} of it held whole, such as {largest.outputs[0].shape} for {_reader(graph, largest)})"
+
+
+def _reader(graph: Graph, node: Node) -> str:
+    """The op for which a map is held whole."""
+    later = [graph.nodes[i] for i in graph.consumers(node.index)]
+    return (later[0] if node.kind is Kind.REDUCTION and later else node).place
 
 
 def _best(graph: Graph, request: Request) -> Plan | None:
@@ -100,6 +118,18 @@ def candidates(graph: Graph) -> list[Ref]:
     ]
 
 
+def _summed(graph: Graph, pool: list[Ref]) -> frozenset[Ref]:
+    """Of these maps, those that a reduction sums while other maps depend on the sum: inputs of norms."""
+    back = [
+        node
+        for node in graph.of_kind(Kind.REDUCTION)
+        if any(graph.nodes[i].kind is Kind.MAP for i in graph.descendants([node.index]))
+    ]
+    summed = {ref.node for node in back for ref in node.operands}
+    near = summed | {ref.node for index in summed for ref in graph.nodes[index].operands}
+    return frozenset(ref for ref in pool if ref.node in near)
+
+
 def storable(spec: Spec) -> bool:
     """Whether a map can be a boundary: its last two dimensions are rows and columns."""
     return spec.is_map and len(spec.shape) >= 2 and spec.layout == map_layout(spec.shape)
@@ -126,34 +156,75 @@ class _Search:
     def __init__(self, graph: Graph, request: Request) -> None:
         self.graph = graph
         self.request = request
+        self.always = memory.gradient_accumulators(graph) + memory.held_whole(graph)
+        self.macs = cost.pixel_macs(graph)
+        self.edges: tuple[int, ...] = COARSE_EDGES
         self.whole = max(cost.whole_macs(graph), 1.0)
         self.axes: dict[tuple[Segment, Role, int], AxisTiles] = {}
         self.measured: dict[tuple[Segment, tuple[int, int]], SegmentPlan] = {}
+        self.tried: dict[frozenset[Ref], float] = {}
 
     def run(self) -> Plan | None:
-        fixed = self.request.boundaries
-        start = frozenset(self.request.sinks) | (fixed or frozenset())
-        best = self.plan(start)
-        if fixed is not None:
-            return best
-        pool = [ref for ref in candidates(self.graph) if ref not in start]
-        chosen = start
-        while True:
-            trials = [(self.plan(chosen | {ref}), ref) for ref in pool if ref not in chosen]
-            better = [(plan.seconds, ref, plan) for plan, ref in trials if plan is not None]
-            if not better:
-                return best
-            seconds, ref, plan = min(better, key=lambda item: item[:2])
-            if best is not None and seconds > 0.98 * best.seconds:
-                return best
-            best, chosen = plan, chosen | {ref}
+        """The best plan found, its tiles chosen from all sizes."""
+        fixed = frozenset(self.request.sinks) | (self.request.boundaries or frozenset())
+        chosen = fixed if self.request.boundaries is not None else self.chosen(fixed)
+        self.edges = TILE_EDGES
+        return None if chosen is None else self.plan(chosen)
+
+    def chosen(self, fixed: frozenset[Ref]) -> frozenset[Ref] | None:
+        """The boundaries of the best plan found.
+
+        The search starts from nothing, and from what reductions force to be computed anyway (a convolution before a
+        norm); it adds what saves most, and then drops what no longer does.
+        """
+        pool = [ref for ref in candidates(self.graph) if ref not in fixed]
+        found = [(self.seconds(start), i, start) for i, start in enumerate(self.starts(fixed, pool))]
+        best, _, chosen = min(found)
+        best, chosen = self.grown(best, chosen, pool)
+        if best == float("inf"):
+            return None
+        for ref in sorted(chosen - fixed, key=lambda ref: -self.graph.spec(ref).nbytes):
+            seconds = self.seconds(chosen - {ref})
+            if seconds <= best:
+                best, chosen = seconds, chosen - {ref}
+        return chosen
+
+    def starts(self, fixed: frozenset[Ref], pool: list[Ref]) -> list[frozenset[Ref]]:
+        """No boundary, those that reductions sum, and every candidate."""
+        return list(dict.fromkeys([fixed, fixed | _summed(self.graph, pool), fixed | frozenset(pool)]))
+
+    def grown(self, best: float, chosen: frozenset[Ref], pool: list[Ref]) -> tuple[float, frozenset[Ref]]:
+        """Add boundaries greedily. A saving rarely grows as others are added, so the last ones known bound the next."""
+        known = [(self.seconds(chosen | {ref}), ref) for ref in pool if ref not in chosen]
+        while known:
+            known.sort()
+            fresh = {known[0][1]: self.seconds(chosen | {known[0][1]})}
+            while len(fresh) < min(LOOKED_AT, len(known)) and min(fresh.values()) > known[len(fresh)][0]:
+                ref = known[len(fresh)][1]
+                fresh[ref] = self.seconds(chosen | {ref})
+            seconds, ref = min((seconds, ref) for ref, seconds in fresh.items())
+            if seconds > WORTHWHILE * best or seconds == float("inf"):
+                break
+            change = best - seconds if best < float("inf") else 0.0
+            best, chosen = seconds, chosen | {ref}
+            known = [(fresh.get(other, old - change), other) for old, other in known if other != ref]
+        return best, chosen
+
+    def seconds(self, boundaries: frozenset[Ref]) -> float:
+        """Predicted seconds of the best plan with these boundaries; infinite if none fits."""
+        if boundaries not in self.tried:
+            made = self.plan(boundaries)
+            self.tried[boundaries] = float("inf") if made is None else made.seconds
+        return self.tried[boundaries]
 
     def smallest(self) -> int:
-        """The least projected peak over the sets of boundaries that the search would look at, on smallest tiles."""
+        """The least projected peak over the sets of boundaries from which the search starts, on smallest tiles."""
         start = frozenset(self.request.sinks) | (self.request.boundaries or frozenset())
         sets = [start]
         if self.request.boundaries is None:
-            sets += [start | {ref} for ref in candidates(self.graph)]
+            pool = [ref for ref in candidates(self.graph) if ref not in start]
+            sets = self.starts(start, pool)
+            sets += [start | {ref} for ref in pool if len(pool) <= FEW]
         unlimited = _Search(self.graph, replace(self.request, budget=None))
         found = [plan.projected for boundaries in sets for plan in unlimited.frugal(boundaries)]
         return min(found) + MARGIN
@@ -188,11 +259,19 @@ class _Search:
         return min((plan for plan in found if plan is not None), key=lambda plan: plan.seconds, default=None)
 
     def fastest(self, segments: tuple[Segment, ...], fused: bool, boundaries: frozenset[Ref]) -> Plan | None:
-        places = self.places(segments, boundaries, self.request.budget)
-        base = self.request.reserved + memory.gradient_accumulators(self.graph)
+        """The fastest tiles that fit, with some boundaries in host memory or, if nothing fits then, all on disk."""
+        for host in dict.fromkeys((self.request.budget, None if self.request.budget is None else 0)):
+            plan = self.placed(segments, fused, self.places(segments, boundaries, host))
+            if plan is not None:
+                return plan
+        return None
+
+    def placed(self, segments: tuple[Segment, ...], fused: bool, places: dict[Ref, Placement]) -> Plan | None:
+        base = self.request.reserved + self.always + memory.leftover(len(segments))
+        forward, backward = self.held(segments, places)
         parts = []
         for i, segment in enumerate(segments):
-            held = max(self.held(segments, places, i, backward) for backward in (False, self.request.backward))
+            held = max(forward[i], backward[i])
             room = None if self.request.budget is None else self.request.budget - base - held
             options = [self.part(segment, tile) for tile in self.tiles(segment)]
             fitting = [part for part in options if room is None or self.needs(part) <= room]
@@ -210,7 +289,7 @@ class _Search:
         if self.request.tile is not None:
             return [self.request.tile]
         spec = self.graph.spec(segment.base)
-        edges = TILE_EDGES
+        edges = self.edges
         return list(dict.fromkeys(
             (min(h, spec.rows), min(w, spec.cols)) for h in edges for w in edges if w in (h, 2 * h, 4 * h)
         ))  # fmt: skip
@@ -243,8 +322,8 @@ class _Search:
             tiles,
             False,
             self.working(segment, rows, cols),
-            cost.forward_macs(self.graph, segment, rows, cols),
-            cost.forward_seconds(self.graph, segment, rows, cols) / tiles * rounds,
+            cost.forward_macs(self.macs, segment, rows, cols),
+            cost.forward_seconds(self.graph, self.macs, segment, rows, cols) / tiles * rounds,
         )
 
     def working(self, segment: Segment, rows: AxisTiles, cols: AxisTiles) -> memory.Working:
@@ -271,34 +350,37 @@ class _Search:
             result[ref] = fixed or (Placement.HOST if room >= 0 else Placement.DISK)
         return result
 
-    def held(self, segments: tuple[Segment, ...], places: Mapping[Ref, Placement], i: int, backward: bool) -> int:
-        """Bytes of boundaries and their gradients in host memory while segment ``i`` runs."""
-        total = 0
-        for ref, place in places.items():
-            if place is not Placement.HOST:
-                continue
-            size = self.graph.spec(ref).nbytes
-            made = next(k for k, segment in enumerate(segments) if ref in segment.outputs)
-            read = [k for k, segment in enumerate(segments) if ref in segment.maps]
-            if not backward:
-                done = not self.request.backward and i > max(read, default=made)
-                total += size if made <= i and not done else 0
-                continue
-            total += size if any(k <= i for k in read) else 0
-            wanted = self.graph.nodes[ref.node].needs_grad and made <= i <= max(read, default=made)
-            total += size if wanted else 0
-        return total
+    def held(self, segments: tuple[Segment, ...], places: Mapping[Ref, Placement]) -> tuple[list[int], list[int]]:
+        """Bytes of boundaries and their gradients in host memory while each segment runs forward, and backward."""
+        made = {ref: k for k, segment in enumerate(segments) for ref in segment.outputs}
+        read: dict[Ref, list[int]] = {ref: [] for ref in places}
+        for k, segment in enumerate(segments):
+            for ref in segment.maps:
+                if ref in read:
+                    read[ref].append(k)
+        forward, backward = [0] * len(segments), [0] * len(segments)
+        for ref in (ref for ref, place in places.items() if place is Placement.HOST):
+            size, last = self.graph.spec(ref).nbytes, max(read[ref], default=made[ref])
+            for i in range(made[ref], len(segments) if self.request.backward else last + 1):
+                forward[i] += size
+            for i in range(min(read[ref], default=len(segments)), len(segments)):
+                backward[i] += size
+            if self.graph.nodes[ref.node].needs_grad:
+                for i in range(made[ref], last + 1):
+                    backward[i] += size
+        return forward, backward if self.request.backward else forward
 
     def assemble(self, parts: Sequence[SegmentPlan], fused: bool, places: dict[Ref, Placement]) -> Plan:
         graph, request = self.graph, self.request
         segments = tuple(part.segment for part in parts)
         runs = [self.runs(i, len(parts), fused) for i in range(len(parts))]
         peak = 0
+        forward, backward = self.held(segments, places)
         for i, part in enumerate(parts):
             if not (fused and i == len(parts) - 1):
-                peak = max(peak, self.held(segments, places, i, False) + part.working.forward)
+                peak = max(peak, forward[i] + part.working.forward)
             if request.backward:
-                peak = max(peak, self.held(segments, places, i, True) + part.working.backward)
+                peak = max(peak, backward[i] + part.working.backward)
         pulled = cost.BACKWARD if request.backward else 0.0
         macs = sum(part.forward_macs * count for part, count in zip(parts, runs, strict=True))
         seconds = sum(part.seconds * (count + pulled) for part, count in zip(parts, runs, strict=True))
@@ -309,7 +391,7 @@ class _Search:
             placements=places,
             budget=request.budget,
             reserved=request.reserved,
-            projected=request.reserved + memory.gradient_accumulators(graph) + peak,
+            projected=request.reserved + self.always + peak + memory.leftover(len(parts)),
             whole_image=memory.whole_image(graph),
             recompute=macs / self.whole,
             seconds=seconds + self.disk_seconds(places),

@@ -20,15 +20,18 @@ import torch
 
 from wholegrad.errors import NumericsError
 from wholegrad.graph.geometry import Box
-from wholegrad.graph.graph import Graph, Kind, Ref, Spec
+from wholegrad.graph.graph import READERS, Graph, Kind, Ref, Spec
+from wholegrad.graph.layout import crop, full_box
+from wholegrad.graph.rules import State
 from wholegrad.graph.rules.reduction import wide
 from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.plan.plan import Placement, Plan
 from wholegrad.plan.tiles import Tile
+from wholegrad.run import process
 from wholegrad.run.small import SmallValues
 from wholegrad.run.sources import Source
 from wholegrad.run.store import DiskStore, HostStore, MapStore
-from wholegrad.run.tile import partials, pull_back, run_tile
+from wholegrad.run.tile import Pull, partials, pull_back, run_tile
 from wholegrad.run.workers import in_order
 
 
@@ -48,9 +51,9 @@ Sink = Callable[[Box, torch.Tensor], None]
 
 @dataclass(frozen=True)
 class _Pulled:
-    """What pulling a tile back gave: its partial sums, its leaves' gradients and the boxes of those that are maps."""
+    """What pulling a tile back gave: its partial results, its leaves' gradients, the boxes of those that are maps."""
 
-    sums: dict[int, torch.Tensor]
+    parts: dict[int, State]
     grads: dict[Ref, torch.Tensor]
     boxes: dict[Ref, Box]
 
@@ -60,30 +63,32 @@ class Executor:
 
     Args:
         plan: what to run.
-        tensors: parameters and buffers by the names that the graph has for them.
-        image, target: where pixels come from.
+        tensors: parameters, buffers and small targets by the names that the graph has for them.
+        sources: where pixels come from: images and target maps by their names.
         sinks: for each output map that is not kept, what takes its boxes.
         progress: called after each tile.
+        seed: of the step, for random ops.
     """
 
     def __init__(
         self,
         plan: Plan,
         tensors: Mapping[str, torch.Tensor],
-        image: Source,
-        target: Source | None,
+        sources: Mapping[str, Source],
         sinks: Mapping[Ref, Sink] | None = None,
         progress: ProgressFn | None = None,
+        seed: int = 0,
     ) -> None:
         self.plan = plan
         self.graph: Graph = plan.graph
-        self.small = SmallValues(plan.graph, tensors)
-        self.image, self.target = image, target
+        self.seed = seed
+        self.small = SmallValues(plan.graph, tensors, seed)
+        self.sources = sources
         self.sinks = dict(sinks or {})
         self.progress = progress
         self.maps: dict[Ref, MapStore] = {}
         self.map_grads: dict[Ref, MapStore] = {}
-        self.sums: dict[int, torch.Tensor] = {}
+        self.totals: dict[int, State] = {}
         self.level = _levels(plan)
         self.done = 0
         self.total = self._count_tiles()
@@ -124,41 +129,48 @@ class Executor:
 
     def _forward_segment(self, i: int) -> None:
         segment = self.plan.segments[i].segment
+        later = {ref for part in self.plan.segments[i + 1 :] for ref in part.segment.maps}
         for ref in segment.outputs:
-            if ref not in self.sinks:
+            if ref not in self.sinks or ref in later:
                 self.maps[ref] = self._new_store(ref)
 
-        def work(tile: Tile) -> tuple[dict[Ref, torch.Tensor], dict[int, torch.Tensor]]:
+        def work(tile: Tile) -> tuple[dict[Ref, torch.Tensor], dict[int, State]]:
             with torch.no_grad():
-                run = run_tile(self.graph, segment, tile, self._fetch, self.small.leaf, False)
+                run = run_tile(self.graph, segment, tile, self._fetch, self.small.leaf, False, self.seed)
                 outputs = {ref: run.owned[ref] for ref in segment.outputs if ref in run.owned}
-                return outputs, partials(self.graph, segment, run, False)
+                return outputs, partials(self.graph, segment, run)
 
-        for tile, (outputs, sums) in self._tiles(i, work):
+        for tile, (outputs, parts) in self._tiles(i, work):
             for ref, value in outputs.items():
                 self._keep(ref, tile.owned[ref], value)
-            self._merge(sums, tile)
+            self._merge(parts, tile)
             self._tick("forward")
-        self._finish_sums(segment.reductions)
+        self._finish(segment.reductions)
 
     def _tiles(self, i: int, work: Callable[[Tile], Result]) -> Iterator[tuple[Tile, Result]]:
-        """Every tile of segment ``i`` with what ``work`` made of it, in tile order."""
+        """Every tile of segment ``i`` with what ``work`` made of it, in tile order.
+
+        Tiles of another segment are of other sizes: what this one's left behind would not serve them.
+        """
         tiles = self.plan.grid(i)
-        return in_order(tiles, len(tiles), work, self.plan.workers)
+        yield from in_order(tiles, len(tiles), work, self.plan.workers)
+        if len(self.plan.segments) > 1:
+            process.release_memory()
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
         if ref in self.sinks:
             self.sinks[ref](box, value)
-        else:
+        if ref in self.maps:
             self.maps[ref].write(box, value)
 
-    def _merge(self, found: Mapping[int, torch.Tensor], tile: Tile) -> None:
-        """Add a tile's partial results to the totals, in tile order."""
+    def _merge(self, found: Mapping[int, State], tile: Tile) -> None:
+        """Merge a tile's partial results into the totals, in tile order."""
         for index, part in found.items():
-            part = part.detach()
-            if part.is_floating_point() and not torch.isfinite(part).all():
+            node, rule = self.graph.nodes[index], reduction_rule(self.graph, index)
+            if rule.sums and not all(torch.isfinite(value).all() for value in part if value.is_floating_point()):
                 self._not_finite(index, tile)
-            self.sums[index] = self.sums[index] + part if index in self.sums else part
+            spec, box = self.graph.spec(node.operands[0]), tile.owned[node.operands[0]]
+            self.totals[index] = rule.merge(node, spec, self.totals.get(index), part, box)
 
     def _not_finite(self, index: int, tile: Tile) -> None:
         node = self.graph.nodes[index]
@@ -169,26 +181,32 @@ class Executor:
             "lower the learning rate, or look for NaN in weights and pixels there",
         )
 
-    def _finish_sums(self, reductions: tuple[int, ...]) -> None:
+    def _finish(self, reductions: tuple[int, ...]) -> None:
         for index in reductions:
             node = self.graph.nodes[index]
-            spec = self.graph.spec(node.operands[0])
-            self.small.values[Ref(index)] = reduction_rule(self.graph, index).finish(node, spec, self.sums[index])
+            outputs = reduction_rule(self.graph, index).finish(
+                node, self.graph.spec(node.operands[0]), self.totals[index]
+            )
+            self.small.values.update(zip(node.refs, outputs, strict=True))
 
     def _new_store(self, ref: Ref) -> MapStore:
         spec = self.graph.spec(ref)
-        if self.plan.placements[ref] is Placement.DISK:
+        if self.plan.placements.get(ref) is Placement.DISK:
             return DiskStore(spec, self.plan.spill_dir)
         return HostStore(spec)
 
     def _fetch(self, ref: Ref, box: Box) -> torch.Tensor:
-        kind = self.graph.nodes[ref.node].kind
-        if kind is Kind.IMAGE:
-            return self.image.read(box)
-        if kind is Kind.TARGET:
-            assert self.target is not None
-            return self.target.read(box)
+        node = self.graph.nodes[ref.node]
+        if node.kind in READERS:
+            return self.sources[node.name].read(box)
+        if node.kind is Kind.SPREAD:
+            layout = node.outputs[0].layout
+            return crop(self.small.leaf(node.operands[0]), layout, full_box(layout), box).clone()
         return self.maps[ref].read(box)
+
+    def updates(self) -> dict[str, torch.Tensor]:
+        """What the buffers that the model writes hold after the step, by name, in their own dtype."""
+        return {name: self.small.leaf(ref) for name, ref in self.graph.updates.items()}
 
     # Backward.
 
@@ -216,38 +234,37 @@ class Executor:
             for ref, grad in self.small.pull_back(index, self.small.grads).items():
                 self.small.add_grad(ref, grad)
 
-    def _sum_grads(self, reductions: tuple[int, ...], grads: Mapping[Ref, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Gradients of the totals from those of the finished reductions."""
-        result = {}
-        for index in reductions:
-            node = self.graph.nodes[index]
-            if not node.needs_grad or Ref(index) not in grads:
-                continue
-            total = torch.zeros_like(grads[Ref(index)]).requires_grad_()
-            with torch.enable_grad():
-                value = reduction_rule(self.graph, index).finish(node, self.graph.spec(node.operands[0]), total)
-            (result[index],) = torch.autograd.grad(value, total, grads[Ref(index)])
-        return result
+    def _pull(self, reductions: tuple[int, ...], grads: Mapping[Ref, torch.Tensor]) -> Pull:
+        """What tiles need to know of these reductions, given the gradients of small values."""
+        found = {
+            index: tuple(grads.get(ref) for ref in self.graph.nodes[index].refs)
+            for index in reductions
+            if self.graph.nodes[index].needs_grad
+        }
+        reached = {index: given for index, given in found.items() if any(grad is not None for grad in given)}
+        return Pull(self._map_grad, {i: self.totals[i] for i in reached if i in self.totals}, reached)
 
     def _backward_segment(self, i: int) -> None:
         segment = self.plan.segments[i].segment
-        sum_grads = self._sum_grads(segment.reductions, self.small.grads)
-        if sum_grads or any(ref in self.map_grads for ref in segment.outputs):
-            for _, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, tile, sum_grads)):
+        pull = self._pull(segment.reductions, self.small.grads)
+        if pull.grads or any(ref in self.map_grads for ref in segment.outputs):
+            for _, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, tile, pull, False)):
                 self._add_grads(pulled)
                 self._tick("backward")
         self._after_backward(i)
 
-    def _pull_tile(self, segment: Segment, tile: Tile, sum_grads: Mapping[int, torch.Tensor]) -> _Pulled:
+    def _pull_tile(self, segment: Segment, tile: Tile, pull: Pull, fused: bool) -> _Pulled:
         """Run a tile forward and pull it back; touches nothing that other tiles see."""
-        run = run_tile(self.graph, segment, tile, self._fetch, self.small.leaf, True)
-        sums = partials(self.graph, segment, run, True)
-        grads = pull_back(self.graph, segment, run, sums, sum_grads, self._map_grad, tile)
-        return _Pulled({index: value.detach() for index, value in sums.items()}, grads, run.boxes)
+        run = run_tile(self.graph, segment, tile, self._fetch, self.small.leaf, True, self.seed)
+        parts = partials(self.graph, segment, run) if fused else {}
+        return _Pulled(parts, pull_back(self.graph, segment, run, pull, tile), run.boxes)
 
     def _add_grads(self, pulled: _Pulled) -> None:
         for ref, grad in pulled.grads.items():
-            if ref in pulled.boxes:
+            node = self.graph.nodes[ref.node]
+            if node.kind is Kind.SPREAD:
+                self.small.add_grad_on(node.operands[0], node.outputs[0].layout, pulled.boxes[ref], grad)
+            elif ref in pulled.boxes:
                 self._grad_store(ref).add(pulled.boxes[ref], grad)
             else:
                 self.small.add_grad(ref, grad)
@@ -271,38 +288,34 @@ class Executor:
 
     def _fused_segment(self, i: int) -> None:
         segment = self.plan.segments[i].segment
-        sum_grads = self._sum_grads(segment.reductions, self._grads_known_before(i))
-        for tile, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, tile, sum_grads)):
-            self._merge(pulled.sums, tile)
+        pull = self._pull(segment.reductions, self._grads_known_before(i))
+        for tile, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, tile, pull, True)):
+            self._merge(pulled.parts, tile)
             self._add_grads(pulled)
             self._tick("fused")
-        self._finish_sums(segment.reductions)
+        self._finish(segment.reductions)
         self._after_backward(i)
 
     def _grads_known_before(self, i: int) -> dict[Ref, torch.Tensor]:
-        """Gradients of a fused segment's reductions, with NaN in place of sums that are not known yet.
+        """Gradients of a fused segment's reductions, with NaN in place of values that are not known yet.
 
         The plan has shown that none of them is used; a NaN that came through would raise.
         """
         assert self.graph.loss is not None
-        unknown = {
-            Ref(index): unknown_sum(self.graph.nodes[index].outputs[0])
-            for index in self.plan.segments[i].segment.reductions
-        }
-        trial = self.small.supposing(unknown)
+        mine = [ref for k in self.plan.segments[i].segment.reductions for ref in self.graph.nodes[k].refs]
+        trial = self.small.supposing({ref: unknown_value(self.graph.spec(ref)) for ref in mine})
         grads: dict[Ref, torch.Tensor] = {self.graph.loss: torch.ones_like(trial.values[self.graph.loss])}
         for index in self._small_after(i + 1):
             for ref, grad in trial.pull_back(index, grads).items():
                 grads[ref] = grads[ref] + grad if ref in grads else grad
-        return {
-            Ref(index): grads[Ref(index)] for index in self.plan.segments[i].segment.reductions if Ref(index) in grads
-        }
+        return {ref: grads[ref] for ref in mine if ref in grads}
 
 
-def unknown_sum(spec: Spec) -> torch.Tensor:
-    """What stands for a sum that is not known yet: NaN, so that any use shows; zero where the dtype has no NaN."""
-    dtype = wide(spec.dtype)
-    return torch.full(spec.shape, float("nan") if dtype.is_floating_point else 0, dtype=dtype)
+def unknown_value(spec: Spec) -> torch.Tensor:
+    """What stands for a value that is not known yet: NaN, so that any use shows; zero where the dtype has no NaN."""
+    dtype = spec.dtype if spec.dtype.is_complex else wide(spec.dtype)
+    known = not dtype.is_floating_point and not dtype.is_complex
+    return torch.full(spec.shape, 0 if known else float("nan"), dtype=dtype)
 
 
 def _levels(plan: Plan) -> dict[int, int]:

@@ -1,23 +1,27 @@
 """Small values: parameters, sums, and what is computed from them, held whole.
 
-Whatever follows from a reduction is computed in float64 (rule 3), a node at a time. The backward sweep pulls gradients
-through these nodes one by one, running each again; they cost nothing.
+Whatever follows from a reduction is computed in float64 (rule 3), a node at a time; large values (of dense regions,
+rule 10) stay in the dtype that the graph gives them. The backward sweep pulls gradients through these nodes one by one,
+running each again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Graph, Kind, Node, Ref
+from wholegrad.graph.layout import Layout, on_box, unflattened
+from wholegrad.graph.rules.fill import FILLS, filled
+from wholegrad.graph.rules.random import drawn
 from wholegrad.graph.rules.reduction import wide
 
-
-def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """A floating-point tensor in float64, others as they are."""
-    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+aten = torch.ops.aten
+WHOLE = Box(0, 1, 0, 1)  # of a tensor without rows and columns
 
 
 class SmallValues:
@@ -25,14 +29,16 @@ class SmallValues:
 
     Args:
         graph: the captured graph.
-        tensors: parameters and buffers by the name that the graph has for them.
+        tensors: parameters, buffers and small targets by the name that the graph has for them.
+        seed: of the step, for random ops.
     """
 
-    def __init__(self, graph: Graph, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, graph: Graph, tensors: Mapping[str, torch.Tensor], seed: int = 0) -> None:
         self.graph = graph
+        self.seed = seed
         self.values: dict[Ref, torch.Tensor] = {}
         self.grads: dict[Ref, torch.Tensor] = {}
-        for node in graph.of_kind(Kind.PARAMETER, Kind.BUFFER):
+        for node in graph.of_kind(Kind.PARAMETER, Kind.BUFFER, Kind.VALUE):
             self.values[Ref(node.index)] = tensors[node.name].detach()
         for node in graph.of_kind(Kind.CONSTANT):
             self.values[Ref(node.index)] = graph.constants[node.name]
@@ -43,55 +49,102 @@ class SmallValues:
             if Ref(node.index) not in self.values and all(ref in self.values for ref in node.operands):
                 with torch.no_grad():
                     outputs = self._run(node, {ref: self.values[ref] for ref in node.operands})
-                self.values.update({Ref(node.index, i): out for i, out in enumerate(outputs)})
+                self.values.update(zip(node.refs, outputs, strict=True))
 
     def supposing(self, values: Mapping[Ref, torch.Tensor]) -> SmallValues:
         """A copy in which ``values`` hold, and what follows from them."""
         other = SmallValues.__new__(SmallValues)
-        other.graph, other.values, other.grads = self.graph, {**self.values, **values}, {}
+        other.graph, other.seed, other.values, other.grads = self.graph, self.seed, {**self.values, **values}, {}
         other.settle()
         return other
 
+    def _held(self, ref: Ref, tensor: torch.Tensor) -> torch.Tensor:
+        """A value as it is held: in float64 if it is small, in the graph's dtype if not."""
+        if not tensor.is_floating_point():
+            return tensor
+        spec = self.graph.spec(ref)
+        return tensor.to(torch.float64 if spec.wide else spec.dtype)
+
+    def _is_wide(self, node: Node) -> bool:
+        """Whether a node runs in float64: all that it reads and writes is small."""
+        specs = [*(self.graph.spec(ref) for ref in node.operands), *node.outputs]
+        return all(spec.wide for spec in specs if spec.dtype.is_floating_point)
+
     def _run(self, node: Node, values: Mapping[Ref, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        if node.op is torch.ops.aten.copy.default:  # the functional form has no derivative
-            source = values[node.operands[-1]]
-            return (widened(source.to(node.outputs[0].dtype)).expand(node.outputs[0].shape),)
-        wide_node = _widened_node(node)
-        return tuple(widened(out) for out in wide_node.call(lambda ref: widened(values[ref])))
+        spec = node.outputs[0]
+        if node.op in FILLS:
+            outputs: tuple[torch.Tensor, ...] = (filled(node, spec, WHOLE, self.seed),)
+        elif node.draw >= 0:
+            args = [values.get(arg, arg) if isinstance(arg, Ref) else arg for arg in node.args]
+            outputs = (drawn(node.op, args, node.kwargs, spec.dtype, self.seed, node.draw, spec.layout, WHOLE),)
+        elif node.op is aten.copy.default:  # the functional form has no derivative
+            outputs = (values[node.operands[-1]].to(spec.dtype).expand(spec.shape),)
+        elif node.op in (
+            aten.view.default,
+            aten._unsafe_view.default,
+        ):  # strides may differ from those that were traced
+            outputs = (values[node.operands[0]].reshape(spec.shape),)
+        elif self._is_wide(node):
+            outputs = _widened_node(node).call(lambda ref: widened(values[ref]))
+        else:
+            outputs = node.call(lambda ref: values[ref].to(self.graph.spec(ref).dtype))
+        return tuple(self._held(ref, out) for ref, out in zip(node.refs, outputs, strict=True))
 
     def leaf(self, ref: Ref) -> torch.Tensor:
         """The value in the dtype that the graph gives it, detached, for a tile to read."""
         return self.values[ref].detach().to(self.graph.spec(ref).dtype)
 
     def add_grad(self, ref: Ref, grad: torch.Tensor) -> None:
-        """Add to the gradient of a small value, in float64."""
-        grad = grad.detach().to(torch.float64)
-        self.grads[ref] = self.grads[ref] + grad if ref in self.grads else grad.clone()
+        """Add to the gradient of a small value, which is held like the value; of a parameter, in float64."""
+        grad = grad.detach().to(self._grad_dtype(ref))
+        if ref in self.grads:
+            self.grads[ref].add_(grad)
+        else:
+            self.grads[ref] = grad.clone(memory_format=torch.contiguous_format)
+
+    def add_grad_on(self, ref: Ref, layout: Layout, box: Box, grad: torch.Tensor) -> None:
+        """Add to the gradient of a small value that runs along the image, on a box of it."""
+        if ref not in self.grads:
+            self.grads[ref] = torch.zeros(self.graph.spec(ref).shape, dtype=self._grad_dtype(ref))
+        on_box(self.grads[ref], layout, box).add_(unflattened(grad.detach(), layout, box))
+
+    def _grad_dtype(self, ref: Ref) -> torch.dtype:
+        parameter = self.graph.nodes[ref.node].kind is Kind.PARAMETER
+        return torch.float64 if parameter or self.graph.spec(ref).wide else self.graph.spec(ref).dtype
 
     def pull_back(self, index: int, grads: dict[Ref, torch.Tensor]) -> dict[Ref, torch.Tensor]:
         """Gradients of a small node's operands, given those of its outputs in ``grads``."""
         node = self.graph.nodes[index]
         wanted = [ref for ref in node.operands if self.graph.nodes[ref.node].needs_grad]
-        reached = [i for i in range(len(node.outputs)) if Ref(index, i) in grads]
+        reached = [i for i, ref in enumerate(node.refs) if ref in grads]
         if not wanted or not reached or not node.needs_grad:
             return {}
-        values = {ref: widened(self.values[ref]).detach() for ref in node.operands}
+        values = {ref: self._held(ref, self.values[ref]).detach() for ref in node.operands}
         for ref in wanted:
             values[ref] = values[ref].clone().requires_grad_()
         with torch.enable_grad():
             outputs = self._run(node, values)
+        reached = [i for i in reached if outputs[i].requires_grad]
+        if not reached:
+            return {}
         roots = [outputs[i] for i in reached]
-        found = torch.autograd.grad(
-            roots, [values[ref] for ref in wanted], [grads[Ref(index, i)] for i in reached], allow_unused=True
-        )
+        given = [grads[node.refs[i]].to(outputs[i].dtype) for i in reached]
+        found = torch.autograd.grad(roots, [values[ref] for ref in wanted], given, allow_unused=True)
         return {ref: grad for ref, grad in zip(wanted, found, strict=True) if grad is not None}
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """A floating-point tensor in float64, others as they are."""
+    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
 
 
 def _widened_node(node: Node) -> Node:
     """The node with float64 in place of a floating-point dtype that its arguments name."""
-    dtype = node.kwargs.get("dtype")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        return node
-    kwargs: dict[str, Any] = {**node.kwargs, "dtype": wide(dtype)}
-    return Node(node.index, node.name, node.kind, node.op, node.args, kwargs, node.operands, node.outputs,
-                node.path, node.needs_grad)  # fmt: skip
+
+    def widen(value: Any) -> Any:
+        floats = isinstance(value, torch.dtype) and value.is_floating_point
+        return wide(value) if floats else value
+
+    kwargs = {key: widen(value) for key, value in node.kwargs.items()}
+    args = tuple(widen(value) for value in node.args)
+    return node if kwargs == node.kwargs and args == node.args else replace(node, args=args, kwargs=kwargs)

@@ -9,19 +9,21 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import shutil
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from wholegrad.errors import PlanError
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Spec
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class MapStore(ABC):
@@ -62,6 +64,23 @@ class MapStore(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give the memory or the file back."""
+
+
+def check_space(specs: Iterable[Spec], folder: Path | None) -> None:
+    """Whether these maps can all lie on disk at once, before anything runs (rule 7).
+
+    Raises:
+        PlanError: they cannot.
+    """
+    where = str(folder or tempfile.gettempdir())
+    needed = sum(spec.nbytes for spec in specs)
+    try:
+        free = shutil.disk_usage(where).free
+    except OSError as error:
+        raise PlanError(where, f"cannot hold boundaries: {error.strerror}", "choose another spill folder") from error
+    if needed > free:
+        cause = f"{needed >> 20} MiB of boundaries do not fit into the {free >> 20} MiB that are free"
+        raise PlanError(where, cause, "choose another spill_dir or a larger budget")
 
 
 class HostStore(MapStore):
@@ -110,7 +129,7 @@ class DiskStore(MapStore):
                 "choose another spill folder or a larger budget",
             ) from error
         self._lock = threading.Lock()
-        self._numpy = torch.empty(0, dtype=self.dtype).numpy().dtype
+        self._bits = _BITS[self.dtype.itemsize]  # NumPy knows no bfloat16
 
     def _offsets(self, box: Box) -> list[tuple[int, int, int]]:
         """Batch index, row within the box and byte offset of each contiguous run of pixels."""
@@ -121,13 +140,14 @@ class DiskStore(MapStore):
         ]
 
     def read(self, box: Box) -> torch.Tensor:
-        result = np.empty((self.stored[0], box.height, box.width, self.stored[3]), self._numpy)
+        result = torch.empty((self.stored[0], box.height, box.width, self.stored[3]), dtype=self.dtype)
+        rows = result.view(self._bits).numpy()
         for i, y, offset in self._offsets(box):
-            self._each(self._file.readinto, memoryview(result[i, y]).cast("B"), offset)
-        return self._tile(torch.from_numpy(result))
+            self._each(self._file.readinto, memoryview(rows[i, y]).cast("B"), offset)
+        return self._tile(result)
 
     def write(self, box: Box, tile: torch.Tensor) -> None:
-        pixels = self._pixels(tile).contiguous().numpy()
+        pixels = self._pixels(tile).contiguous().view(self._bits).numpy()
         for i, y, offset in self._offsets(box):
             self._each(self._file.write, memoryview(pixels[i, y]).cast("B"), offset)
 

@@ -10,7 +10,7 @@ import torch
 from wholegrad.graph.geometry import Box, Interval
 from wholegrad.graph.graph import Graph, Node, Ref
 from wholegrad.graph.layout import Role, crop
-from wholegrad.graph.rules import MapRule, rule_for
+from wholegrad.graph.rules import MapRule, State, rule_for
 from wholegrad.graph.rules import Tile as Place
 from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.plan.tiles import Tile
@@ -38,6 +38,7 @@ def run_tile(
     fetch: Callable[[Ref, Box], torch.Tensor],
     small: Callable[[Ref], torch.Tensor],
     grad: bool,
+    seed: int = 0,
 ) -> TileRun:
     """Run the nodes of ``segment`` on ``tile``.
 
@@ -45,6 +46,7 @@ def run_tile(
         fetch: a map's elements on a box, as a tensor of the tile's own.
         small: a small value in the graph's dtype, detached.
         grad: whether to record for :func:`pull_back`.
+        seed: of the step, for random ops.
     """
     result = TileRun()
     env: dict[Ref, torch.Tensor] = {}
@@ -64,7 +66,7 @@ def run_tile(
             continue
         node = graph.nodes[index]
         with torch.set_grad_enabled(grad and node.needs_grad):
-            outputs = _run_node(graph, node, tile, env)
+            outputs = _run_node(graph, node, tile, env, seed)
             for i, out in enumerate(outputs):
                 env[Ref(index, i)] = out
                 if (mine := tile.owned.get(Ref(index, i))) is not None:
@@ -76,7 +78,7 @@ def run_tile(
 
 
 def _leaf(graph: Graph, result: TileRun, ref: Ref, tensor: torch.Tensor, grad: bool) -> torch.Tensor:
-    if grad and graph.nodes[ref.node].needs_grad:
+    if grad and graph.nodes[ref.node].needs_grad and tensor.is_floating_point():
         result.leaves[ref] = tensor.requires_grad_()
     return tensor
 
@@ -100,7 +102,9 @@ def operand_boxes(graph: Graph, node: Node, box: Box) -> tuple[Box | None, ...]:
     )
 
 
-def _run_node(graph: Graph, node: Node, tile: Tile, env: Mapping[Ref, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def _run_node(
+    graph: Graph, node: Node, tile: Tile, env: Mapping[Ref, torch.Tensor], seed: int
+) -> tuple[torch.Tensor, ...]:
     box = tile.boxes[node.index]
     wanted = operand_boxes(graph, node, box)
     specs = tuple(graph.spec(ref) for ref in node.operands)
@@ -110,45 +114,54 @@ def _run_node(graph: Graph, node: Node, tile: Tile, env: Mapping[Ref, torch.Tens
     ]
     rule = rule_for(node.op)
     assert isinstance(rule, MapRule)
-    return rule.run(node, tensors, Place(box, wanted, specs, node.outputs))
+    return rule.run(node, tensors, Place(box, wanted, specs, node.outputs, seed))
 
 
-def partials(graph: Graph, segment: Segment, run: TileRun, grad: bool) -> dict[int, torch.Tensor]:
+def partials(graph: Graph, segment: Segment, run: TileRun) -> dict[int, State]:
     """The partial result of each reduction that the tile owns part of, by node index."""
     result = {}
     for index in segment.reductions:
         node = graph.nodes[index]
         if node.operands[0] in run.owned:
-            with torch.set_grad_enabled(grad and node.needs_grad):
-                result[index] = reduction_rule(graph, index).partial(node, run.owned[node.operands[0]])
+            with torch.no_grad():
+                result[index] = reduction_rule(graph, index).partial(node, run.owned[node.operands[0]].detach())
     return result
 
 
-def pull_back(
-    graph: Graph,
-    segment: Segment,
-    run: TileRun,
-    sums: Mapping[int, torch.Tensor],
-    sum_grads: Mapping[int, torch.Tensor],
-    map_grad: Callable[[Ref, Box], torch.Tensor | None],
-    tile: Tile,
-) -> dict[Ref, torch.Tensor]:
-    """Gradients of the leaves from those of the owned maps (``map_grad``) and of the sums (``sum_grads``)."""
-    roots: list[torch.Tensor] = []
-    grads: list[torch.Tensor] = []
+@dataclass(frozen=True)
+class Pull:
+    """What the backward sweep brings to a tile: gradients of the maps that it owns, and those of its reductions.
+
+    Attributes:
+        map_grad: the gradient of a boundary on a box; None where no gradient reached it.
+        totals: for each reduction that a gradient reaches, its merged state; empty where that is not known yet.
+        grads: the gradients of each such reduction's outputs.
+    """
+
+    map_grad: Callable[[Ref, Box], torch.Tensor | None]
+    totals: Mapping[int, State]
+    grads: Mapping[int, tuple[torch.Tensor | None, ...]]
+
+
+def pull_back(graph: Graph, segment: Segment, run: TileRun, pull: Pull, tile: Tile) -> dict[Ref, torch.Tensor]:
+    """Gradients of the leaves from those of what the tile owns."""
+    grads: dict[Ref, torch.Tensor] = {}
     for ref in segment.outputs:  # not all that is owned: a reduction may sum a boundary that another segment made
-        if ref not in run.owned:
+        if ref in run.owned and run.owned[ref].requires_grad:
+            grad = pull.map_grad(ref, tile.owned[ref])
+            if grad is not None:
+                grads[ref] = grad
+    for index, given in pull.grads.items():
+        node = graph.nodes[index]
+        ref = node.operands[0]
+        if ref not in run.owned or not run.owned[ref].requires_grad:
             continue
-        value, box = run.owned[ref], tile.owned[ref]
-        grad = map_grad(ref, box) if value.requires_grad else None
-        if grad is not None:
-            roots.append(value)
-            grads.append(grad)
-    for index, value in sums.items():
-        if value.requires_grad and index in sum_grads:
-            roots.append(value)
-            grads.append(sum_grads[index].to(value.dtype))
-    if not roots or not run.leaves:
+        mine, box, rule = run.owned[ref], tile.owned[ref], reduction_rule(graph, index)
+        with torch.no_grad():
+            found = rule.pull(node, graph.spec(ref), mine.detach(), box, pull.totals.get(index, ()), given)
+        grads[ref] = grads[ref] + found if ref in grads else found
+    if not grads or not run.leaves:
         return {}
-    found = torch.autograd.grad(roots, list(run.leaves.values()), grads, allow_unused=True)
-    return {ref: grad for ref, grad in zip(run.leaves, found, strict=True) if grad is not None}
+    roots = [run.owned[ref] for ref in grads]
+    found_grads = torch.autograd.grad(roots, list(run.leaves.values()), list(grads.values()), allow_unused=True)
+    return {ref: grad for ref, grad in zip(run.leaves, found_grads, strict=True) if grad is not None}

@@ -119,6 +119,11 @@ def pick(seed: int, step: int, count: int) -> int:
     return int(np.random.default_rng((seed, epoch)).permutation(count)[place])
 
 
+def draw_seed(seed: int, step: int) -> int:
+    """The seed of a step's dropout (rule 6): the same when a run is resumed."""
+    return int(np.random.default_rng((seed, step, 2)).integers(2**63))
+
+
 def learning_rate(train: TrainConfig, step: int, total: int) -> float:
     """The rate at a step: a linear warm-up, then constant or half a cosine down to nothing."""
     if step < train.warmup:
@@ -274,6 +279,7 @@ class Run:
                 plan=plan,
                 metrics=METRICS,
                 progress=self._progress(interrupt),
+                seed=draw_seed(self.config.train.seed, self.step),
             )
         except NumericsError as error:
             raise self._ruined(name, f"{error.where} {error.cause}") from error

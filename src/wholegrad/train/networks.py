@@ -27,7 +27,7 @@ def build_network(name: str, args: dict[str, Any] | None = None) -> nn.Module:
         ConfigError: no such network, or its factory refuses the arguments or does not return an
         ``nn.Module``.
     """
-    factory = NETWORKS[name] if name in NETWORKS else _import(name)
+    factory = network_factory(name)
     try:
         model = factory(**(args or {}))
     except TypeError as error:
@@ -37,19 +37,39 @@ def build_network(name: str, args: dict[str, Any] | None = None) -> nn.Module:
     return model
 
 
-def _import(name: str) -> Callable[..., nn.Module]:
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
+def network_factory(name: str) -> Callable[..., Any]:
+    """What makes the network of this name.
+
+    Raises:
+        ConfigError: no such network.
+    """
+    if name in NETWORKS:
+        return NETWORKS[name]
+    if ":" not in name:
         near = difflib.get_close_matches(name, NETWORKS, n=1, cutoff=0.0)[0]
         raise ConfigError(f"network {name}", "is not built in", f"use {near}, or module:factory for your own")
+    return imported(name, "network", "factory")
+
+
+def imported(name: str, what: str, part: str) -> Callable[..., Any]:
+    """The function or class that ``module:attribute`` names; the current folder counts.
+
+    Args:
+        what, part: what is looked for and what its attribute is called, for errors.
+
+    Raises:
+        ConfigError: it cannot be imported or called.
+    """
+    module_name, _, attribute = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"network {name}", str(error), "check module and factory") from error
+    except Exception as error:  # whatever the user's module raises
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{what} {name}", said, f"check module and {part}") from error
     if not callable(found):
-        raise ConfigError(f"network {name}", f"is a {type(found).__name__}", "name a class or function")
-    factory: Callable[..., nn.Module] = found
-    return factory
+        raise ConfigError(f"{what} {name}", f"is a {type(found).__name__}", "name a class or function")
+    result: Callable[..., Any] = found
+    return result

@@ -3,7 +3,7 @@
 A rule answers three questions about one node. ``layouts``: where are rows and columns in its outputs?
 ``needs``: which interval of an operand does an interval of the output depend on? ``run``: given exactly those
 intervals of its operands, what are the outputs on this box? Rows and columns never mix in any supported op, so
-``needs`` is asked per axis. A reduction answers ``partial``, ``merge``, ``finish`` and ``pullback`` instead of
+``needs`` is asked per axis. A reduction answers ``partial``, ``merge``, ``finish`` and ``pull`` instead of
 ``run`` (see :mod:`wholegrad.graph.rules.reduction`).
 """
 
@@ -14,6 +14,7 @@ from wholegrad.graph.rules.base import (
     MapRule,
     ReductionRule,
     Rule,
+    State,
     Tile,
     register,
     registered,
@@ -21,13 +22,32 @@ from wholegrad.graph.rules.base import (
 )
 
 # Each module registers the rules of one family when it is imported.
-from wholegrad.graph.rules import pointwise, reduction, shape, window  # noqa: F401  isort: skip
+from wholegrad.graph.rules import (  # noqa: F401  isort: skip
+    bins,
+    channels,
+    fill,
+    interpolate,
+    matmul,
+    normalize,
+    pad,
+    pointwise,
+    pool,
+    random,
+    reduction,
+    shape,
+    shuffle,
+    strip,
+    unpool,
+    variance,
+    window,
+)
 
 __all__ = [
     "LayoutRequest",
     "MapRule",
     "ReductionRule",
     "Rule",
+    "State",
     "Tile",
     "register",
     "registered",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,15 @@ import torch
 from wholegrad.graph.geometry import Box, Interval
 from wholegrad.graph.graph import Node, Ref, Spec, unsupported
 from wholegrad.graph.layout import Layout, Role, shape_of
+
+
+def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument of a call by the name that the op's schema gives it, defaults filled in."""
+    arguments = op._schema.arguments
+    found = {argument.name: argument.default_value for argument in arguments}
+    found.update(zip((argument.name for argument in arguments), args, strict=False))
+    found.update(kwargs)
+    return found
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,11 @@ class LayoutRequest:
     def layout(self, ref: Ref) -> Layout:
         return self.specs[ref].layout
 
+    @cached_property
+    def bound(self) -> dict[str, Any]:
+        """Every argument by the name that the op's schema gives it, defaults filled in."""
+        return bind(self.op, self.args, self.kwargs)
+
     def refuse(self, cause: str) -> Exception:
         """The error to raise when this call has no locality that the rule knows."""
         return unsupported(self.place, cause)
@@ -47,10 +62,14 @@ class Tile:
     operands: tuple[Box | None, ...]
     specs: tuple[Spec, ...]
     outputs: tuple[Spec, ...]
+    seed: int = 0  # of the step, for random ops
 
 
 class Rule:
     """One op's rule. Subclass :class:`MapRule` or :class:`ReductionRule`."""
+
+    copies = (0, 0)  # of its first operand and of its output that it holds beside them (padded, cropped, rearranged)
+    aligned = False  # whether a small operand that runs along the image lines up with the maps, as in broadcasting
 
     def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
         """Layouts of the outputs.
@@ -88,15 +107,49 @@ class MapRule(Rule):
         return node.call(table.__getitem__)
 
 
-class ReductionRule(Rule):
-    """An op that sums a map away (rule 3). Sums are merged in float64 in tile order."""
+State = tuple[torch.Tensor, ...]
 
-    def partial(self, node: Node, tile: torch.Tensor) -> torch.Tensor:
-        """The partial result of the elements that a tile owns, differentiable with respect to them."""
+
+class ReductionRule(Rule):
+    """An op that sums a map away (rule 3): partial results of tiles are merged in tile order, then finished.
+
+    Attributes:
+        linear: whether the gradient with respect to the map needs no finished value, so that the op may be part of a
+            segment that runs forward and backward in one pass (rule 4).
+        sums: whether partial results are sums, which must be finite.
+    """
+
+    linear = True
+    sums = True
+
+    def partial(self, node: Node, tile: torch.Tensor) -> State:
+        """The partial result of the elements that a tile owns; sums in float64. Runs without gradient."""
         raise NotImplementedError
 
-    def finish(self, node: Node, spec: Spec, total: torch.Tensor) -> torch.Tensor:
-        """The op's result from the sum of all partial results. ``spec`` is the operand's, at the true size."""
+    def merge(self, node: Node, spec: Spec, total: State | None, part: State, box: Box) -> State:
+        """``total`` with one more tile, whose elements lie on ``box`` of the operand; may write into ``total``."""
+        return part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
+
+    def finish(self, node: Node, spec: Spec, total: State) -> tuple[torch.Tensor, ...]:
+        """The op's outputs from the merged state. ``spec`` is the operand's, at the true size."""
+        raise NotImplementedError
+
+    def pull(
+        self,
+        node: Node,
+        spec: Spec,
+        tile: torch.Tensor,
+        box: Box,
+        total: State,
+        grads: Sequence[torch.Tensor | None],
+    ) -> torch.Tensor:
+        """The gradient with respect to the elements that a tile owns, of the shape of ``tile``.
+
+        Args:
+            tile: those elements, on ``box`` of the operand.
+            total: the merged state; empty in a one-pass segment, where ``linear`` promises that nobody looks.
+            grads: gradients of the outputs; None for one that no gradient reaches.
+        """
         raise NotImplementedError
 
 

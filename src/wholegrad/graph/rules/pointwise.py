@@ -1,4 +1,4 @@
-"""Ops that look at one pixel at a time: pointwise functions with broadcasting, and ops over channels only."""
+"""Ops that look at one element at a time, with broadcasting: activations, arithmetic, losses per pixel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from wholegrad.graph.geometry import Interval
 from wholegrad.graph.graph import Node, Ref, Spec
-from wholegrad.graph.layout import Axis, Layout, Role, axes, broadcast, extent, is_map, spatial_dims, tile_shape
+from wholegrad.graph.layout import Layout, Role, broadcast, extent, is_map, spatial_dims, tile_shape
 from wholegrad.graph.rules.base import LayoutRequest, MapRule, Tile, register
 
 aten = torch.ops.aten
@@ -42,12 +42,15 @@ PIXEL_LOSSES = (
     aten.where.Scalar,
     aten.log_sigmoid_forward.default,
     aten._prelu_kernel.default,
+    aten.masked_fill.Tensor,
     *PIXEL_LOSSES,
     aten.fill.Scalar,
     aten.fill.Tensor,
 )
 class Pointwise(MapRule):
     """Each output pixel depends on the same pixel of every map operand."""
+
+    aligned = True
 
     def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
         maps = [spec.layout for spec in request.specs.values() if spec.is_map]
@@ -95,41 +98,3 @@ class Copy(Pointwise):
     def run(self, node: Node, tensors: Sequence[torch.Tensor], tile: Tile) -> tuple[torch.Tensor, ...]:
         spec = node.outputs[0]
         return (tensors[-1].to(spec.dtype).expand(tile_shape(spec.layout, tile.box)),)
-
-
-@register(aten._softmax.default, aten._log_softmax.default)
-class AlongChannels(MapRule):
-    """``op(x, dim, ...)`` with the shape of x, where dim is not spatial."""
-
-    def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
-        dim_of(request, request.args[0], request.args[1])
-        return (request.layout(request.args[0]),)
-
-
-@register(aten.cat.default)
-class Concatenate(MapRule):
-    """Maps joined along a dimension that is not spatial."""
-
-    def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
-        refs = request.args[0]
-        dim = request.args[1] if len(request.args) > 1 else 0
-        first = next(ref for ref in refs if request.specs[ref].is_map)
-        dim = dim_of(request, first, dim)
-        layout = list(request.layout(first))
-        for ref in refs:
-            other = request.layout(ref)
-            if [axis for axis in axes(other) if axis.role] != [axis for axis in axes(tuple(layout)) if axis.role]:
-                raise request.refuse("joins maps with a tensor that is not a map of the same size")
-        layout[dim] = (Axis(request.shapes[0][dim]),)
-        return (tuple(layout),)
-
-
-@register(aten.slice_scatter.default, aten.select_scatter.default)
-class Scatter(MapRule):
-    """``op(x, part, dim, ...)``: x with some channels replaced; what writing into a view becomes."""
-
-    def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
-        if not all(spec.is_map for spec in request.specs.values()):
-            raise request.refuse("writes a tensor that is not a map into a map")
-        dim_of(request, request.args[0], request.args[2] if len(request.args) > 2 else 0)
-        return (request.layout(request.args[0]),)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from wholegrad.graph.geometry import Box, Interval
 from wholegrad.graph.graph import Node, Spec
-from wholegrad.graph.layout import Axis, Layout, Role, plain, regroup, roles, spatial_dims, tile_shape
+from wholegrad.graph.layout import Axis, Layout, Role, map_layout, plain, regroup, roles, spatial_dims, tile_shape
 from wholegrad.graph.rules.base import LayoutRequest, MapRule, Tile, checked, register, resized
 from wholegrad.graph.rules.pointwise import dim_of
 
@@ -208,3 +211,42 @@ def boxes(tile: Tile, operand: int) -> Box:
     box = tile.operands[operand]
     assert box is not None
     return box
+
+
+def extent_of(spec: Spec, role: Role) -> int:
+    """Rows or columns of a map."""
+    return spec.rows if role is Role.ROW else spec.cols
+
+
+def planar(request: LayoutRequest) -> tuple[Layout, ...]:
+    """Layouts of the outputs of an op on ``(N, C, H, W)`` or ``(C, H, W)``: rows and columns stay the last dimensions.
+
+    Raises:
+        UnsupportedOpError: the last two dimensions of the first operand are not rows and columns.
+    """
+    ref = request.args[0]
+    if request.layout(ref)[-2:] != map_layout(request.specs[ref].shape)[-2:]:
+        raise request.refuse("works along other dimensions than rows and columns of a (..., C, H, W) map")
+    return tuple(checked(request, map_layout(shape), i) for i, shape in enumerate(request.shapes))
+
+
+def arguments(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument of a call by its name in the op's schema, defaults included."""
+    schema = op._schema.arguments
+    found = {argument.name: argument.default_value for argument in schema}
+    found.update(zip((argument.name for argument in schema), args, strict=False))
+    return found | dict(kwargs)
+
+
+def taken(x: torch.Tensor, index: npt.NDArray[np.int64], dim: int) -> torch.Tensor:
+    """``x`` at these positions of ``dim``, counted from the front; channels stay last in memory where they are.
+
+    A view where positions advance by a fixed step, as most do.
+    """
+    step = int(index[1] - index[0]) if len(index) > 1 else 1
+    if step > 0 and bool((np.diff(index) == step).all()):
+        return x[(slice(None),) * dim + (slice(int(index[0]), int(index[-1]) + 1, step),)]
+    position = torch.from_numpy(index)
+    if x.dim() == 4 and x.stride(1) == 1:
+        return x.permute(0, 2, 3, 1).index_select(dim - 1, position).permute(0, 3, 1, 2)
+    return x.index_select(dim, position)

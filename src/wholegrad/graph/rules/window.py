@@ -47,6 +47,8 @@ def reach(inputs: Interval, kernel: int, stride: int, pad: int, dilation: int) -
 class Convolution(MapRule):
     """``convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)`` in 2-d."""
 
+    copies = (1, 0)  # and one of the output if transposed
+
     def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
         layout = request.layout(request.args[0])
         if layout[2:] != map_layout(request.specs[request.args[0]].shape)[2:] or len(layout) != 4:

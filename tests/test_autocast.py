@@ -1,0 +1,55 @@
+"""Autocast to bfloat16 on the CPU: its casts are part of the graph, and the error is that of whole-image autocast."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+import wholegrad as wg
+from wholegrad.graph.graph import Kind
+from wholegrad.losses import LOSSES
+from wholegrad.verify import random_labels
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.GroupNorm(2, 8), nn.Softmax(1), nn.ConvTranspose2d(8, 1, 2, 2),
+    )  # fmt: skip
+
+
+def whole(model: nn.Module, image: torch.Tensor, labels: torch.Tensor, autocast: bool) -> dict[str, torch.Tensor]:
+    dtype = torch.float32 if autocast else torch.float64
+    model = copy.deepcopy(model).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = LOSSES["bce"](model(image.to(dtype)[None]), labels[None])
+    loss.backward()
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_bfloat16_is_as_good_as_whole_image_bfloat16() -> None:
+    model, labels = network(), random_labels((64, 72), 0)
+    image = torch.rand(3, 64, 72, generator=torch.Generator().manual_seed(1))
+    wanted, theirs = whole(model, image, labels, False), whole(model, image, labels, True)
+    for fixed in ({}, {"boundaries": ["0", "4"], "placement": "disk"}):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            plan = wg.plan(model, LOSSES["bce"], image, labels, tile=(20, 24), **fixed)
+            wg.backward(model, LOSSES["bce"], image, labels, plan=plan)
+        assert any(node.outputs[0].dtype == torch.bfloat16 for node in plan.graph.of_kind(Kind.MAP))
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.dtype == torch.float32
+            scale = wanted[name].abs().max()
+            ours = (parameter.grad.double() - wanted[name]).abs().max() / scale
+            assert ours <= 2 * max((theirs[name] - wanted[name]).abs().max() / scale, 2.0**-8), name
+
+
+def test_a_plan_for_autocast_is_another_graph() -> None:
+    model, labels, image = network(), random_labels((32, 32), 0), torch.rand(3, 32, 32)
+    plain = wg.plan(model, LOSSES["bce"], image, labels).graph
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wg.plan(model, LOSSES["bce"], image, labels).graph is not plain
+    assert wg.plan(model, LOSSES["bce"], image, labels).graph is plain
