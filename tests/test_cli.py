@@ -166,6 +166,86 @@ def test_verify_says_by_its_exit_code_that_a_network_is_not_exact(monkeypatch: p
     assert main(["verify", "--size", "50x67"]) == 1
 
 
+MINE = r"""
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+def segmenter(): return nn.Sequential(nn.Conv2d(4, 5, 3, padding=1), nn.Dropout2d(), nn.Conv2d(5, 5, 1))
+def classifier():
+    return nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+def with_loss(): return alone(), lambda output, target: (output - target[0] + target[1]).square().mean()
+def alone(): return nn.Conv2d(3, 1, 3, padding=1)
+def square(output, target):
+    assert target is None
+    return output.square().mean()
+def pair(height, width): return torch.full((1, height, width), 0.5), torch.ones(1)
+def number(): return 3
+def breaks(): raise RuntimeError("no weights\nhere")
+class Otherwise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), Doubled())
+    def forward(self, x): return self.block(x)
+class Doubled(nn.Module):
+    def forward(self, x): return x * 2 if x.is_meta else x * 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of the user's in the current folder."""
+    (tmp_path / "my_nets.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_nets", raising=False)
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["segmenter", "--channels", "4", "--loss", "torch.nn:CrossEntropyLoss", "--target", "labels:5"],
+        ["classifier", "--loss", "torch.nn.functional:cross_entropy", "--target", "class:2", "--eval"],
+        ["with_loss", "--target", "my_nets:pair"],
+        ["alone", "--loss", "my_nets:square", "--target", "none"],
+    ],
+)
+def test_verify_on_the_users_own_model_loss_and_target(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    name, *rest = options
+    tiles = ["--tile", "9x12", "--tile", "16x16"]
+    assert main(["verify", f"my_nets:{name}", "--size", "24x33", "--no-float32", *tiles, *rest]) == 0
+    said = capsys.readouterr().out
+    assert "tiles of 9 x 12" in said and "over 3 plans" in said and "responsible" not in said
+
+
+@pytest.mark.usefixtures("mine")
+def test_verify_names_what_is_responsible(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "my_nets:Otherwise", "--size", "24x33", "--no-float32", "--tile", "9x12"]) == 1
+    said = capsys.readouterr().out
+    assert "MISMATCH" in said and "\nresponsible: block.1 (capture): its output is not what" in said
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["my_nets:number"], "network my_nets:number: gave a int; return a torch.nn.Module, or one and its loss"),
+        (["my_nets:breaks"], "network my_nets:breaks: raises RuntimeError: no weights here; run it in Python"),
+        (["my_nets:with_loss", "--loss", "bce"], "brings a loss of its own; leave out --loss"),
+        (
+            ["my_nets:alone", "--loss", "hinge"],
+            "loss hinge: is not built in; use bce, dice, bce+dice, focal, or module:",
+        ),
+        (["my_nets:alone", "--loss", "my_nets:no"], "loss my_nets:no: module 'my_nets' has no attribute 'no'; check"),
+        (["my_nets:alone", "--target", "class:0"], "target class:0: is unknown; use labels, labels:K, class:K, none"),
+        (["my_nets:alone", "--channels", "0"], "'0' is not a number of at least 1"),
+    ],
+)
+def test_verify_refuses_in_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refused(capsys, "verify", *argv)
+
+
 def test_ctrl_c_leaves_a_checkpoint_that_loads_and_continues(config: Path) -> None:
     command = [sys.executable, "-m", "wholegrad", "train", str(config), "--set", "train.panels=false"]
     run = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True)

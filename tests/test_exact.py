@@ -11,12 +11,12 @@ import torch
 import wholegrad as wg
 from oracle import assert_exact, errors
 from wholegrad.graph.geometry import Interval
-from wholegrad.graph.rules import window
+from wholegrad.graph.rules import convolve, window
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
 from wholegrad.plan import tiles
 from wholegrad.plan.tiles import Grid, Tile
-from wholegrad.verify import EXACT, random_labels
+from wholegrad.verify import EXACT, Report, Row, by_chance, random_labels
 
 
 def case(height: int, width: int, seed: int = 0) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
@@ -146,3 +146,35 @@ def test_the_oracle_fails_on_mutants(monkeypatch: pytest.MonkeyPatch, where: Any
     monkeypatch.setattr(where, name, mutant)
     model, image, labels = case(64, 64)
     assert max(errors(model, LOSSES["bce"], image, labels, **fixed).values()) > 1e-6
+
+
+def test_lost_digits_are_not_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight's gradient in half of float32's digits: float64 cannot tell, float32 must."""
+    true = convolve.weight_gradient
+
+    def short(sat: Any, read: Any, weight: Any, settings: Any) -> torch.Tensor:
+        found = true(sat, read, weight, settings)
+        return found if weight.dtype is torch.float64 else found.half().to(found.dtype)
+
+    monkeypatch.setattr(convolve, "weight_gradient", short)
+    report = wg.verify(unet4492(seed=0), LOSSES["bce"], shape=(3, 64, 80), tiles=[(33, 40)])
+    assert not report.ok and all(row.exact for row in report.rows)
+    assert "MISMATCH" in str(report) and "rounding" in str(report.responsible)
+
+
+@pytest.mark.parametrize(
+    ("ours", "whole", "chance"),
+    [
+        ([1e-3, 1e-6], [1e-6, 6e-4], True),  # the same errors, in other tensors
+        ([1e-3, 1e-3], [1e-6, 6e-4], False),  # one more tensor that is far off
+        ([1.3e-3, 1e-6], [1e-6, 6e-4], False),  # farther off than any
+        ([1.9e-6, 0.0], [0.0, 0.0], True),  # a few roundings
+    ],
+)
+def test_what_is_put_down_to_chance(ours: list[float], whole: list[float], chance: bool) -> None:
+    rows = [Row(str(i), 1e-14, *pair) for i, pair in enumerate(zip(ours, whole, strict=True))]
+    assert by_chance(rows) is chance
+    assert Report(tuple(rows), ()).ok is chance
+    assert ("by chance" in str(Report(tuple(rows), ()))) is (chance and not all(row.ok for row in rows))
+    wrong = Report((*rows, Row("wrong", 1e-11, 0.0, 0.0)), ())
+    assert not wrong.ok and "MISMATCH" in str(wrong)
