@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import wholegrad as wg
 from oracle import assert_exact, errors
@@ -178,3 +179,32 @@ def test_what_is_put_down_to_chance(ours: list[float], whole: list[float], chanc
     assert ("by chance" in str(Report(tuple(rows), ()))) is (chance and not all(row.ok for row in rows))
     wrong = Report((*rows, Row("wrong", 1e-11, 0.0, 0.0)), ())
     assert not wrong.ok and "MISMATCH" in str(wrong)
+
+
+class Deep(nn.Module):
+    """So many norms over so few pixels that float64 itself loses digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = [(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Tanh()) for _ in range(80)]
+        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), *(layer for layers in block for layer in layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.layers(x)
+        return result
+
+
+def test_rounding_is_told_from_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    def squared(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return ((output - target) ** 2).mean()
+
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"shape": (3, 5, 4), "target": torch.tensor([1.0]), "tiles": [(3, 3)], "single": False}
+    report = wg.verify(Deep(), squared, **options)
+    assert report.ok and max(row.double for row in report.rows) > EXACT, str(report)
+    assert "parameters rounded anew" in str(report)
+    monkeypatch.setattr(window.Convolution, "needs", short_halo)
+    monkeypatch.setattr("wholegrad.verify.diagnose", lambda *args: None)  # which is not what is tested here
+    report = wg.verify(Deep(), squared, **options)
+    assert not report.ok
+    assert not Row("far", 2e-9, 0.0, 0.0, 1.0).ok

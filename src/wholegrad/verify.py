@@ -1,11 +1,14 @@
 """Prove rule 5 on the user's own model and loss: whole-image autograd against several plans, tensor by tensor.
 
-In float64 every tensor must agree. In float32 a tensor's error must be at most twice whole-image float32's own, and
-there chance plays a part: where a ReLU's input is zero but for rounding, one run takes the one slope and the next run
-the other, and a gradient that few pixels make changes by percents. A tensor beyond twice its own is therefore put down
-to chance if the errors as a whole are no worse: the largest at most twice the largest of whole-image float32, the
-second largest at most twice the second largest, and so on, over as many float32 runs on either side. A sum that loses
-digits fails that, since it loses them in every tensor.
+In float64 every tensor must agree to 1e-12; where rounding alone moves it farther (many norms over a small map), to
+eight times what whole-image autograd moves it by when each parameter changes by one rounding, and never beyond 1e-9.
+
+In float32 a tensor's error must be at most twice whole-image float32's own. There chance plays a part: where a ReLU's
+input is zero but for rounding, one run takes the one slope and the next run the other, and a gradient that few pixels
+make changes by percents. A tensor beyond twice its own is therefore put down to chance if the errors as a whole are no
+worse: the largest at most twice the largest of whole-image float32, the second largest at most twice the second
+largest, and so on, over as many float32 runs on either side. A sum that loses digits fails that, since it loses them in
+every tensor.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from wholegrad.run.executor import Sink
 from wholegrad.run.reference import Reference, buffers, gradients, named, parts, whole_image
 
 EXACT = 1e-12  # float64: relative to the tensor's largest element
+ROUNDING = 1e-9  # float64: no error above this is rounding
 ZERO = 1e-10  # float64: a gradient of this share of its module's largest is rounding
 FLOOR = 16 * 2.0**-23  # float32: errors of up to sixteen roundings are chance, and not compared
 
@@ -42,17 +46,19 @@ class Row:
         double: worst over the plans, both in float64.
         single: worst over the plans in float32, against the float64 reference; NaN if float32 was not asked for.
         whole_single: whole-image float32's own error against the float64 reference.
+        whole_double: how far whole-image float64 moves when parameters are rounded anew; 0 if it was not asked for.
     """
 
     name: str
     double: float
     single: float
     whole_single: float
+    whole_double: float = 0.0
 
     @property
     def exact(self) -> bool:
         """Whether it agrees in float64."""
-        return self.double <= EXACT
+        return self.double <= max(EXACT, min(8 * self.whole_double, ROUNDING))
 
     @property
     def ok(self) -> bool:
@@ -100,6 +106,10 @@ class Report:
         verdict = "exact" if self.ok else "NOT exact"
         lines.append("")
         lines.append(f"{verdict}: worst relative errors over {len(self.plans)} plans ({'; '.join(self.plans)})")
+        if self.ok and (far := [row.whole_double for row in self.rows if row.double > EXACT]):
+            lines.append(
+                f"above {EXACT}: parameters rounded anew move whole-image float64 by up to {max(far):.0e} there"
+            )
         if self.ok and not all(row.ok for row in self.rows):
             lines.append(
                 "by chance: beyond twice its own float32 error, but no worse than other tensors' (a ReLU at zero)"
@@ -192,18 +202,22 @@ def verify(
     doubles = _compared(double, wanted, runs)
     singles: dict[str, float] = {}
     wholes: dict[str, float] = {}
+    rounded: dict[str, float] = {}
+    if doubles.raised is None and max(doubles.worst.values()) > EXACT:
+        rounded = own_errors(double, wanted, len(runs))
     if single and doubles.raised is None:
         case = Case(model, loss_fn, image, labels, torch.float32, seed)
         singles = _compared(case, wanted, runs).worst
         wholes = errors(case.reference().tensors, wanted.tensors)
         if not all(Row(name, 0.0, singles[name], wholes[name]).ok for name in singles):
-            wholes = whole_singles(case, wanted, len(runs))
+            wholes = own_errors(case, wanted, len(runs))
     nan = float("nan")
     rows = tuple(
-        Row(name, error, singles.get(name, nan), wholes.get(name, nan)) for name, error in doubles.worst.items()
+        Row(name, error, singles.get(name, nan), wholes.get(name, nan), rounded.get(name, 0.0))
+        for name, error in doubles.worst.items()
     )
     report = Report(rows, tuple(_described(*run) for run in runs))
-    return report if report.ok else replace(report, responsible=_responsible(double, doubles))
+    return report if report.ok else replace(report, responsible=_responsible(double, doubles, report))
 
 
 def _described(tile: tuple[int, int], place: str) -> str:
@@ -308,8 +322,8 @@ def errors(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
     }
 
 
-def whole_singles(case: Case, wanted: Reference, draws: int) -> dict[str, float]:
-    """Each tensor's worst error over whole-image runs in float32: one as it is, others with parameters rounded anew."""
+def own_errors(case: Case, wanted: Reference, draws: int) -> dict[str, float]:
+    """Each tensor's worst error over whole-image runs: one as it is, the others with parameters rounded anew."""
     worst = errors(case.reference().tensors, wanted.tensors)
     generator = torch.Generator().manual_seed(case.seed)
     for _ in range(draws - 1):
@@ -351,9 +365,9 @@ def _compared(case: Case, wanted: Reference, runs: Sequence[tuple[tuple[int, int
     return _Compared(worst, *failed, None)
 
 
-def _responsible(case: Case, compared: _Compared) -> str:
+def _responsible(case: Case, compared: _Compared, report: Report) -> str:
     """What a mismatch comes from."""
-    if compared.failed is None:
+    if compared.failed is None or all(row.exact for row in report.rows):
         return "rounding: in float64 every tensor agrees, but float32's errors exceed twice whole-image float32's own"
     inputs = given(case.image, case.target, case.dtype)
     found = diagnose(case.model, case.loss_fn, inputs, compared.failed, case.seed)
