@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -184,7 +185,7 @@ class Adversary(nn.Module):
 
 
 def test_gradients_that_no_trace_shows_are_refused() -> None:
-    with pytest.raises(CaptureError, match=r"Reversed: is an autograd\.Function"):
+    with pytest.raises(CaptureError, match=r"^model \(test_refusals\.Reversed\): is an autograd\.Function"):
         wg.plan(Adversary().double(), square, image())
     assert torch.autograd.Function.__dict__["apply"].__qualname__.startswith("Function")
 
@@ -219,3 +220,73 @@ def test_a_library_op_without_a_rule_runs_on_whole_maps_with_its_own_gradient() 
             return result
 
     assert_exact(Cubed().double(), square, image(), None, tile=(7, 9))
+
+
+class Inner(nn.Module):
+    """A convolution, and something that no captured graph can do."""
+
+    def __init__(self, does: Callable[..., Any]) -> None:
+        super().__init__()
+        self.conv, self.does, self.steps = nn.Conv2d(3, 2, 3), does, 0
+        self.child = nn.Conv2d(2, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.child(self.does(self, self.conv(x)))
+        return result
+
+
+def hooked(module: Inner, y: torch.Tensor) -> torch.Tensor:
+    y.register_hook(lambda grad: 0.1 * grad)
+    return y
+
+
+def detached_in_place(module: Inner, y: torch.Tensor) -> torch.Tensor:
+    return (y * 2).detach_() + y
+
+
+def penalised(module: Inner, y: torch.Tensor) -> torch.Tensor:
+    (grad,) = torch.autograd.grad(y.sum(), module.conv.weight, create_graph=True)
+    return y * grad.norm()
+
+
+def counted(module: Inner, y: torch.Tensor) -> torch.Tensor:
+    module.steps += 1
+    return y / module.steps
+
+
+def masked(module: Inner, y: torch.Tensor) -> torch.Tensor:
+    return y - y[y > 0].mean()
+
+
+def branching(module: Inner, y: torch.Tensor) -> torch.Tensor:
+    return y if y.mean() > 0 else -y
+
+
+def too_many_channels(module: Inner, y: torch.Tensor) -> torch.Tensor:
+    return torch.cat([y, y], 1)
+
+
+@pytest.mark.parametrize(
+    ("does", "match"),
+    [
+        (hooked, r"^1 \(Tensor\.register_hook\): changes a gradient where no trace shows it; make it a torch\.library"),
+        (detached_in_place, r"^1 \(Tensor\.detach_\): detaches in place.*write y = y\.detach\(\)"),
+        (penalised, r"^1 \(torch\.autograd\.grad\): takes gradients inside"),
+        (counted, r"^1\.steps: is a number that changes while the model runs, from 0 to 1.*buffer"),
+        (masked, r"^1 \(aten\.index\.Tensor\): picks elements by a mask.*\(x \* mask\)\.sum\(\) / mask\.sum\(\)"),
+        (branching, r"^1 \(Inner\): cannot be traced.*must not look at pixel values"),
+        (too_many_channels, r"^1\.child \(Conv2d\): cannot be traced.*hannel.*accept these shapes"),
+    ],
+)
+def test_what_no_trace_shows_is_refused_by_module_path_and_call(does: Callable[..., Any], match: str) -> None:
+    model = nn.Sequential(nn.Identity(), Inner(does)).double()
+    with pytest.raises(CaptureError, match=match) as caught:
+        wg.plan(model, square, image())
+    assert "\n" not in str(caught.value) and model[1].steps == 0
+
+
+def test_a_module_with_a_backward_hook_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Conv2d(2, 1, 1)).double()
+    model[1].register_full_backward_hook(lambda module, given, grads: None)
+    with pytest.raises(CaptureError, match=r"^1: has a backward hook"):
+        wg.plan(model, square, image())

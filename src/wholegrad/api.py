@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,6 +17,7 @@ from wholegrad.given import Given, given
 from wholegrad.graph.capture import capture
 from wholegrad.graph.graph import Graph, Kind, Ref
 from wholegrad.graph.inputs import Input, Leaf
+from wholegrad.looks import Looks, difference, looks
 from wholegrad.plan import memory
 from wholegrad.plan.plan import Placement, Plan, parse_bytes
 from wholegrad.plan.planner import Request, check_elements, make_plan, storable
@@ -151,14 +151,15 @@ def plan(
 
 @dataclass(frozen=True)
 class _Signature:
-    """What a captured graph depends on, beside the code: a plan runs only where all of it is the same."""
+    """What a captured graph depends on: a graph and its plans are used only where all of it is the same."""
 
     image: tuple[Any, ...]
     target: tuple[Any, ...]
     modes: tuple[bool, ...]
     tensors: tuple[tuple[str, tuple[int, ...], torch.dtype, bool], ...]
     metrics: tuple[str, ...]
-    loss: Any
+    autocast: torch.dtype | None
+    looks: Looks
 
     def difference(self, other: _Signature) -> str | None:
         """What differs first, in words."""
@@ -168,13 +169,13 @@ class _Signature:
             "modes": "other modules in training or evaluation mode",
             "tensors": "other parameters (names, shapes, dtypes, or which are trained)",
             "metrics": "the metrics {}",
-            "loss": "another loss",
+            "autocast": "autocast to {}",
         }
         for name, text in words.items():
             mine = getattr(self, name)
             if mine != getattr(other, name):
                 return text.format(mine)
-        return None
+        return difference(self.looks, other.looks)
 
 
 def _signature(model: nn.Module, loss_fn: Any, inputs: Given, metrics: Mapping[str, Any] | None) -> _Signature:
@@ -190,7 +191,8 @@ def _signature(model: nn.Module, loss_fn: Any, inputs: Given, metrics: Mapping[s
         modes=tuple(module.training for part in parts for module in part.modules()),
         tensors=tuple((name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in tensors.items()),
         metrics=tuple(metrics or {}),
-        loss=(loss_fn.func, loss_fn.args, tuple(loss_fn.keywords.items())) if isinstance(loss_fn, partial) else loss_fn,
+        autocast=torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
+        looks=looks(model=model, loss=loss_fn, metrics=dict(metrics or {})),
     )
 
 
@@ -209,14 +211,30 @@ def _capture(
 
     if not isinstance(model, nn.Module):
         return make()  # which refuses
-    return cached(model, [loss_fn, *(metrics or {}).values()], _signature(model, loss_fn, inputs, metrics), make)
+    tensors = joint_tensors(model, loss_fn, metrics)
+    return cached(
+        model,
+        lambda: _signature(model, loss_fn, inputs, metrics),
+        lambda graph: _another_buffer(graph, tensors) is None,
+        make,
+    )
 
 
-def _check_plan(made: Plan, wanted: _Signature) -> None:
+def _another_buffer(graph: Graph, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """A buffer at whose values the code looked while it was traced, and which holds others now."""
+    for name, value in graph.looked_at.items():
+        if name not in tensors or not torch.equal(tensors[name], value):
+            return name
+    return None
+
+
+def _check_plan(made: Plan, wanted: _Signature, tensors: Mapping[str, torch.Tensor]) -> None:
     known = made.made_for
-    difference = known.difference(wanted) if isinstance(known, _Signature) else "nothing that is known"
-    if difference is not None:
-        raise PlanError("plan", f"was made for {difference}", "plan again for what is to be run")
+    apart = known.difference(wanted) if isinstance(known, _Signature) else "nothing that is known"
+    if apart is None and (buffer := _another_buffer(made.graph, tensors)) is not None:
+        apart = f"other values of {buffer}, at which the code looks"
+    if apart is not None:
+        raise PlanError("plan", f"was made for {apart}", "plan again for what is to be run")
 
 
 @overload
@@ -264,8 +282,9 @@ def backward(
     """
     inputs = given(image, target, model_dtype(model))
     made = plan if plan is not None else _plan(model, loss_fn, image, target, budget=budget, metrics=metrics)
-    _check_plan(made, _signature(model, loss_fn, inputs, metrics))
-    executor = _executor(made, joint_tensors(model, loss_fn, metrics), inputs, progress=progress, seed=seed)
+    tensors = joint_tensors(model, loss_fn, metrics)
+    _check_plan(made, _signature(model, loss_fn, inputs, metrics), tensors)
+    executor = _executor(made, tensors, inputs, progress=progress, seed=seed)
     try:
         with _as_captured(), torch.enable_grad():
             executor.forward()
@@ -276,7 +295,6 @@ def backward(
     loss = executor.small.values[made.graph.loss].detach().to(torch.float64).reshape(())
     if not torch.isfinite(loss):
         raise NumericsError("loss", f"is {loss.item()}", "lower the learning rate, or check weights and pixels")
-    tensors = joint_tensors(model, loss_fn, metrics)
     _leave_gradients(made.graph, executor, tensors)
     _leave_buffers(executor, tensors)
     if metrics is None:

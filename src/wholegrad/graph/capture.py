@@ -13,15 +13,14 @@ casts then become nodes of the graph.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,9 +31,20 @@ from wholegrad.graph import decompose
 from wholegrad.graph.convert import Converter, WritesIntoViewError, buffer_written
 from wholegrad.graph.graph import Graph, Kind
 from wholegrad.graph.inputs import Inputs
+from wholegrad.graph.known import Known
 from wholegrad.graph.rewrite import Rewritten
 from wholegrad.graph.rules.fill import FILLS
 from wholegrad.graph.rules.random import is_random
+from wholegrad.graph.tracing import (
+    at,
+    failing_module,
+    is_ghost,
+    module_paths,
+    outside_gradients,
+    own_functions,
+    place,
+    unchanged,
+)
 
 aten = torch.ops.aten
 LossFn = Callable[..., torch.Tensor]
@@ -58,7 +68,7 @@ class _Joint(nn.Module):
         output = self.model(*args, **kwargs)
         loss, values = None, []
         if self.loss is not None:
-            with traceback.annotate({"path": "loss"}):
+            with at("loss"):
                 loss = _one_tensor(self.loss(output, target), "loss")
             values = [_metric(fn, name, output, target) for name, fn in self._metric_fns.items()]
         changed = {name: buffer for name, buffer in self.named_buffers() if id(buffer) != before.get(name)}
@@ -77,7 +87,7 @@ def _one_tensor(value: Any, name: str) -> torch.Tensor:
 
 
 def _metric(fn: Callable[..., torch.Tensor], name: str, output: Any, target: Any) -> torch.Tensor:
-    with traceback.annotate({"path": f"metric {name}"}), torch.no_grad():
+    with at(f"metric {name}"), torch.no_grad():
         return _one_tensor(fn(output, target), f"metric {name}")
 
 
@@ -91,27 +101,32 @@ class _Meta(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         fake: makes ghosts that seem to lie on the CPU; None for those of the meta device.
         fills: whether constants made from nothing are ghosts; if not, only large ones are.
+        known: answers where code looks at a value.
     """
 
-    def __init__(self, fake: FakeTensorMode | None, fills: bool) -> None:
+    def __init__(self, fake: FakeTensorMode | None, fills: bool, known: Known) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.fake, self.fills = fake, fills
+        self.fake, self.fills, self.known = fake, fills, known
         self.draws = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         for t in tensors:
-            if t.requires_grad and not self._ghost(t):
+            if t.requires_grad and not is_ghost(t):
                 raise CaptureError(
-                    "model or loss",
+                    place(func),
                     f"uses a trained tensor of shape {tuple(t.shape)} that is no parameter of either",
                     "make it an nn.Parameter of the model, or of a loss that is an nn.Module",
                 )
-        if any(self._ghost(t) for t in tensors):
+        if any(is_ghost(t) for t in tensors):
             self._refuse_write(func, args)
+            _refuse_selection(func, args)
+            number = self.known.number(tensors[0]) if func is aten._local_scalar_dense.default else None
+            if number is not None:
+                return number
             args, kwargs = tree_map_only(torch.Tensor, self._as_ghost, (args, kwargs))
-        outside = _outside.get()
+        outside = outside_gradients()
         note: dict[str, Any] = {"grad": torch.is_grad_enabled() if outside is None else outside}
         if is_random(func):
             note["draw"] = self.draws
@@ -128,104 +143,35 @@ class _Meta(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Refuse to write pixels into a real tensor: it would be its ghost that changes."""
         for given, argument in zip(args, func._schema.arguments, strict=False):
             writes = argument.alias_info is not None and argument.alias_info.is_write
-            if writes and isinstance(given, torch.Tensor) and not self._ghost(given):
+            if writes and isinstance(given, torch.Tensor) and not is_ghost(given):
                 raise CaptureError(
-                    f"model or loss ({func})",
+                    place(func),
                     f"writes into a tensor of shape {tuple(given.shape)} that is none of its inputs",
                     "make it with torch.zeros or zeros_like inside of forward",
                 )
 
-    def _ghost(self, t: torch.Tensor) -> bool:
-        return t.is_meta or isinstance(t, FakeTensor)
-
     def _as_ghost(self, t: torch.Tensor) -> torch.Tensor:
-        if self._ghost(t):
-            return t
-        return t.to("meta") if self.fake is None else self.fake.from_tensor(t)
+        """A real tensor on the ghosts' device; fake CPU tensors meet real ones as they are."""
+        return t if is_ghost(t) or self.fake is not None else t.to("meta")
+
+
+def _refuse_selection(func: Any, args: tuple[Any, ...]) -> None:
+    """Refuse to pick elements by a mask of pixels: how many there are depends on the pixels."""
+    indices = args[1] if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default) else ()
+    masks = [i for i in indices if isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8)]
+    picks = func in (aten.nonzero.default, aten.masked_select.default) or (func is aten.index.Tensor and masks)
+    if picks:
+        raise CaptureError(
+            place(func),
+            "picks elements by a mask, so that shapes depend on pixels",
+            "multiply by the mask instead: (x * mask).sum() / mask.sum()",
+        )
 
 
 def _elements(args: tuple[Any, ...]) -> int:
     """Elements of a tensor that is made from a shape, the first argument."""
     shape = args[0] if args and isinstance(args[0], list | tuple) else ()
     return torch.Size(shape).numel() if all(isinstance(size, int) for size in shape) else 0
-
-
-_outside: ContextVar[bool | None] = ContextVar("gradients outside of an autograd.Function", default=None)
-
-
-@contextmanager
-def _functions() -> Iterator[None]:
-    """While open, ``autograd.Function`` is watched: it runs its forward with gradients off, whatever is on outside.
-
-    One that belongs to a ``torch.library`` op is a single node, with gradients as outside. Any other defines a gradient
-    that a trace of its forward does not show, and is refused.
-    """
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__ != "torch._library.autograd" and torch.is_grad_enabled() and _outside.get() is None:
-            raise CaptureError(
-                f"{cls.__module__}.{cls.__qualname__}",
-                "is an autograd.Function, whose gradient no trace shows",
-                "make it a torch.library.custom_op with register_autograd, and register a rule for it",
-            )
-        token = _outside.set(torch.is_grad_enabled() if _outside.get() is None else _outside.get())
-        try:
-            return original.__func__(cls, *args, **kwargs)
-        finally:
-            _outside.reset(token)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
-
-
-@contextmanager
-def _unchanged(joint: nn.Module) -> Iterator[None]:
-    """Puts back what tracing leaves in modules' attributes: outputs that a model keeps for itself would be ghosts."""
-    before = [(module, dict(vars(module))) for module in joint.modules()]
-    inside = [(value, copy.copy(value)) for _, held in before for value in held.values() if type(value) in (list, dict)]
-    try:
-        yield
-    finally:
-        for module, held in before:
-            vars(module).clear()
-            vars(module).update(held)
-        for value, content in inside:
-            if isinstance(value, list):
-                value[:] = content
-            else:
-                value.clear()
-                value.update(content)
-
-
-@contextmanager
-def _module_paths(model: nn.Module) -> Iterator[None]:
-    """While open, every traced call carries the path of the module that made it."""
-    stack: list[Any] = []
-    handles = []
-
-    def enter(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            context = traceback.annotate({"path": name})
-            context.__enter__()
-            stack.append(context)
-
-        return hook
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        stack.pop().__exit__(None, None, None)
-
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(name)))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _places(joint: nn.Module) -> dict[str, str]:
@@ -244,7 +190,7 @@ def _places(joint: nn.Module) -> dict[str, str]:
 
 
 def _trace(
-    joint: _Joint, state: dict[str, torch.Tensor], inputs: Inputs, functional: bool, fills: bool
+    joint: _Joint, state: dict[str, torch.Tensor], inputs: Inputs, functional: bool, fills: bool, known: Known
 ) -> tuple[torch.fx.GraphModule, list[str]]:
     """The traced graph, and the names of the buffers whose new tensors it returns last."""
     names, places = list(state), _places(joint)
@@ -260,7 +206,7 @@ def _trace(
 
     def run(tensors: list[torch.Tensor], given: list[torch.Tensor]) -> Any:
         args, kwargs, target = inputs.nested(given)
-        with Rewritten(), _Meta(fake, fills):
+        with Rewritten(), _Meta(fake, fills, known):
             table = dict(zip(names, tensors, strict=True))
             swapped = {place: table[name] for place, name in places.items()}
             *found, new = torch.func.functional_call(joint, swapped, (args, kwargs, target), tie_weights=False)
@@ -270,8 +216,10 @@ def _trace(
     function = torch.func.functionalize(run, remove="mutations") if functional else run
     given = [torch.empty(each.shape, dtype=each.dtype, device="meta") for each in inputs.tensors]
     leaves = [ghost(t) for t in state.values()], [ghost(t) for t in given]
-    watched = _unchanged(joint), _module_paths(joint.model), _functions()
-    with traceback.preserve_node_meta(), watched[0], watched[1], watched[2], torch.enable_grad():
+    watched = unchanged(joint), module_paths(joint.model), own_functions(), torch.compiler.set_stance("force_eager")
+    with ExitStack() as stack:
+        for context in (traceback.preserve_node_meta(), *watched, torch.enable_grad()):
+            stack.enter_context(context)
         traced = make_fx(function, decomposition_table=decompose.table(), tracing_mode="real")(*leaves)
     return traced, changed
 
@@ -308,37 +256,56 @@ def capture(
     sources += [(each.kind, each.name) for each in inputs.tensors]
     trained = {name for name, parameter in joint.named_parameters() if parameter.requires_grad}
     names = list(metrics or {}) if loss_fn is not None else []
+    buffers = dict(joint.named_buffers())
     for functional in (False, True):
-        traced, changed = _traced(joint, state, inputs, functional)
+        known = Known({i: (name, buffers[name]) for i, name in enumerate(state) if name in buffers})
+        traced, changed = _traced(joint, state, inputs, functional, known)
         try:
-            return Converter(traced, sources, loss_fn is not None, names, changed, model.training, trained).convert()
-        except WritesIntoViewError:
-            continue
-    raise CaptureError("model", "writes into views in a way that cannot be untangled", "avoid in-place writes there")
+            made = Converter(traced, sources, loss_fn is not None, names, changed, model.training, trained).convert()
+            return replace(made, looked_at=known.looked_at)
+        except WritesIntoViewError as error:
+            where = str(error)
+    raise CaptureError(where, "writes into views in a way that cannot be untangled", "avoid in-place writes there")
 
 
 def _traced(
-    joint: _Joint, state: dict[str, torch.Tensor], inputs: Inputs, functional: bool
+    joint: _Joint, state: dict[str, torch.Tensor], inputs: Inputs, functional: bool, known: Known
 ) -> tuple[torch.fx.GraphModule, list[str]]:
     try:
-        return _trace(joint, state, inputs, functional, fills=True)
+        return _trace(joint, state, inputs, functional, True, known)
     except WholegradError:
         raise
     except Exception as first:
         error = first
     try:
-        return _trace(joint, state, inputs, functional, fills=False)  # where code looks at a constant's values
+        return _trace(joint, state, inputs, functional, False, known)  # where code looks at a constant's values
     except WholegradError:
         raise
     except Exception:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split()).partition(" Consider tracing with dynamic shapes")[0][:300]
         shapes = ", ".join(str(each.shape) for each in inputs.tensors)
         raise CaptureError(
-            _failing_module(joint),
+            _failing(joint, error),
             f"cannot be traced on {shapes}: {type(error).__name__}: {reason}",
-            "check that model and loss accept these shapes and do not branch on pixel values",
+            _remedy(str(error)),
         ) from error
 
 
-def _failing_module(joint: _Joint) -> str:
+def _failing(joint: _Joint, error: Exception) -> str:
+    """The innermost module in whose code an error was raised; the loss, or the names of both, if there is none."""
+    path = failing_module(joint.model, error.__traceback__)
+    if (
+        path is None
+        and isinstance(joint.loss, nn.Module)
+        and failing_module(joint.loss, error.__traceback__) is not None
+    ):
+        return f"loss {type(joint.loss).__name__}"
+    if path:
+        return f"{path} ({type(joint.model.get_submodule(path)).__name__})"
     return f"{type(joint.model).__name__} with {getattr(joint.loss, '__name__', type(joint.loss).__name__)}"
+
+
+def _remedy(reason: str) -> str:
+    if any(words in reason for words in ("tracing tensor", "meta tensor", "data-dependent", "DataDependent")):
+        return "code must not look at pixel values: use torch.where and masks instead of branches"
+    return "check that model and loss accept these shapes and dtypes"

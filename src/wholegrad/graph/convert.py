@@ -17,6 +17,7 @@ from wholegrad.graph.builder import Builder
 from wholegrad.graph.graph import READERS, SOURCES, Graph, Kind, Ref, Spec, references, substitute, unsupported
 from wholegrad.graph.layout import map_layout, plain
 from wholegrad.graph.rules.random import FUNCTIONAL
+from wholegrad.graph.tracing import is_ghost
 
 aten = torch.ops.aten
 _DEVICE_KWARGS = {"device", "layout", "pin_memory", "memory_format", "generator"}
@@ -89,6 +90,13 @@ class Converter:
 
     def _constant(self, fx_node: torch.fx.Node) -> None:
         tensor = getattr(self.traced, str(fx_node.target))
+        if is_ghost(tensor):
+            user = next(iter(fx_node.users), fx_node)
+            raise CaptureError(
+                f"{(user.meta.get('custom') or {}).get('path') or 'model or loss'} ({user.target})",
+                f"uses a tensor of shape {tuple(tensor.shape)} whose values the trace does not show",
+                "make it a buffer of the model or loss",
+            )
         self.constants[fx_node.name] = tensor.detach()
         spec = Spec(plain(tensor.shape), tensor.dtype)
         (self.current[fx_node],) = self.build.add(Kind.CONSTANT, fx_node.name, (spec,), path=fx_node.name)
@@ -152,11 +160,13 @@ class Converter:
         target = fx_node.args[0] if written == [0] and fx_node.args else None
         if isinstance(target, torch.fx.Node):
             self._refuse_state(fx_node, target)
+        note = fx_node.meta.get("custom") or {}
+        where = f"{note.get('path') or 'model'} ({op})"
         if not isinstance(target, torch.fx.Node):
-            raise WritesIntoViewError
+            raise WritesIntoViewError(where)
         before, after = target.meta["val"], fx_node.meta["val"]
         if self._shared(fx_node, target) or before.dtype != after.dtype or before.shape != after.shape:
-            raise WritesIntoViewError
+            raise WritesIntoViewError(where)
         return self._itself(target)
 
     def _refuse_state(self, fx_node: torch.fx.Node, target: torch.fx.Node) -> None:
@@ -195,7 +205,7 @@ class Converter:
         name, overload = op._schema.name.split("::")[1], op._overloadname
         packet = getattr(aten, name.removesuffix("_"), None)
         if not name.endswith("_") or packet is None or overload not in packet.overloads():
-            raise WritesIntoViewError
+            raise WritesIntoViewError(place)
         return getattr(packet, overload)
 
     def _finish(self, fx_node: torch.fx.Node) -> Graph:

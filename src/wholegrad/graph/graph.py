@@ -168,6 +168,7 @@ class Graph:
         metrics: small tensors computed beside the loss, by name.
         training: whether the model was in training mode when captured.
         updates: what the buffers that the model writes (running statistics) hold afterwards, by buffer name.
+        looked_at: buffers whose values the code looked at while it was traced, as they were, by name.
         spans_known: a memory for :func:`wholegrad.graph.segment.spans`, which asks the same things many times.
     """
 
@@ -178,6 +179,7 @@ class Graph:
     metrics: dict[str, Ref]
     training: bool
     updates: dict[str, Ref]
+    looked_at: dict[str, torch.Tensor] = field(default_factory=dict)
     spans_known: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
     _consumers: dict[int, tuple[int, ...]] = field(init=False, repr=False)
 
