@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 import wholegrad as wg
 from oracle import assert_exact
 from wholegrad.commands.common import blank
-from wholegrad.errors import CaptureError, NumericsError, ShapeError
+from wholegrad.errors import CaptureError, NumericsError, PlanError, ShapeError
 from wholegrad.given import given
 from wholegrad.graph.capture import capture
 from wholegrad.graph.graph import Kind
@@ -229,3 +231,135 @@ class Chained(nn.Module):
 def test_an_output_may_feed_another() -> None:
     torch.manual_seed(0)
     assert_exact(Chained().double(), lambda o, t: (o[0] ** 2).mean() + (o[1] ** 2).mean(), image(), None, **TILE)
+
+
+class Does(nn.Module):
+    """A convolution, something in between, and another convolution."""
+
+    def __init__(self, between: Any, channels: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.between = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(channels, 2, 3, padding=1), between
+        self.register_buffer("weights", torch.tensor([0.5, 2.0, 1.0, 0.25]))
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.b(self.between(self, self.a(x)))
+        return result
+
+
+def zeroed(module: Does, y: torch.Tensor) -> torch.Tensor:
+    y = y.clone()
+    y[:, [0, 2]] = 0
+    return y
+
+
+def checked(module: Does, y: torch.Tensor) -> torch.Tensor:
+    if min(module.weights) < 0 or float(module.weights.sum()) > 100:
+        raise ValueError("bad weights")
+    return y * module.weights.view(1, -1, 1, 1) / module.weights.max().item()
+
+
+def alike(module: Does, y: torch.Tensor) -> torch.Tensor:
+    return torch.cat([y, F.cosine_similarity(y, y.flip(1).tanh(), 1).unsqueeze(1)], 1)
+
+
+def likely(module: Does, y: torch.Tensor) -> torch.Tensor:
+    return y + F.gaussian_nll_loss(y[:, :1], y[:, 1:2], y[:, 2:3], full=True, eps=0.1)
+
+
+@pytest.mark.parametrize(
+    ("between", "channels"),
+    [
+        (lambda module, y: y[:, [3, 1, 0, 2]], 4),
+        (lambda module, y: y[:, [True, False, True, True]], 3),
+        (lambda module, y: y.index_select(1, torch.tensor([2, 0])), 2),
+        (zeroed, 4),
+        (checked, 4),
+        (lambda module, y: y * y.new([2.0, 1.0, 0.5, 3.0]).view(1, -1, 1, 1), 4),
+        (alike, 5),
+    ],
+    ids=["list", "list of flags", "tensor", "list written to", "buffer looked at", "new", "cosine"],
+)
+def test_code_that_hides_what_it_does(between: Any, channels: int) -> None:
+    assert_exact(Does(between, channels), square, image(), None, **TILE)
+
+
+def test_a_loss_that_looks_at_its_variance() -> None:
+    model, eager = Does(likely), Does(likely)
+    x = image()
+    wg.backward(model, square, x)
+    positive = eager.a(x[None])[:, 2:3].detach().clamp(min=0.1)
+    assert (positive == 0.1).any() and (positive > 0.1).any()  # both sides of the clamp
+    y = eager.a(x[None])
+    variance = y[:, 2:3].clone()
+    with torch.no_grad():
+        variance.clamp_(min=0.1)
+    each = 0.5 * (variance.log() + (y[:, :1] - y[:, 1:2]) ** 2 / variance) + 0.5 * math.log(2 * math.pi)
+    square(eager.b(y + each.mean()), None).backward()
+    for mine, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-11, atol=1e-14)
+
+
+def test_a_graph_holds_for_the_buffers_that_code_looked_at() -> None:
+    model = Does(checked)
+    plan = wg.plan(model, square, image())
+    assert list(plan.graph.looked_at) == ["model.weights"]
+    model.weights[0] = 4.0
+    with pytest.raises(PlanError, match=r"other values of model\.weights, at which the code looks"):
+        wg.backward(model, square, image(), plan=plan)
+    assert_exact(model, square, image(), None, **TILE)
+    model.weights[0] = -1.0
+    with pytest.raises(CaptureError, match="bad weights"):
+        wg.plan(model, square, image())
+
+
+def test_a_norm_that_averages_over_all_steps() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2, momentum=None), nn.Conv2d(2, 1, 1)).double()
+    eager = copy.deepcopy(model)
+    for i in range(3):
+        x = image() * (i + 1)
+        wg.backward(model, square, x)
+        square(eager(x[None]), None).backward()
+    for mine, theirs in zip(model.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
+
+
+class Lazy(nn.Module):
+    """Sets itself up on its first run, as some libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.ready, self.kept = nn.Conv2d(3, 2, 3), False, {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.ready:
+            self.conv.register_forward_hook(lambda module, given, output: output * 2)
+            self.ready = True
+        self.kept["x"] = self.features = self.conv(x)
+        result: torch.Tensor = self.features
+        return result
+
+
+def test_what_a_first_run_sets_up_stays_and_what_it_computed_does_not() -> None:
+    model, eager = Lazy().double(), Lazy().double()
+    for _ in range(2):
+        wg.backward(model, square, image())
+        square(eager(image()[None]), None).backward()
+    assert model.kept == {} and not hasattr(model, "features")
+    torch.testing.assert_close(model(image()[None]), eager(image()[None]))
+    torch.testing.assert_close(model.conv.weight.grad, eager.conv.weight.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_compiled_module_is_captured_as_it_is_written_and_a_scripted_one_is_refused() -> None:
+    model = Does(lambda module, y: y.tanh())
+    with pytest.raises(CaptureError, match="0: is a TorchScript module"):
+        wg.plan(nn.Sequential(torch.jit.trace(copy.deepcopy(model), image()[None])), square, image())
+    wg.backward(model, square, image())
+    compiled = torch.compile(copy.deepcopy(model))
+    compiled.zero_grad()
+    wg.backward(compiled, square, image())
+    for mine, theirs in zip(compiled.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)

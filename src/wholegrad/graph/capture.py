@@ -36,6 +36,7 @@ from wholegrad.graph.rewrite import Rewritten
 from wholegrad.graph.rules.fill import FILLS
 from wholegrad.graph.rules.random import is_random
 from wholegrad.graph.tracing import (
+    as_written,
     at,
     failing_module,
     is_ghost,
@@ -216,7 +217,7 @@ def _trace(
     function = torch.func.functionalize(run, remove="mutations") if functional else run
     given = [torch.empty(each.shape, dtype=each.dtype, device="meta") for each in inputs.tensors]
     leaves = [ghost(t) for t in state.values()], [ghost(t) for t in given]
-    watched = unchanged(joint), module_paths(joint.model), own_functions(), torch.compiler.set_stance("force_eager")
+    watched = unchanged(joint), module_paths(joint.model), own_functions(), as_written(joint)
     with ExitStack() as stack:
         for context in (traceback.preserve_node_meta(), *watched, torch.enable_grad()):
             stack.enter_context(context)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from wholegrad.errors import CaptureError
 from wholegrad.graph.rules.strip import strip
-from wholegrad.graph.tracing import place
+from wholegrad.graph.tracing import is_ghost, place
 
 _FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray)
 
@@ -61,11 +61,13 @@ class Rewritten(TorchFunctionMode):
 
 
 def _index(index: Any) -> Any:
-    """An index with tensors in place of lists."""
+    """An index with tensors in place of lists, and positions in place of flags."""
     if isinstance(index, tuple):
         return tuple(_index(each) for each in index)
-    plain = isinstance(index, list) and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(index))
-    return torch.tensor(index, dtype=None if index else torch.long) if plain else index
+    if isinstance(index, list) and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(index)):
+        index = torch.tensor(index, dtype=None if index else torch.long)
+    flags = isinstance(index, torch.Tensor) and index.dtype is torch.bool and index.dim() == 1
+    return index.nonzero().flatten() if flags and not is_ghost(index) else index
 
 
 def _clamped(x: torch.Tensor, least: float) -> torch.Tensor:

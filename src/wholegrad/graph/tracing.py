@@ -117,6 +117,19 @@ def _haunted(value: Any) -> bool:
 
 
 @contextmanager
+def as_written(joint: nn.Module) -> Iterator[None]:
+    """While open, compiled modules run the code that they were compiled from."""
+    compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in joint.modules())
+    if not compiled:
+        yield
+        return
+    from torch._dynamo import config  # which takes a second to import
+
+    with torch.compiler.set_stance("force_eager"), config.patch(error_on_nested_fx_trace=False):
+        yield
+
+
+@contextmanager
 def module_paths(model: nn.Module) -> Iterator[None]:
     """While open, every traced call carries the path of the module that made it."""
     stack: list[Any] = []
@@ -135,7 +148,9 @@ def module_paths(model: nn.Module) -> Iterator[None]:
 
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            continue  # takes no hooks
+            raise CaptureError(
+                name or "model", "is a TorchScript module, whose code no trace shows", "give the Python module"
+            )
         if module._backward_hooks or module._backward_pre_hooks:
             raise CaptureError(
                 name or "model", "has a backward hook, which would see no gradient", "remove it, or hook its parameters"
