@@ -283,11 +283,13 @@ def _traced(
     except WholegradError:
         raise
     except Exception:
-        reason = " ".join(str(error).split()).partition(" Consider tracing with dynamic shapes")[0][:300]
+        reason = " ".join(str(error).split())
+        for advice in ("You may have run into this message", "It's likely that this is caused", "Use Tensor.cpu()"):
+            reason = reason.partition(f" {advice}")[0]  # which is about other uses of tracing
         shapes = ", ".join(str(each.shape) for each in inputs.tensors)
         raise CaptureError(
             _failing(joint, error),
-            f"cannot be traced on {shapes}: {type(error).__name__}: {reason}",
+            f"cannot be traced on {shapes}: {type(error).__name__}: {reason[:300]}",
             _remedy(str(error)),
         ) from error
 
@@ -306,7 +308,10 @@ def _failing(joint: _Joint, error: Exception) -> str:
     return f"{type(joint.model).__name__} with {getattr(joint.loss, '__name__', type(joint.loss).__name__)}"
 
 
+_VALUES = ("tracing tensor", "meta tensor", "meta device", "Meta tensors", "data-dependent", "DataDependent")
+
+
 def _remedy(reason: str) -> str:
-    if any(words in reason for words in ("tracing tensor", "meta tensor", "data-dependent", "DataDependent")):
+    if any(words in reason for words in _VALUES):
         return "code must not look at pixel values: use torch.where and masks instead of branches"
     return "check that model and loss accept these shapes and dtypes"

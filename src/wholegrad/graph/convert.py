@@ -23,6 +23,11 @@ aten = torch.ops.aten
 _DEVICE_KWARGS = {"device", "layout", "pin_memory", "memory_format", "generator"}
 _SAME = (aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
 
+_RESHAPED = (  # in place, of no memory but of the tensor's own shape
+    aten.squeeze_.dim, aten.squeeze_.default, aten.squeeze_.dims, aten.unsqueeze_.default, aten.transpose_.default,
+    aten.t_.default,
+)  # fmt: skip
+
 
 class WritesIntoViewError(Exception):
     """An in-place op on a tensor that others share."""
@@ -165,7 +170,8 @@ class Converter:
         if not isinstance(target, torch.fx.Node):
             raise WritesIntoViewError(where)
         before, after = target.meta["val"], fx_node.meta["val"]
-        if self._shared(fx_node, target) or before.dtype != after.dtype or before.shape != after.shape:
+        same = before.dtype == after.dtype and (before.shape == after.shape or op in _RESHAPED)
+        if self._shared(fx_node, target) or not same:
             raise WritesIntoViewError(where)
         return self._itself(target)
 
