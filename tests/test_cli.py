@@ -181,6 +181,7 @@ def square(output, target):
     return output.square().mean()
 def pair(height, width): return torch.full((1, height, width), 0.5), torch.ones(1)
 def number(): return 3
+def normed(): return nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), nn.BatchNorm2d(1))
 def breaks(): raise RuntimeError("no weights\nhere")
 class Otherwise(nn.Module):
     def __init__(self):
@@ -209,6 +210,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ["classifier", "--loss", "torch.nn.functional:cross_entropy", "--target", "class:2", "--eval"],
         ["with_loss", "--target", "my_nets:pair"],
         ["alone", "--loss", "my_nets:square", "--target", "none"],
+        ["alone", "--loss", "torch.nn:BCEWithLogitsLoss", "--target", "mask"],
     ],
 )
 def test_verify_on_the_users_own_model_loss_and_target(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,6 +219,40 @@ def test_verify_on_the_users_own_model_loss_and_target(options: list[str], capsy
     assert main(["verify", f"my_nets:{name}", "--size", "24x33", "--no-float32", *tiles, *rest]) == 0
     said = capsys.readouterr().out
     assert "tiles of 9 x 12" in said and "over 3 plans" in said and "responsible" not in said
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["segmenter", "--loss", "torch.nn:CrossEntropyLoss", "--target", "labels:5"],
+        ["with_loss", "--target", "my_nets:pair"],
+        ["alone", "--loss", "torch.nn:BCEWithLogitsLoss", "--target", "mask"],
+    ],
+)
+def test_plan_takes_what_verify_takes(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    channels = 4 if options[0] == "segmenter" else 3
+    assert main(["plan", "--network", f"my_nets:{options[0]}", "--shape", f"{channels}x40x60", *options[1:]]) == 0
+    assert f"image 1 x {channels} x 40 x 60" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize("command", [["verify", "my_nets:alone", "--size"], ["plan", "--network", "my_nets:alone"]])
+def test_a_target_that_the_loss_does_not_take(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["24x33"] if command[0] == "verify" else ["--shape", "3x24x33"]
+    assert main([*command, *size, "--loss", "torch.nn:BCEWithLogitsLoss", "--target", "labels:2"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "target labels:2: is not what the loss takes (ValueError: " in said
+    assert said.endswith("choose another --target: labels, labels:K, mask, class:K, none or module:function")
+
+
+@pytest.mark.usefixtures("mine")
+def test_verify_says_what_it_does_and_leaves_out_what_it_did_not_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "my_nets:normed", "--size", "24x33", "--tile", "9x12", "--no-float32"]) == 0
+    said = capsys.readouterr()
+    assert "float32" not in said.out and "num_batches_tracked" not in said.out and "running_mean" in said.out
+    assert re.search(r"\n  tiles of 9 x 12, every boundary, on disk\n", said.out)
+    assert "float64: whole image" in said.err and "float64: plan 2 of 2" in said.err
 
 
 @pytest.mark.usefixtures("mine")
@@ -230,7 +266,7 @@ def test_verify_names_what_is_responsible(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["my_nets:number"], "network my_nets:number: gave a int; return a torch.nn.Module, or one and its loss"),
+        (["my_nets:number"], "network my_nets:number: gave an int; return a torch.nn.Module, or one and its loss"),
         (["my_nets:breaks"], "network my_nets:breaks: raises RuntimeError: no weights here; run it in Python"),
         (["my_nets:with_loss", "--loss", "bce"], "brings a loss of its own; leave out --loss"),
         (
@@ -238,7 +274,7 @@ def test_verify_names_what_is_responsible(capsys: pytest.CaptureFixture[str]) ->
             "loss hinge: is not built in; use bce, dice, bce+dice, focal, or module:",
         ),
         (["my_nets:alone", "--loss", "my_nets:no"], "loss my_nets:no: module 'my_nets' has no attribute 'no'; check"),
-        (["my_nets:alone", "--target", "class:0"], "target class:0: is unknown; use labels, labels:K, class:K, none"),
+        (["my_nets:alone", "--target", "class:0"], "target class:0: is unknown; use labels, labels:K, mask, class:K"),
         (["my_nets:alone", "--channels", "0"], "'0' is not a number of at least 1"),
     ],
 )

@@ -213,5 +213,6 @@ def test_a_plan_that_skips_what_it_should_merge(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_op_that_leaves_float64_is_said_to_round() -> None:
-    said = blamed(lambda x: nn.functional.conv2d(x.float(), torch.ones(4, 4, 3, 3), padding=1).to(x.dtype))
-    assert said.startswith("between (aten._to_copy.default): computes in torch.float32")
+    report = verified(lambda x: nn.functional.conv2d(x.float(), torch.ones(4, 4, 3, 3), padding=1).to(x.dtype))
+    assert report.ok and report.responsible is None, str(report)
+    assert "exact up to the model's own float32: between (aten._to_copy.default)" in str(report)

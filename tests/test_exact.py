@@ -11,13 +11,16 @@ from torch import nn
 
 import wholegrad as wg
 from oracle import assert_exact, errors
+from wholegrad.errors import BudgetError, NumericsError
 from wholegrad.graph.geometry import Interval
 from wholegrad.graph.rules import convolve, window
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
 from wholegrad.plan import tiles
 from wholegrad.plan.tiles import Grid, Tile
-from wholegrad.verify import EXACT, Report, Row, by_chance, random_labels
+from wholegrad.proof import default_tiles
+from wholegrad.run.executor import Executor
+from wholegrad.verify import EXACT, Case, Report, Row, by_chance, random_labels
 
 
 def case(height: int, width: int, seed: int = 0) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
@@ -181,16 +184,17 @@ def test_what_is_put_down_to_chance(ours: list[float], whole: list[float], chanc
     assert not wrong.ok and "MISMATCH" in str(wrong)
 
 
-class Deep(nn.Module):
-    """So many norms over so few pixels that float64 itself loses digits."""
+class Cancels(nn.Module):
+    """Four of float64's digits go where a large mean is taken away."""
 
     def __init__(self) -> None:
         super().__init__()
-        block = [(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Tanh()) for _ in range(80)]
-        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), *(layer for layers in block for layer in layers))
+        self.first, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 1, 3, padding=1)
+        nn.init.uniform_(self.first.weight, 1e3, 2e3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.layers(x)
+        large = self.first(x)
+        result: torch.Tensor = self.last(torch.tanh(large - large.mean((2, 3), keepdim=True)))
         return result
 
 
@@ -199,12 +203,93 @@ def test_rounding_is_told_from_a_mistake(monkeypatch: pytest.MonkeyPatch) -> Non
         return ((output - target) ** 2).mean()
 
     torch.manual_seed(0)
-    options: dict[str, Any] = {"shape": (3, 5, 4), "target": torch.tensor([1.0]), "tiles": [(3, 3)], "single": False}
-    report = wg.verify(Deep(), squared, **options)
+    options: dict[str, Any] = {"target": torch.tensor([1.0]), "tiles": [(7, 9), (11, 24)], "single": False}
+    options["image"] = 1 + 1e-3 * torch.rand(3, 25, 24, dtype=torch.float64)
+    report = wg.verify(Cancels(), squared, **options)
     assert report.ok and max(row.double for row in report.rows) > EXACT, str(report)
     assert "parameters rounded anew" in str(report)
     monkeypatch.setattr(window.Convolution, "needs", short_halo)
-    monkeypatch.setattr("wholegrad.verify.diagnose", lambda *args: None)  # which is not what is tested here
-    report = wg.verify(Deep(), squared, **options)
+    report = wg.verify(Cancels(), squared, **options)
     assert not report.ok
     assert not Row("far", 2e-9, 0.0, 0.0, 1.0).ok
+
+
+class CastLoss(nn.Module):
+    """A loss that computes in float32 whatever it is given."""
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return ((output.float() - target.float()) ** 2).mean() * 0.3
+
+
+def test_a_loss_that_computes_in_float32_is_judged_by_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3, padding=1))
+    options: dict[str, Any] = {"shape": (3, 25, 34), "tiles": [(9, 12)], "single": False}
+    report = wg.verify(model, CastLoss(), **options)
+    assert report.ok and report.responsible is None, str(report)
+    assert max(row.double for row in report.rows) > EXACT
+    assert "\nexact up to the model's own float32: loss (aten._to_copy.default)" in str(report)
+    true = Executor._keep
+    with monkeypatch.context() as patch:  # a wrong plan, whose every op is right
+        patch.setattr(Executor, "_keep", lambda self, ref, box, v: true(self, ref, box, v * (1 + 1e-4 * (box.y0 > 0))))
+        patch.setattr(Case, "made", lambda self, tile, place: self.plan(tile=tile, boundaries=["1"]))
+        report = wg.verify(model, CastLoss(), **options)
+    assert not report.ok and str(report.responsible).startswith("the plan (tiles of 9 x 12")
+    monkeypatch.setattr(window.Convolution, "needs", short_halo)
+    report = wg.verify(model, CastLoss(), **options)
+    assert not report.ok and "aten.convolution.default): forward is wrong" in str(report.responsible)
+
+
+def test_an_output_that_is_a_map_in_other_dimensions_is_gathered() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode, self.weigh, self.classify = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 1), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h = self.encode(x).flatten(2).transpose(1, 2)
+            a = self.weigh(h).transpose(1, 2).softmax(-1)
+            return self.classify((a @ h).squeeze(1)), a
+
+    def loss(output: Any, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(output[0], target)
+
+    report = wg.verify(Attention(), loss, shape=(3, 24, 31), target=torch.tensor([1]), tiles=[(9, 12)], single=False)
+    assert report.ok and "output 1" in {row.name for row in report.rows}, str(report)
+
+
+def test_a_loss_may_view_its_target() -> None:
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(output.reshape(-1), target.view(-1))
+
+    options: dict[str, Any] = {"shape": (3, 16, 17), "tiles": [(9, 12)], "single": False}
+    assert wg.verify(nn.Conv2d(3, 2, 1), loss, target=torch.rand(2, 16, 17), **options).ok
+
+
+@pytest.mark.parametrize("size", [(2048, 2048), (769, 769), (300, 40000), (40000, 17), (65536, 65536)])
+def test_tiles_of_large_images_stay_small(size: tuple[int, int]) -> None:
+    chosen = default_tiles(*size)
+    assert len(chosen) >= 2 and all(rows * cols <= 512 * 512 for rows, cols in chosen)
+    assert all(rows <= size[0] and cols <= size[1] for rows, cols in chosen)
+
+
+def test_what_cannot_be_verified_is_refused_before_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile whose plan does not fit, an image that does not fit whole, weights that are no numbers."""
+
+    def never(*args: Any) -> None:
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr(Case, "reference", never)
+    model, said = nn.Conv2d(3, 1, 3, padding=1), []
+    with monkeypatch.context() as patch, pytest.raises(BudgetError, match=r"tiles of 300 x 400: .*smallest"):
+        patch.setattr("wholegrad.api.budget_bytes", lambda budget: 10 << 20)
+        wg.verify(model, LOSSES["bce"], shape=(3, 300, 400), tiles=[(300, 400)])
+    with monkeypatch.context() as patch, pytest.raises(BudgetError, match=r"needs about .* at 300 x 400, .*smaller"):
+        patch.setattr("wholegrad.run.process.available", lambda: 1 << 20)
+        patch.setattr("wholegrad.api.budget_bytes", lambda budget: 4 << 30)
+        wg.verify(model, LOSSES["bce"], shape=(3, 300, 400), progress=said.append)
+    assert said == ["plans"]
+    with torch.no_grad():
+        model.bias.fill_(torch.nan)  # type: ignore[union-attr]
+    with pytest.raises(NumericsError, match="bias: has elements that are not finite"):
+        wg.verify(model, LOSSES["bce"], shape=(3, 30, 40))

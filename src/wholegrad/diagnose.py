@@ -57,7 +57,7 @@ def diagnose(
         **inputs.values,
     }
     walk = _Walk(plan, tensors, eager.first.seen, seed)
-    return walk.fault or walk.missed(eager) or _lost_gradient(graph, tensors, eager, seed) or _coarse(graph)
+    return walk.fault or walk.missed(eager) or _lost_gradient(graph, tensors, eager, seed)
 
 
 class _Eager:
@@ -217,10 +217,11 @@ def _own_backward(eager: _Eager, name: str) -> str:
     return f"{name} (capture): the captured graph gives its gradient another value than the model does"
 
 
-def _coarse(graph: Graph) -> str | None:
-    """The first op that leaves float64 in a model that runs in it."""
+def coarse(graph: Graph) -> tuple[torch.dtype, str] | None:
+    """The coarsest dtype that a float64 model computes in, and the first op that does."""
+    found: dict[torch.dtype, str] = {}
     for node in graph.nodes:
         spec = node.outputs[0]
         if node.kind not in SOURCES and spec.dtype.is_floating_point and spec.dtype.itemsize < 8:
-            return f"{node.place}: computes in {spec.dtype} whatever the model's dtype: what differs is its rounding"
-    return None
+            found.setdefault(spec.dtype, node.place)
+    return max(found.items(), key=lambda item: torch.finfo(item[0]).eps, default=None)

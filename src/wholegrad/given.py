@@ -37,9 +37,9 @@ class Given:
         return sum(source.cache_bytes for source in self.sources.values())
 
     def whole(self) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        """Everything as whole tensors, nested as model and loss take it: for the oracle."""
+        """Everything as whole contiguous tensors, nested as model and loss take it: for the oracle."""
         tensors = [
-            self.sources[each.name].whole() if each.name in self.sources else self.values[each.name]
+            self.sources[each.name].whole().contiguous() if each.name in self.sources else self.values[each.name]
             for each in self.inputs.tensors
         ]
         return self.inputs.nested(tensors)

@@ -9,32 +9,39 @@ make changes by percents. A tensor beyond twice its own is therefore put down to
 worse: the largest at most twice the largest of whole-image float32, the second largest at most twice the second
 largest, and so on, over as many float32 runs on either side. A sum that loses digits fails that, since it loses them in
 every tensor.
+
+A model or loss may compute in float32 inside whatever its dtype. Where every op agrees by itself, float64's errors are
+then held against 64 roundings of that inner dtype.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from wholegrad.api import LossFn, backward, plan, run_outputs
-from wholegrad.diagnose import diagnose
-from wholegrad.errors import NumericsError, WholegradError
-from wholegrad.given import given, in_dtype
-from wholegrad.graph.geometry import Box
-from wholegrad.graph.graph import Graph, Ref
-from wholegrad.plan.plan import Plan
-from wholegrad.plan.planner import candidates, storable
-from wholegrad.run.executor import Sink
-from wholegrad.run.reference import Reference, buffers, gradients, named, parts, whole_image
+from wholegrad.api import LossFn
+from wholegrad.diagnose import coarse, diagnose
+from wholegrad.errors import BudgetError, CaptureError, NumericsError, WholegradError
+from wholegrad.given import given
+from wholegrad.graph.graph import Graph
+from wholegrad.plan.plan import Plan, show_bytes
+from wholegrad.proof import LARGE, Case, default_tiles, errors, own_errors, random_labels
+from wholegrad.run import process
+from wholegrad.run.reference import Reference, parts
+
+__all__ = ["EXACT", "FLOOR", "Case", "Report", "Row", "by_chance", "errors", "random_labels", "verify"]
 
 EXACT = 1e-12  # float64: relative to the tensor's largest element
 ROUNDING = 1e-9  # float64: no error above this is rounding
-ZERO = 1e-10  # float64: a gradient of this share of its module's largest is rounding
+INNER = 64  # roundings of a coarser dtype inside the model that errors may make
+WHOLE = 1.3  # of a plan's estimate: convolutions in float64 unfold their input (1.34 measured on a U-Net)
+SMALLEST = 1024  # pixels of a tile below which none is tried by itself
+COARSEST = 0.03  # no error above this is rounding, whatever the dtype
 FLOOR = 16 * 2.0**-23  # float32: errors of up to sixteen roundings are chance, and not compared
 
 
@@ -47,6 +54,8 @@ class Row:
         single: worst over the plans in float32, against the float64 reference; NaN if float32 was not asked for.
         whole_single: whole-image float32's own error against the float64 reference.
         whole_double: how far whole-image float64 moves when parameters are rounded anew; 0 if it was not asked for.
+        inner: what the rounding of a coarser dtype inside the model accounts for; 0 if it has none.
+        counts: whether it holds integers.
     """
 
     name: str
@@ -54,11 +63,13 @@ class Row:
     single: float
     whole_single: float
     whole_double: float = 0.0
+    inner: float = 0.0
+    counts: bool = False
 
     @property
     def exact(self) -> bool:
         """Whether it agrees in float64."""
-        return self.double <= max(EXACT, min(8 * self.whole_double, ROUNDING))
+        return self.double <= max(EXACT, min(8 * self.whole_double, ROUNDING), self.inner)
 
     @property
     def ok(self) -> bool:
@@ -81,11 +92,13 @@ class Report:
     Attributes:
         responsible: what a mismatch comes from: the first op that is wrong by itself (module path and ATen op), or the
             model, the capture, or the plan in words; None if every tensor agrees.
+        inner: the dtype and the op in which a float64 model computes more coarsely, if that is what differs.
     """
 
     rows: tuple[Row, ...]
     plans: tuple[str, ...]
     responsible: str | None = None
+    inner: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -97,16 +110,20 @@ class Report:
         return "   by chance" if self.ok else "   MISMATCH"
 
     def __str__(self) -> str:
-        width = max(len(row.name) for row in self.rows)
-        head = f"{'tensor'.ljust(width)}  float64    float32    whole-image float32"
-        lines = [head, "-" * len(head)]
-        for row in self.rows:
-            numbers = f"{row.double:.2e}   {row.single:.2e}   {row.whole_single:.2e}"
+        shown = [row for row in self.rows if not (row.counts and row.ok and row.double == 0)]
+        width = max(len(row.name) for row in shown)
+        single = any(row.single == row.single for row in shown)
+        head = f"{'tensor'.ljust(width)}  float64 " + ("   float32    whole-image float32" if single else "")
+        lines = [head.rstrip(), "-" * len(head.rstrip())]
+        for row in shown:
+            numbers = f"{row.double:.2e}" + (f"   {row.single:.2e}   {row.whole_single:.2e}" if single else "")
             lines.append(f"{row.name.ljust(width)}  {numbers}{self._mark(row)}")
+        lines += ["", "plans:", *(f"  {plan}" for plan in self.plans), ""]
         verdict = "exact" if self.ok else "NOT exact"
-        lines.append("")
-        lines.append(f"{verdict}: worst relative errors over {len(self.plans)} plans ({'; '.join(self.plans)})")
-        if self.ok and (far := [row.whole_double for row in self.rows if row.double > EXACT]):
+        lines.append(f"{verdict}: worst errors over {len(self.plans)} plans, relative to each tensor's largest element")
+        if self.ok and self.inner is not None:
+            lines.append(f"exact up to the model's own {self.inner}")
+        if self.ok and (far := [row.whole_double for row in self.rows if row.double > max(EXACT, row.inner)]):
             lines.append(
                 f"above {EXACT}: parameters rounded anew move whole-image float64 by up to {max(far):.0e} there"
             )
@@ -116,50 +133,9 @@ class Report:
             )
         if self.responsible is not None:
             lines.append(f"responsible: {self.responsible}")
+            if "wrong by" in self.responsible:
+                lines.append("(wrong by: relative to the largest element of what the op gives)")
         return "\n".join(lines)
-
-
-def scales(wanted: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """What each tensor's error is relative to: its largest absolute element.
-
-    A gradient that is zero but for rounding (a bias before a norm: below 1e-10 of the largest element among its
-    module's gradients) is measured against that largest element; where the module has no other, against the model's.
-    """
-    largest = {name: t.double().abs().max().item() if t.numel() else 0.0 for name, t in wanted.items()}
-    result = dict(largest)
-    for name, size in largest.items():
-        module = name.rpartition(".")[0]
-        others = [value for other, value in largest.items() if other.rpartition(".")[0] == module]
-        for reference in (max(others), max(largest.values())):
-            if result[name] == size and size <= ZERO * reference:
-                result[name] = reference
-    return result
-
-
-def relative_error(found: torch.Tensor, wanted: torch.Tensor, scale: float) -> float:
-    """Largest absolute difference over ``scale``; infinite where shapes differ."""
-    if found.shape != wanted.shape:
-        return float("inf")
-    difference = (found.double() - wanted.double()).abs().max().item() if wanted.numel() else 0.0
-    error = difference / scale if scale else difference
-    return error if error == error else float("inf")
-
-
-def random_labels(shape: tuple[int, int], seed: int) -> torch.Tensor:
-    """Labels 0 and 1 in blocks, with some 255 ("ignore"), ``(1, H, W)`` uint8."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = torch.randint(0, 8, (shape[0] // 7 + 1, shape[1] // 7 + 1), generator=generator)
-    labels = torch.where(blocks == 7, 255, blocks % 2).to(torch.uint8)
-    full = labels.repeat_interleave(7, 0).repeat_interleave(7, 1)
-    return full[: shape[0], : shape[1]].unsqueeze(0).contiguous()
-
-
-def default_tiles(height: int, width: int) -> list[tuple[int, int]]:
-    """Tiles that divide the image and that do not, down to slim ones."""
-    thirds = (-(-height // 3), -(-width // 3))
-    return list(
-        dict.fromkeys([(height, width), thirds, (height // 2 + 3, width // 4 + 5), (max(height // 5, 1), width)])
-    )
 
 
 def verify(
@@ -172,6 +148,7 @@ def verify(
     tiles: Sequence[tuple[int, int]] | None = None,
     single: bool = True,
     seed: int = 0,
+    progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Compare wholegrad with whole-image autograd on the same model, loss, image and target.
 
@@ -180,156 +157,159 @@ def verify(
         shape: ``(C, H, W)`` of a random image, if none is given.
         image: ``(C, H, W)`` or ``(N, C, H, W)`` floats.
         target: as :func:`wholegrad.backward` takes it; random labels 0, 1 and 255, ``(1, H, W)``, if left out.
-        tiles: tile sizes of the plans to compare; by default four, and one with every boundary on disk.
+        tiles: tile sizes of the plans to compare, the last one also with every boundary on disk; by default four, on
+            large images three.
         single: compare in float32 too.
+        progress: called with a line of text as each stage begins.
 
     Returns:
         A report; ``report.ok`` says whether every tensor agrees, ``report.responsible`` what is to blame if not.
 
     Raises:
-        WholegradError: the model is refused, as by :func:`wholegrad.plan`.
+        WholegradError: the model is refused, as by :func:`wholegrad.plan`, or the whole image does not fit in memory.
+        NumericsError: the whole-image run gives numbers that are not finite.
     """
+    say = progress or (lambda text: None)
     if image is None:
         image = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     first = given(image, None, torch.float64).inputs.tensors[0]
     height, width = first.shape[-2:]
     labels = random_labels((height, width), seed) if target is ... else target
-    chosen = list(tiles) if tiles is not None else default_tiles(height, width)
-    runs = [(tile, "host") for tile in chosen] + [(chosen[-1], "disk")]
+    _check_weights(model, loss_fn)
+    say("plans")
     double = Case(model, loss_fn, image, labels, torch.float64, seed)
-    double.plan()  # refusals come before the reference runs
-    wanted = double.reference()
-    doubles = _compared(double, wanted, runs)
+    runs = _runs(double, tiles, height, width)
+    case = Case(model, loss_fn, image, labels, torch.float32, seed) if single else None
+    singly = [_Run(run.tile, run.place, _made(case, run.tile, run.place)) for run in runs] if case else []
+    graph = runs[0].plan.graph
+    _check_memory(runs[0].plan, height, width)
+    say("float64: whole image")
+    wanted = _reference(double)
+    doubles = _compared(double, wanted, runs, say)
     singles: dict[str, float] = {}
     wholes: dict[str, float] = {}
     rounded: dict[str, float] = {}
-    if doubles.raised is None and max(doubles.worst.values()) > EXACT:
+    if doubles.raised is None and max(doubles.worst.values()) > EXACT and coarse(graph) is None:
+        say("float64: whole image, parameters rounded anew")
         rounded = own_errors(double, wanted, len(runs))
-    if single and doubles.raised is None:
-        case = Case(model, loss_fn, image, labels, torch.float32, seed)
-        singles = _compared(case, wanted, runs).worst
+    if case is not None and doubles.raised is None:
+        say("float32: whole image")
         wholes = errors(case.reference().tensors, wanted.tensors)
+        singles = _compared(case, wanted, singly, say).worst
         if not all(Row(name, 0.0, singles[name], wholes[name]).ok for name in singles):
+            say("float32: whole image, parameters rounded anew")
             wholes = own_errors(case, wanted, len(runs))
     nan = float("nan")
     rows = tuple(
-        Row(name, error, singles.get(name, nan), wholes.get(name, nan), rounded.get(name, 0.0))
+        Row(
+            name,
+            error,
+            singles.get(name, nan),
+            wholes.get(name, nan),
+            rounded.get(name, 0.0),
+            counts=name in wanted.tensors and not wanted.tensors[name].is_floating_point(),
+        )
         for name, error in doubles.worst.items()
     )
-    report = Report(rows, tuple(_described(*run) for run in runs))
-    return report if report.ok else replace(report, responsible=_responsible(double, doubles, report))
+    report = Report(rows, tuple(str(run) for run in runs))
+    if report.ok:
+        return report
+    say("looking for what is responsible")
+    return _explained(double, doubles, report, graph)
 
 
-def _described(tile: tuple[int, int], place: str) -> str:
-    words = {"host": "planner's boundaries", "disk": "every boundary, on disk"}
-    return f"tiles of {tile[0]} x {tile[1]}, {words[place]}"
+def _explained(case: Case, compared: _Compared, report: Report, graph: Graph) -> Report:
+    """The report with what is responsible, or with the coarser dtype inside the model that accounts for the errors."""
+    said = _responsible(case, compared, report)
+    inner = coarse(graph)
+    if said is not None or inner is None:
+        return replace(report, responsible=said or _the_plan(compared))
+    dtype, place = inner
+    limit = min(INNER * torch.finfo(dtype).eps, COARSEST)
+    name = str(dtype).removeprefix("torch.")
+    judged = replace(report, rows=tuple(replace(row, inner=limit) for row in report.rows), inner=f"{name}: {place}")
+    if judged.ok:
+        return judged
+    if all(row.exact for row in judged.rows):
+        return replace(judged, responsible=ROUNDS)
+    return replace(
+        judged,
+        responsible=f"{_the_plan(compared)}; {place} computes in {name}, whose rounding is at most {limit:.0e}",
+    )
 
 
-class Case:
-    """Model, loss and data in one dtype."""
+@dataclass(frozen=True)
+class _Run:
+    """One plan that is compared."""
 
-    def __init__(
-        self, model: nn.Module, loss_fn: LossFn, image: Any, target: Any, dtype: torch.dtype, seed: int
-    ) -> None:
-        self.model, self.loss_fn = copy.deepcopy((model, loss_fn))
-        for _, part in parts(self.model, self.loss_fn):
-            part.to(dtype)
-        self.start = copy.deepcopy([part.state_dict() for _, part in parts(self.model, self.loss_fn)])
-        self.dtype, self.seed = dtype, seed
-        self.image, self.target = in_dtype(image, dtype), in_dtype(target, dtype)
+    tile: tuple[int, int]
+    place: str
+    plan: Plan
 
-    def reference(self) -> Reference:
-        args, kwargs, target = given(self.image, self.target, self.dtype).whole()
-        return whole_image(self.model, self.loss_fn, args, kwargs, target, self.dtype, self.seed)
-
-    def nudged(self, generator: torch.Generator) -> Case:
-        """The same with every parameter changed by up to one rounding."""
-        other = copy.copy(self)
-        other.model, other.loss_fn = copy.deepcopy((self.model, self.loss_fn))
-        with torch.no_grad():
-            for _, part in parts(other.model, other.loss_fn):
-                for parameter in part.parameters():
-                    share = torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype) * 2 - 1
-                    parameter.mul_(1 + torch.finfo(parameter.dtype).eps * share)
-        return other
-
-    def plan(self, **fixed: Any) -> Plan:
-        return plan(self.model, self.loss_fn, self.image, self.target, **fixed)
-
-    def run(self, made: Plan, tile: tuple[int, int] | None) -> dict[str, torch.Tensor]:
-        """Loss, outputs, gradients and buffers under one plan; the model is left as it was."""
-        for _, part in parts(self.model, self.loss_fn):
-            part.zero_grad(set_to_none=True)
-        loss = backward(self.model, self.loss_fn, self.image, self.target, plan=made, seed=self.seed)
-        written = buffers(self.model, self.loss_fn)
-        grads = gradients(self.model, self.loss_fn)
-        self.reset()
-        outputs = whole_outputs(self.model, self.image, tile, self.seed)
-        self.reset()
-        return named(loss, outputs, grads, written)
-
-    def tiled(self, tile: tuple[int, int], place: str) -> dict[str, torch.Tensor]:
-        """:meth:`run` under the plan that :meth:`made` makes."""
-        return self.run(self.made(tile, place), tile)
-
-    def reset(self) -> None:
-        """Parameters and buffers as they were at first."""
-        for (_, part), state in zip(parts(self.model, self.loss_fn), self.start, strict=True):
-            part.load_state_dict(state)
-
-    def made(self, tile: tuple[int, int], place: str) -> Plan:
-        """The plan with these tiles; on disk, with every boundary that there could be."""
-        made = self.plan(tile=tile, placement=place)
-        if place == "disk":  # every map that could be kept, so that stores and cuts are tried too
-            names = [made.graph.nodes[ref.node].name for ref in candidates(made.graph)]
-            made = self.plan(tile=tile, placement=place, boundaries=names)
-        return made
+    def __str__(self) -> str:
+        words = {"host": "planner's boundaries", "disk": "every boundary, on disk"}
+        return f"tiles of {self.tile[0]} x {self.tile[1]}, {words[self.place]}"
 
 
-def whole_outputs(
-    model: nn.Module, image: Any, tile: tuple[int, int] | None = None, seed: int = 0
-) -> tuple[torch.Tensor, ...]:
-    """The model's outputs, computed tile by tile and put together in memory."""
-    kept: dict[Ref, torch.Tensor] = {}
-    order: list[Ref] = []
-
-    def sinks(graph: Graph) -> dict[Ref, Sink]:
-        order.extend(graph.outputs)
-        maps = [ref for ref in dict.fromkeys(order) if graph.spec(ref).is_map and storable(graph.spec(ref))]
-        for ref in maps:
-            kept[ref] = torch.full(graph.spec(ref).shape, torch.nan).to(graph.spec(ref).dtype)
-        return {ref: _into(kept[ref]) for ref in maps}
-
-    small = run_outputs(model, image, sinks, None, tile, seed=seed)
-    return tuple({**kept, **small}[ref] for ref in order)
-
-
-def _into(whole: torch.Tensor) -> Sink:
-    def take(box: Box, value: torch.Tensor) -> None:
-        rows, cols = box.slices()
-        whole[..., rows, cols] = value
-
-    return take
+def _runs(case: Case, tiles: Sequence[tuple[int, int]] | None, height: int, width: int) -> list[_Run]:
+    """Every plan; of tiles that nobody asked for, halves of them where no plan fits."""
+    chosen = list(tiles) if tiles is not None else default_tiles(height, width)
+    places = [*((tile, "host") for tile in chosen), (chosen[-1], "disk")]
+    if tiles is None and len(chosen) > 1 and height * width > LARGE:
+        del places[-2]
+    found = []
+    for tile, place in places:
+        while True:
+            try:
+                found.append(_Run(tile, place, _made(case, tile, place)))
+                break
+            except BudgetError:
+                smaller = (max(tile[0] // 2, 1), max(tile[1] // 2, 1))
+                if tiles is not None or smaller[0] * smaller[1] < SMALLEST:
+                    raise
+                tile = smaller
+    return found
 
 
-def errors(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Relative error of every tensor; infinite for one that only one side has."""
-    scale = scales(wanted)
-    both = found.keys() & wanted.keys()
-    return {
-        name: relative_error(found[name], wanted[name], scale[name]) if name in both else float("inf")
-        for name in dict.fromkeys([*wanted, *found])
-    }
+def _made(case: Case, tile: tuple[int, int], place: str) -> Plan:
+    try:
+        return case.made(tile, place)
+    except BudgetError as error:
+        where = f"tiles of {tile[0]} x {tile[1]}: {error.where}"
+        raise BudgetError(where, error.cause, error.remedy, error.smallest) from error
 
 
-def own_errors(case: Case, wanted: Reference, draws: int) -> dict[str, float]:
-    """Each tensor's worst error over whole-image runs: one as it is, the others with parameters rounded anew."""
-    worst = errors(case.reference().tensors, wanted.tensors)
-    generator = torch.Generator().manual_seed(case.seed)
-    for _ in range(draws - 1):
-        for name, error in errors(case.nudged(generator).reference().tensors, wanted.tensors).items():
-            worst[name] = max(worst[name], error)
-    return worst
+def _check_weights(model: nn.Module, loss_fn: LossFn) -> None:
+    for prefix, part in parts(model, loss_fn):
+        for name, parameter in part.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NumericsError(prefix + name, "has elements that are not finite", "check how it is initialised")
+
+
+def _check_memory(made: Plan, height: int, width: int) -> None:
+    """Refuse an image that the whole-image run has no memory for."""
+    need, free = int(WHOLE * made.whole_image), process.available()
+    if need > free:
+        raise BudgetError(
+            "whole-image autograd",
+            f"needs about {show_bytes(need)} in float64 at {height} x {width}, and {show_bytes(free)} are free",
+            "choose a smaller --size (or shape): it proves the same",
+        )
+
+
+def _reference(case: Case) -> Reference:
+    try:
+        found = case.reference()
+    except WholegradError:
+        raise
+    except Exception as error:
+        said = " ".join(f"raises {type(error).__name__} on the whole image: {error}".split())[:300]
+        raise CaptureError("model or loss", said, "check that both accept these shapes and dtypes") from error
+    process.release_memory()
+    for name, tensor in chain({"loss": found.loss}.items(), found.grads.items()):
+        if not torch.isfinite(tensor).all():
+            raise NumericsError(name, "is not finite on the whole image either", "check weights, pixels and target")
+    return found
 
 
 @dataclass(frozen=True)
@@ -346,31 +326,39 @@ class _Compared:
     raised: Exception | None
 
 
-def _compared(case: Case, wanted: Reference, runs: Sequence[tuple[tuple[int, int], str]]) -> _Compared:
+def _compared(case: Case, wanted: Reference, runs: Sequence[_Run], say: Callable[[str], None]) -> _Compared:
     worst: dict[str, float] = {}
     failed: tuple[Plan | None, str] = (None, "")
-    for tile, place in runs:
-        made = case.made(tile, place)
+    dtype = str(case.dtype).removeprefix("torch.")
+    for i, run in enumerate(runs, 1):
+        say(f"{dtype}: plan {i} of {len(runs)}, {run}")
         try:
-            found = errors(case.run(made, tile), wanted.tensors)
+            found = errors(case.run(run.plan, run.tile), wanted.tensors)
         except Exception as error:
             if isinstance(error, WholegradError) and not isinstance(error, NumericsError):
                 raise
             case.reset()
-            return _Compared(dict.fromkeys(wanted.tensors, float("inf")), made, _described(tile, place), error)
+            return _Compared(dict.fromkeys(wanted.tensors, float("inf")), run.plan, str(run), error)
         if failed[0] is None and max(found.values()) > EXACT:
-            failed = (made, _described(tile, place))
+            failed = (run.plan, str(run))
         for name, error_of in found.items():
             worst[name] = max(worst.get(name, 0.0), error_of)
     return _Compared(worst, *failed, None)
 
 
-def _responsible(case: Case, compared: _Compared, report: Report) -> str:
-    """What a mismatch comes from."""
+ROUNDS = "rounding: in float64 every tensor agrees, but float32's errors exceed twice whole-image float32's own"
+
+
+def _the_plan(compared: _Compared) -> str:
+    return f"the plan ({compared.name}): every op agrees by itself, so cutting, storing or merging is wrong"
+
+
+def _responsible(case: Case, compared: _Compared, report: Report) -> str | None:
+    """What a mismatch comes from, if it is no plan and no rounding of a coarser dtype."""
     if compared.failed is None or all(row.exact for row in report.rows):
-        return "rounding: in float64 every tensor agrees, but float32's errors exceed twice whole-image float32's own"
+        return ROUNDS
     inputs = given(case.image, case.target, case.dtype)
     found = diagnose(case.model, case.loss_fn, inputs, compared.failed, case.seed)
     if found is None and compared.raised is not None:
         raise compared.raised
-    return found or f"the plan ({compared.name}): every op agrees by itself, so cutting, storing or merging is wrong"
+    return found

@@ -5,19 +5,34 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.console import Console
+from torch import nn
 
-from wholegrad.errors import ConfigError
+import wholegrad as wg
+from wholegrad.api import LossFn
+from wholegrad.errors import CaptureError, ConfigError, WholegradError
 from wholegrad.losses import LOSSES
-from wholegrad.train.networks import NETWORKS
+from wholegrad.train.networks import NETWORKS, imported, network_factory
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 CONSOLE = Console(soft_wrap=True, highlight=False)  # standard output: results
 NOTES = Console(stderr=True, soft_wrap=True, highlight=False)  # standard error: progress
+
+KINDS = "labels, labels:K, mask, class:K, none or module:function"
+TARGETS = """\
+module:factory is called without arguments and returns the model, or the model and its loss. What the loss gets as its
+target is made up:
+  labels             0, 1 and 255 ("ignore"), uint8 (1, 1, H, W)
+  labels:K           K classes, int64 (1, H, W), as cross-entropy takes it
+  mask               0 and 1, floats (1, 1, H, W), as BCEWithLogitsLoss takes it
+  class:K            one of K classes for the whole image, int64 (1,)
+  none               None
+  module:function    what function(H, W) returns"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,7 +83,9 @@ def add_network(parser: Parser, positional: bool = False) -> None:
 
 
 def add_loss(parser: Parser) -> None:
-    parser.add_argument("--loss", choices=LOSSES, default="bce+dice", help="the loss (default: bce+dice)")
+    known = f"{', '.join(LOSSES)}, or module:function or module:class (default: what the factory returned, or bce+dice)"
+    parser.add_argument("--loss", metavar="LOSS", help=known)
+    parser.add_argument("--target", default="labels", metavar="TARGET", help="what the loss gets (labels); see above")
 
 
 def size(text: str) -> tuple[int, int]:
@@ -108,3 +125,75 @@ def _numbers(text: str, count: int, wanted: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d+" + r"x\d+" * (count - 1), text) or "0" in text.split("x"):
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return tuple(int(part) for part in text.split("x"))
+
+
+def a(word: str) -> str:
+    """The word with its article."""
+    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"
+
+
+def model_and_loss(network: str, loss: str | None) -> tuple[nn.Module, LossFn]:
+    """What the factory returns, with the loss that was asked for or that it brings."""
+    made = _called(f"network {network}", network_factory(network))
+    model, own = made if isinstance(made, tuple | list) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"network {network}", f"gave {a(type(made).__name__)}", "return a torch.nn.Module, or one and its loss"
+        )
+    if own is None:
+        return model, loss_of(loss or "bce+dice")
+    if loss is not None:
+        raise ConfigError(f"network {network}", "brings a loss of its own", "leave out --loss")
+    if not callable(own):
+        raise ConfigError(f"network {network}", f"gave {a(type(own).__name__)} as loss", "return a function or module")
+    return model, own
+
+
+def loss_of(name: str) -> LossFn:
+    if name in LOSSES:
+        return LOSSES[name]
+    if ":" not in name:
+        raise ConfigError(f"loss {name}", "is not built in", f"use {', '.join(LOSSES)}, or module:function")
+    found = imported(name, "loss", "function")
+    loss: LossFn = _called(f"loss {name}", found) if isinstance(found, type) else found
+    return loss
+
+
+def _called(where: str, make: Callable[..., Any], *args: int) -> Any:
+    try:
+        return make(*args)
+    except Exception as error:
+        cause = " ".join(f"raises {type(error).__name__}: {error}".split())
+        raise ConfigError(where, cause, "run it in Python, or with --debug, to see where") from error
+
+
+def target_of(name: str, edges: tuple[int, int], seed: int = 0, empty: bool = False) -> Any:
+    """A made-up target, as --help describes it; with ``empty``, one of zeros that takes no memory."""
+    kind, colon, rest = name.partition(":")
+    if name == "none":
+        return None
+    if name in ("labels", "mask"):
+        if empty:
+            return np.broadcast_to(np.uint8(0) if name == "labels" else np.float32(0), (1, *edges))
+        return blobs(*edges, seed) if name == "labels" else torch.from_numpy((blobs(*edges, seed) == 1).astype("f4"))
+    if kind in ("labels", "class") and rest.isdecimal() and int(rest) > 0:
+        if kind == "labels" and empty:
+            return np.broadcast_to(np.int64(0), edges)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(int(rest), edges if kind == "labels" else (1,), generator=generator)
+    if not colon or kind in ("labels", "class"):
+        raise ConfigError(f"target {name}", "is unknown", f"use {KINDS}")
+    return _called(f"target {name}", imported(name, "target", "function"), *edges)
+
+
+def blaming_target(error: WholegradError, model: nn.Module, image: Any, name: str) -> WholegradError:
+    """The same error, or one about the target if the model can be captured without the loss."""
+    if not isinstance(error, CaptureError) or error.__cause__ is None:
+        return error
+    try:
+        wg.plan(model, None, image)
+    except WholegradError:
+        return error
+    cause = error.__cause__
+    said = " ".join(f"is not what the loss takes ({type(cause).__name__}: {cause}".split())[:300]
+    return ConfigError(f"target {name}", f"{said})", f"choose another --target: {KINDS}")

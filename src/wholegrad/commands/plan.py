@@ -8,27 +8,31 @@ from pathlib import Path
 import wholegrad as wg
 from wholegrad.commands.common import (
     CONSOLE,
+    TARGETS,
     Commands,
     add_budget,
     add_command,
     add_level,
     add_loss,
     add_network,
+    blaming_target,
     blank,
+    model_and_loss,
     shape,
+    target_of,
 )
-from wholegrad.losses import LOSSES
 from wholegrad.slide.slide import open_slide
-from wholegrad.train.networks import build_network
 
-TEXT = """\
+TEXT = f"""\
 Print the plan of one training step: segments, tiles, projected peak, what whole-image training would need.
-Nothing is read or run."""
+Nothing is read or run.
+
+{TARGETS}"""
 
 EXAMPLES = """\
   wholegrad plan --shape 3x16000x64000 --budget 1.5GiB
   wholegrad plan --slide case.svs --mpp 0.5 --budget 2GiB
-  wholegrad plan --network mynets:make_unet --loss dice --shape 3x8000x8000"""
+  wholegrad plan --network mynets:make_unet --loss torch.nn:BCEWithLogitsLoss --target mask"""
 
 
 def add(commands: Commands) -> None:
@@ -44,7 +48,12 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     image = open_slide(args.slide, mpp=args.mpp, level=args.level) if args.slide else blank(*args.shape)
-    target = blank(1, *image.shape[1:])
-    model = build_network(args.network)
-    CONSOLE.print(str(wg.plan(model, LOSSES[args.loss], image, target, budget=args.budget)))
+    model, loss_fn = model_and_loss(args.network, args.loss)
+    height, width = image.shape[1:]
+    target = target_of(args.target, (height, width), empty=True)
+    try:
+        made = wg.plan(model, loss_fn, image, target, budget=args.budget)
+    except wg.WholegradError as error:
+        raise blaming_target(error, model, image, args.target) from error
+    CONSOLE.print(str(made))
     return 0
