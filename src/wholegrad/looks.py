@@ -133,6 +133,8 @@ class _Walk:
             ]
         elif isinstance(value, type):
             yield from self._class(name, value)
+        elif type(value).__module__.partition(".")[0] in ("torch", "numpy") and not isinstance(value, nn.Module):
+            self.found[name] = _Same(value)  # what PyTorch keeps for itself changes as it is used
         else:
             yield from self._object(name, value)
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from wholegrad.api import LossFn
 from wholegrad.diagnose import coarse, diagnose
-from wholegrad.errors import BudgetError, CaptureError, NumericsError, WholegradError
+from wholegrad.errors import BudgetError, CaptureError, NumericsError, PlanError, WholegradError
 from wholegrad.given import given
 from wholegrad.graph.graph import Graph
 from wholegrad.plan.plan import Plan, show_bytes
@@ -335,7 +335,7 @@ def _compared(case: Case, wanted: Reference, runs: Sequence[_Run], say: Callable
         try:
             found = errors(case.run(run.plan, run.tile), wanted.tensors)
         except Exception as error:
-            if isinstance(error, WholegradError) and not isinstance(error, NumericsError):
+            if isinstance(error, WholegradError) and not isinstance(error, NumericsError | PlanError):
                 raise
             case.reset()
             return _Compared(dict.fromkeys(wanted.tensors, float("inf")), run.plan, str(run), error)
