@@ -16,6 +16,7 @@ from support_page import PAGE, double_errors, exercised, holds, recorded, write,
 from wholegrad import errors
 from wholegrad.commands.common import blank
 from wholegrad.graph.rules import registered
+from wholegrad.graph.rules.reduction import GATHER
 from wholegrad.verify import EXACT
 
 pytestmark = [
@@ -25,6 +26,16 @@ pytestmark = [
 aten = torch.ops.aten
 COMPOSITE = "PyTorch takes it apart before the capture sees it"
 READ_THROUGH = "the capture reads through it"
+HELD_WHOLE = {
+    f"Without locality (on maps held whole): {name}"
+    for name in (
+        "multi-head attention over pooled pixels", "flatten and linear", "pool, flatten and linear",
+        "attention over all pixels", "attention within windows", "mean of a row", "softmax along a row",
+        "cumulative sum along columns", "sampling by a grid", "a Fourier filter", "the best pixel",
+        "bilinear with antialiasing", "trilinear", "3-d convolution", "median of everything",
+        "logsumexp over the map", "fractions by sorting",
+    )
+}  # fmt: skip
 UNTESTED = {
     aten.chunk.default: COMPOSITE,
     aten.narrow.default: COMPOSITE,
@@ -70,6 +81,17 @@ def test_every_rule_occurs_in_a_case() -> None:
     assert not missing, f"add a case to support_cases.py for {sorted(missing)}"
     needless = {str(op) for op in UNTESTED.keys() & seen}
     assert not needless, f"is in a case after all: {sorted(needless)}"
+
+
+def test_only_what_has_no_locality_is_held_whole() -> None:
+    """A rule that is lost still gives exact results, on maps that are far too large."""
+    assert {name for name in named_cases() if GATHER in exercised(name)} == HELD_WHOLE
+
+
+def test_the_page_says_which_are_held_whole() -> None:
+    networks = {f"Networks: {entry.name}" for entry in zoo()}
+    said = {name for name, row in recorded(PAGE.read_text()).items() if "held whole" in row.ops}
+    assert said - networks == HELD_WHOLE, "run `make support`"
 
 
 @pytest.mark.parametrize("op", [op for op, reason in UNTESTED.items() if reason is COMPOSITE], ids=str)
