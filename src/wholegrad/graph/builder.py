@@ -85,6 +85,7 @@ class Builder:
             UnsupportedOpError: it can be none.
         """
         place = f"{path or 'model'} ({op})"
+        draw = draw if is_random(op) else -1  # an op taken apart hands its number on to its parts
         if op in _COPIES and isinstance(args[0], Ref) and self.nodes[args[0].node].op is aten.full.default:
             op, args, kwargs = aten.full.default, (list(outputs[0].shape), self.nodes[args[0].node].args[1]), {}
         if op in FILLS:
