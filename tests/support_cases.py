@@ -482,6 +482,9 @@ functions(
             x * aten.any.dims(x > 0.2, [0, 1], True) + x.tanh() * aten.all.dims(x > -0.2, [0, 1], True)
         ),
         "a look-up by label": lambda x: x * torch.linspace(0.5, 2, 4).to(x)[x.argmax(1)].unsqueeze(1),
+        "a look-up by label, gathered": lambda x: (
+            x * torch.linspace(0.5, 2, 4).to(x).gather(0, x.argmax(1, True).flatten()).view(1, 1, *SIZE)
+        ),
         "an embedding of labels": lambda x: (
             x * F.embedding(x.argmax(1), torch.arange(16.0).to(x).view(4, 4)).permute(0, 3, 1, 2)
         ),

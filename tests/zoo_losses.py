@@ -188,7 +188,7 @@ LOSSES = [
     entry("monai focal", Double(FocalLoss(gamma=2.0, alpha=0.25)), 1, mask(2)),
     entry("monai focal, softmax", Double(FocalLoss(use_softmax=True, to_onehot_y=True)), 3, classes),
     entry("Lovasz hinge", lovasz_hinge, 1, mask(2)),
-    entry("Lovasz softmax", lovasz_softmax, 3, labels(2, 3)),
+    Entry("Lovasz softmax", net(3), lovasz_softmax, pixels(2, seed=22), labels(2, 3), SIZE, 2),
     entry("a weight for each pixel", weighted, 3, both(labels(2, 3), weights)),
     entry("learnt uncertainty", Uncertainty(), 2, mask(2)),
     of_slides("BCE of slides", nn.BCEWithLogitsLoss(), 1, torch.tensor([[1.0], [0.0]], dtype=torch.float64)),

@@ -29,6 +29,8 @@ class IndexChannels(MapRule):
 
     def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
         ref, dim, index = request.args[:3]
+        if request.op is aten.gather.default and len(request.specs[ref].shape) == 1 and request.specs[index].is_map:
+            return (request.layout(index),)  # a number for each label
         if not all(spec.is_map for spec in request.specs.values()):
             raise request.refuse("indexes a map together with a tensor that is not a map")
         if len({tuple(a for a in axes(spec.layout) if a.role) for spec in request.specs.values()}) != 1:
