@@ -183,6 +183,24 @@ LOSSES = [
     entry("monai Dice and BCE", Double(DiceCELoss(sigmoid=True)), 1, mask(2)),
     entry("monai Dice and focal", Double(DiceFocalLoss(sigmoid=True)), 1, mask(2)),
     entry("monai Dice and focal, softmax", Double(DiceFocalLoss(softmax=True, to_onehot_y=True)), 3, classes),
+    entry(
+        "monai Dice, class weights",
+        Double(DiceLoss(softmax=True, to_onehot_y=True, weight=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64))),
+        3, classes,
+    ),
+    entry(
+        "monai Dice and cross-entropy, class weights",
+        Double(DiceCELoss(softmax=True, to_onehot_y=True, weight=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64))),
+        3, classes,
+    ),
+    entry(
+        "monai Dice and focal, class weights",
+        Double(DiceFocalLoss(softmax=True, to_onehot_y=True, weight=[0.5, 1.0, 2.0])), 3, classes,
+    ),
+    entry(
+        "monai focal, class weights", Double(FocalLoss(use_softmax=True, to_onehot_y=True, weight=[0.5, 1.0, 2.0])),
+        3, classes,
+    ),
     entry("monai Tversky", Double(TverskyLoss(sigmoid=True, alpha=0.3, beta=0.7)), 1, mask(2)),
     entry("monai generalised Dice", Double(GeneralizedDiceLoss(softmax=True, to_onehot_y=True)), 3, classes),
     entry("monai focal", Double(FocalLoss(gamma=2.0, alpha=0.25)), 1, mask(2)),
