@@ -251,6 +251,11 @@ functions(
 )
 
 
+def ramp(x: torch.Tensor) -> torch.Tensor:
+    """A row of the map's width."""
+    return torch.linspace(0, 1, SIZE[1]).to(x)
+
+
 def with_part_replaced(x: torch.Tensor) -> torch.Tensor:
     y = x.clone()
     y[:, 1] = x[:, 0].tanh()
@@ -284,11 +289,30 @@ functions(
         "slice-scatter": lambda x: torch.slice_scatter(x, x[:, :2].tanh(), 1, 2, 4),
         "views and permutations": lambda x: x.permute(0, 2, 3, 1).reshape(1, -1, 4).tanh().mT.reshape(1, 4, *SIZE),
         "transpose of the flattened map": lambda x: (x.flatten(2)[0].t().tanh().t() * 1.5).view(1, 4, *SIZE),
+        "select-scatter of a row": lambda x: torch.select_scatter(x, ramp(x).expand(1, *SIZE).clone(), 1, 2),
+        "slice-scatter of a row": lambda x: torch.slice_scatter(x, ramp(x).expand(1, 2, *SIZE).clone(), 1, 1, 3),
         "flip channels": lambda x: x.flip(1),
+        "flip rows and columns": lambda x: x + x.flip(2) * x.flip(3),
+        "flip everything": lambda x: x.flip(-1, 1, 2) * x,
         "roll channels": lambda x: torch.roll(x, 1, 1),
+        "roll pixels": lambda x: x * x.roll((2, -3), (2, 3)),
+        "roll pixels by more than half": lambda x: x * x.roll((15, 2, 24), (2, 1, 3)),
+        "roll pixels, channels last": lambda x: x.permute(0, 2, 3, 1).roll((-2, 1), (1, 2)).permute(0, 3, 1, 2),
+        "roll pixels, columns first": lambda x: x.mT.roll((4, -2), (2, 3)).mT,
         "pixel shuffle": lambda x: F.pixel_shuffle(x, 2),
         "pixel unshuffle": lambda x: F.pixel_unshuffle(x, 2),
         "channel shuffle": lambda x: F.channel_shuffle(x, 2),
+        "channel shuffle, native": lambda x: x * torch.native_channel_shuffle(x.detach(), 2),
+        "unfold": lambda x: (lambda u: (u * torch.softmax(u, 2)).sum(2))(
+            F.unfold(x, 3, padding=1).view(1, 4, 9, *SIZE)
+        ),
+        "unfold (3, 2), dilation (2, 1), stride (2, 3)": lambda x: F.unfold(
+            x, (3, 2), dilation=(2, 1), padding=(2, 1), stride=(2, 3)
+        ).view(1, 24, 10, 9),
+        "unfold and fold": lambda x: F.fold(F.unfold(x, 3, padding=1), SIZE, 3, padding=1),
+        "unfold and fold 4, stride 3, padding 2": lambda x: F.fold(
+            F.unfold(x, 4, stride=3, padding=2).tanh(), SIZE, 4, stride=3, padding=2
+        ),
     },
 )
 
@@ -328,12 +352,27 @@ def filled(x: torch.Tensor) -> torch.Tensor:
     return x * aten.fill.Scalar(y.detach(), 2.0) + aten.fill.Tensor(y.detach(), x.mean())
 
 
+def where_masked(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    y[y > 0.2] = 0.3
+    y[:, :, y[0, 0] > 0.1] = x.mean()
+    return y
+
+
+def masked_channel(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    y[:, 2][y[:, 2] > 0.1] = 0.0
+    return y
+
+
 functions(
     "Arithmetic",
     {
         "sum and product": lambda x: x * x.tanh() + x / 3 - 2 * x,
         "powers and roots": lambda x: x**2 + x.abs().add(0.1).sqrt() + (x.abs() + 1) ** 1.7,
         "exp, log, sin": lambda x: torch.exp(-x) + torch.log1p(x * x) + torch.sin(x) * torch.atan2(x, x * x + 1),
+        "floor division and reversed subtraction": lambda x: x * (x.detach() // 0.1) + torch.rsub(x * x, x),
+        "complex numbers": lambda x: torch.complex(x, x * x + 1).abs() + torch.polar(x.abs() + 0.1, x).abs(),
         "clamp": lambda x: x.clamp(-0.2, 0.3),
         "maximum": lambda x: torch.maximum(x, x.flip(1)),
         "where, tensors": lambda x: torch.where(x > 0, x, x * x),
@@ -341,6 +380,8 @@ functions(
         "where, numbers": lambda x: x * torch.where(x > 0, 1.0, 0.5),
         "masked fill": lambda x: x.masked_fill(x > 0.2, 0.3),
         "masked fill, a tensor": lambda x: x.masked_fill(x > 0.2, x.mean()),
+        "write a number where a mask says": where_masked,
+        "write into a channel where a mask says": masked_channel,
         "copy": lambda x: x * x.clone().copy_(x[:, :1].tanh()),
         "fill": filled,
         "constants of the map's size": lambda x: (
@@ -374,6 +415,27 @@ def scattered(x: torch.Tensor) -> torch.Tensor:
     )
 
 
+def by_position(x: torch.Tensor) -> torch.Tensor:
+    y, z = x.clone(), torch.zeros_like(x)
+    y[:, torch.tensor([3, 1])] = x[:, torch.tensor([0, 2])] * 2
+    y[:, torch.tensor([2])] = ramp(x)
+    z[:, torch.tensor([0, 2])] = x[:, :1]
+    z[:, torch.tensor([1, 3])] = x.mean((2, 3), keepdim=True)[:, :2]
+    return y + z.index_put((torch.tensor([0]), torch.tensor([1])), x[:, 2] * 2, accumulate=True)
+
+
+def by_index(x: torch.Tensor) -> torch.Tensor:
+    first, last = torch.tensor([3, 1]), torch.tensor([2, 0])
+    y = x.index_fill(1, first, 0.5).index_add(1, last, x[:, 2:]).index_copy(1, first, x[:, 1:3] * 2)
+    return y + aten.index_fill.int_Tensor(x, 1, last, x.mean())
+
+
+def among(x: torch.Tensor) -> torch.Tensor:
+    y, known = (x.detach() * 4).floor().contiguous(), torch.tensor([0.0, 1.0]).to(x)
+    mask = torch.isin(y, known) | torch.isin(y, 2)
+    return x * mask + x * torch.bucketize(y, known) * torch.searchsorted(known, y / 2)
+
+
 def flatter(x: torch.Tensor) -> torch.Tensor:
     """All the ways of picking one channel."""
     picks = [x.max(1)[0], x.min(1)[0], x.median(1)[0], x.kthvalue(2, 1)[0], coarse(x).mode(1)[0]]
@@ -400,6 +462,17 @@ functions(
         "argmax to one-hot": one_hot,
         "argmin": lambda x: x.gather(1, x.argmin(1, True)),
         "scatter": scattered,
+        "channels by position": lambda x: (
+            x[:, torch.tensor([3, 1, 0, 2])] * x[:, torch.tensor([[1, 2], [0, 0]])].flatten(1, 2)
+        ),
+        "channels by position, last": lambda x: x.permute(0, 2, 3, 1)[..., torch.tensor([2, 0, 2])].permute(0, 3, 1, 2),
+        "batch and channel by position": lambda x: x[
+            torch.zeros(3, dtype=torch.long), torch.tensor([3, 1, 3])
+        ].unsqueeze(0),
+        "as many positions as columns": lambda x: x[:, torch.arange(SIZE[1]) % 4],
+        "write channels by position": by_position,
+        "index-fill, -add and -copy": by_index,
+        "is one of, and between which": among,
         "index-select": lambda x: x.index_select(1, torch.tensor([2, 0, 2])),
         "split and chunk": lambda x: x.split(2, 1)[0] * x.chunk(2, 1)[1],
         "split with sizes": lambda x: x.split([1, 3], 1)[1] * x.split([1, 3], 1)[0],
@@ -409,6 +482,9 @@ functions(
             x * aten.any.dims(x > 0.2, [0, 1], True) + x.tanh() * aten.all.dims(x > -0.2, [0, 1], True)
         ),
         "a look-up by label": lambda x: x * torch.linspace(0.5, 2, 4).to(x)[x.argmax(1)].unsqueeze(1),
+        "a look-up by label, gathered": lambda x: (
+            x * torch.linspace(0.5, 2, 4).to(x).gather(0, x.argmax(1, True).flatten()).view(1, 1, *SIZE)
+        ),
         "an embedding of labels": lambda x: (
             x * F.embedding(x.argmax(1), torch.arange(16.0).to(x).view(4, 4)).permute(0, 3, 1, 2)
         ),
@@ -495,6 +571,7 @@ functions(
         "variance and mean": lambda x: torch.cat(torch.var_mean(x, (2, 3)), 1),
         "largest and smallest": lambda x: (x - x.amin((2, 3), True)) / (x.amax((2, 3), True) - x.amin((2, 3), True)),
         "largest and smallest of everything": lambda x: (x - x.min()) / (x.max() - x.min()),
+        "largest and smallest at once": lambda x: (lambda low, high: (x - low) / (high - low))(*torch.aminmax(x)),
         "largest with ties": lambda x: coarse(x).amax((2, 3)),
         "any and all, of everything": lambda x: (
             x * torch.where((x > 5).any(), 2.0, 1.0) * torch.where((x > -5).all(), 1.5, 1.0)
@@ -534,6 +611,18 @@ class Products(nn.Module):
         return result.mT.reshape(x.shape[0], 3, *x.shape[2:])
 
 
+class Contracted(nn.Module):
+    """Channels mixed by einsum and tensordot, for a convolution to read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, CHANNELS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = torch.einsum("nchw,kc->nkhw", x, self.weight) + torch.einsum("kc,nchw->nkhw", self.weight, x)
+        return mixed + torch.tensordot(x, self.weight, ([1], [1])).permute(0, 3, 1, 2)
+
+
 ops(
     "Matrix products",
     {
@@ -544,6 +633,7 @@ ops(
         "bmm": lambda: Products("bmm"),
         "baddbmm": lambda: Products("baddbmm"),
         "einsum": lambda: Products("einsum"),
+        "einsum to a map": Contracted,
     },
 )
 
@@ -628,8 +718,6 @@ functions(
         "pool, flatten and linear": lambda x: F.max_pool2d(x, 4).flatten(1),
         "attention over all pixels": attention,
         "attention within windows": windows,
-        "flip rows and columns": lambda x: x + x.flip(2) * x.flip(3),
-        "roll pixels": lambda x: x * x.roll((2, 3), (2, 3)),
         "mean of a row": lambda x: x - x.mean(3, keepdim=True),
         "softmax along a row": lambda x: torch.softmax(x, -1),
         "cumulative sum along columns": lambda x: x.cumsum(2) / 10,
@@ -641,7 +729,6 @@ functions(
         "3-d convolution": lambda x: F.conv3d(x.unsqueeze(1), torch.ones(1, 1, 3, 3, 3).to(x)).flatten(1, 2),
         "median of everything": lambda x: x * x.median(),
         "logsumexp over the map": lambda x: x.logsumexp((2, 3)),
-        "unfold and fold": lambda x: F.fold(F.unfold(x, 3, padding=1), SIZE, 3, padding=1),
         "fractions by sorting": lambda x: x.flatten(2).sort(-1)[0][:, :, ::40].flatten(1),
     },
 )
@@ -894,7 +981,7 @@ HUGE = (30000, 30000)
 REFUSED = [
     Refusal(
         "An op without locality on a map so large that it would be a tensor of 2**31 elements or more: a cumulative "
-        "sum, a flip or a sort along rows or columns",
+        "sum or a sort along rows or columns",
         "do it on a smaller map (pool first), or register a rule ([how](adding-an-op.md))",
         "UnsupportedOpError", r"2\*\*31", lambda x: x.cumsum(-1), size=HUGE,
     ),
@@ -906,7 +993,7 @@ REFUSED = [
     Refusal(
         "A part without locality whose whole maps exceed the budget",
         "raise the budget to the one that the error names, or as above",
-        "BudgetError", "held whole", lambda x: x.flip(3), size=(8000, 8000), budget="1.2GiB",
+        "BudgetError", "held whole", lambda x: x.cumsum(3), size=(8000, 8000), budget="1.2GiB",
     ),
     Refusal(
         "Branches on pixel values (`if x.mean() > 0`, `.item()`), in the model or in the loss",

@@ -15,13 +15,15 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
-from support_cases import REFUSED, SupportCase, named_cases
+import wholegrad as wg
+from support_cases import REFUSED, SupportCase, named_cases, pixels
 from wholegrad.given import given
 from wholegrad.graph.capture import capture
 from wholegrad.graph.graph import Graph, Kind
 from wholegrad.run.reference import Reference
-from wholegrad.verify import EXACT, FLOOR, Case, Row, by_chance, errors
+from wholegrad.verify import EXACT, FLOOR, Case, Row, by_chance, errors, random_labels
 
 aten = torch.ops.aten
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
@@ -33,6 +35,9 @@ PLANS: Plans = (
     {"tile": (64, 5)},
     {"tile": (5, 64), "placement": "disk"},
 )
+
+
+BFLOAT16 = 2.0**-8  # one rounding
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,26 @@ networks the claim is therefore that either each tensor is off by at most twice 
 largest at most twice PyTorch's largest, the second largest at most twice its second largest, and so on.
 """
 
+LOSSES = "Losses on a segmentation network"
+LOSSES_TEXT = """PyTorch's and MONAI's losses, and some written out, behind one small network that halves the map and
+doubles it again, on two images of 46 x 60 pixels with plans and claims as for networks; `tests/test_zoo.py` runs them
+at every test run. MONAI's losses cast to float32 inside, whatever they are given: in the float64 column they are made
+to cast to float64 instead (`Double` in `tests/zoo_losses.py`), so that there is something to be exact about; in the
+float32 columns they are as they come. Lovasz losses sort: in float32 nearly equal errors change places, and whether
+ours or PyTorch's do so more is chance, from one image to the next.
+"""
+
+AUTOCAST = """## Autocast
+
+Under `torch.autocast("cpu", torch.bfloat16)` the casts are part of the graph, and values are rounded where whole-image
+autocast rounds them. Below is the worst relative error of any parameter's gradient against whole-image float64, of two
+networks on 64 x 72 pixels, with tiles of 20 x 24 under the planner's boundaries and under two others on disk. The claim
+is at most twice PyTorch's own or two roundings (7.8e-3), whichever is more.
+
+| network | bfloat16 | PyTorch's own |
+|---|---|---|
+"""
+
 REFUSALS = """## What is refused
 
 Before any pixel is read (or, where only pixels can tell, before any gradient is left) these end in an error of one line
@@ -188,6 +213,7 @@ the first. And ties: `sort`, `mode` or `argmax` over equal values may pick eithe
 """
 
 COLUMNS = "| {} | ops | float64 | float32 | PyTorch's own |\n|---|---|---|---|---|\n"
+AUTOCAST_ROW = re.compile(r"^\| (?P<name>[^|]+?) \| (?P<ours>\de\S+) \| (?P<own>\de\S+) \|$")
 ROW = re.compile(r"^\| (?P<name>[^|]+?) \| (?P<ops>[^|]*?) \| (?P<double>\S+) \| (?P<single>\S+) \| (?P<whole>\S+) \|$")
 
 
@@ -202,6 +228,19 @@ def holds(found: Found) -> bool:
     return found.double <= EXACT and found.single <= max(2 * found.whole, FLOOR)
 
 
+def bounds(shown: float) -> tuple[float, float]:
+    """The least and the largest number that is printed with one digit as ``shown``."""
+    digit, power = f"{shown:.0e}".split("e")
+    unit = 10.0 ** int(power)
+    return shown - unit * (0.05 if digit == "1" else 0.5), shown + unit * 0.5
+
+
+def could_hold(shown: Found) -> bool:
+    """Whether numbers that are printed as these are may be within the claims."""
+    least = bounds(shown.single)[0]
+    return bounds(shown.double)[0] <= EXACT and least <= max(2 * bounds(shown.whole)[1], FLOOR)
+
+
 def row(found: Found) -> str:
     name = found.name.partition(": ")[2] or found.name
     return f"| {name} | {found.ops} | {found.double:.0e} | {found.single:.0e} | {found.whole:.0e} |\n"
@@ -211,14 +250,21 @@ def table(heading: str, first: str, rows: Iterable[Found]) -> str:
     return f"\n## {heading}\n\n" + COLUMNS.format(first) + "".join(map(row, rows))
 
 
-def page(found: list[Found], networks: list[Found]) -> str:
+def page(
+    found: list[Found], losses: list[Found], networks: list[Found], autocast: dict[str, tuple[float, float]]
+) -> str:
     """docs/support.md."""
     text = HEAD.format(machine=machine(), torch=torch.__version__.partition("+")[0], date=date.today().isoformat())
     groups = dict.fromkeys(each.name.partition(": ")[0] for each in found)
     for group in groups:
         text += table(group, "op", (each for each in found if each.name.partition(": ")[0] == group))
+    if losses:
+        text += f"\n## {LOSSES}\n\n{LOSSES_TEXT}\n" + COLUMNS.format("loss") + "".join(map(row, losses))
     if networks:
         text += "\n" + NETWORKS + "\n" + COLUMNS.format("network") + "".join(map(row, networks))
+    if autocast:
+        text += "\n" + AUTOCAST
+        text += "".join(f"| {name} | {ours:.0e} | {own:.0e} |\n" for name, (ours, own) in autocast.items())
     text += "\n" + REFUSALS + "".join(f"| {case.what} | {case.remedy} | `{case.error}` |\n" for case in REFUSED)
     return text + TAIL
 
@@ -236,6 +282,26 @@ def recorded(text: str) -> dict[str, Found]:
     return result
 
 
+def recorded_autocast(text: str) -> dict[str, tuple[float, float]]:
+    """The rows on autocast, by network."""
+    found = (AUTOCAST_ROW.match(line) for line in text.splitlines())
+    return {match["name"]: (float(match["ours"]), float(match["own"])) for match in found if match}
+
+
+def prose(text: str) -> str:
+    """What is left of the page without tables and headings of groups."""
+    kept = [line for line in text.splitlines() if not line.startswith(("| ", "|-", "## "))]
+    return re.sub(r"\n{2,}", "\n\n", "\n".join(kept)).strip()
+
+
+def own_prose(text: str) -> str:
+    """What it should be, with the machine, the version and the date that the page gives."""
+    given = re.search(r"^Measured with `make support` on (.+), PyTorch (\S+), (\S+)\.$", text, re.MULTILINE)
+    machine, version, day = given.groups() if given else ("", "", "")
+    parts = [HEAD.format(machine=machine, torch=version, date=day), LOSSES_TEXT, NETWORKS, AUTOCAST, REFUSALS, TAIL]
+    return prose("\n".join(parts))
+
+
 def zoo() -> list[Any]:
     """The networks of tests/zoo_networks.py, if it is there: entries with name, build, loss, image, target and size."""
     return list(import_module("zoo_networks").NETWORKS) if find_spec("zoo_networks") else []
@@ -248,6 +314,61 @@ def network_plans(height: int, width: int) -> tuple[dict[str, Any], ...]:
         {"tile": (height // 5 + 1, width)},
         {"tile": (height // 2 + 1, width // 3 + 2), "placement": "disk"},
     )
+
+
+def zoo_losses() -> list[Any]:
+    """The losses of tests/zoo_losses.py, if it is there."""
+    return list(import_module("zoo_losses").LOSSES) if find_spec("zoo_losses") else []
+
+
+def loss_row(entry: Any) -> Found:
+    """One loss's row; its ops are those that the network alone has not."""
+    image, target = entry.image(*entry.size), entry.target(*entry.size)
+    as_it_comes = entry.loss.loss if isinstance(entry.loss, import_module("zoo_losses").Double) else entry.loss
+    double = Case(entry.build(), entry.loss, image, target, torch.float64, SEED)
+    single = Case(entry.build(), as_it_comes, image, target, torch.float32, SEED)
+    shown = shown_ops(SupportCase("Losses", entry.name, entry.build, entry.loss, lambda: image, lambda: target))
+    plans = network_plans(*entry.size)
+    wholes = import_module("test_zoo").whole_float32
+    return measured(f"{LOSSES}: {entry.name}", double, single, shown, plans=plans, wholes=wholes, chance=True)
+
+
+def instance_norm_network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.InstanceNorm2d(8, affine=True), nn.GELU(),
+        nn.Conv2d(8, 8, 3, 2, 1), nn.GroupNorm(1, 8), nn.SiLU(), nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Conv2d(8, 1, 3, padding=1),
+    )  # fmt: skip
+
+
+def autocast_networks() -> dict[str, Callable[[], nn.Module]]:
+    """By the name of the row."""
+    return {
+        "batch norm, max pooling, group norm, softmax": import_module("test_autocast").network,
+        "instance norm, GELU, group norm, bilinear": instance_norm_network,
+    }
+
+
+@cache
+def autocast_errors(name: str) -> tuple[float, float]:
+    """Worst relative error of a gradient under autocast: ours under two plans, and whole-image PyTorch's."""
+    model, loss = autocast_networks()[name](), wg.losses.LOSSES["bce"]
+    image, labels = pixels(1, 3, (64, 72), seed=1)[0].float(), random_labels((64, 72), 0)
+    whole = import_module("test_autocast").whole
+    wanted, theirs = whole(model, image, labels, False), whole(model, image, labels, True)
+
+    def off(found: dict[str, torch.Tensor]) -> float:
+        return max(((found[key] - exact).abs().max() / exact.abs().max()).item() for key, exact in wanted.items())
+
+    ours = []
+    for fixed in ({}, {"boundaries": ["0", "4"], "placement": "disk"}):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            plan = wg.plan(model, loss, image, labels, tile=(20, 24), **fixed)
+            wg.backward(model, loss, image, labels, plan=plan)
+        ours.append(off({key: p.grad.double() for key, p in model.named_parameters() if p.grad is not None}))
+    return max(ours), off(theirs)
 
 
 def network_row(entry: Any) -> Found:
@@ -280,12 +401,16 @@ def write(say: Callable[[str], None] = print) -> None:
         double, single = (in_dtype(entry, dtype) for dtype in (torch.float64, torch.float32))
         found.append(measured(name, double, single, shown_ops(entry), double_errors(name)))
         say(row(found[-1]).strip())
-    networks = []
+    losses, networks = [], []
+    for entry in zoo_losses():
+        losses.append(loss_row(entry))
+        say(row(losses[-1]).strip())
     for entry in zoo():
         networks.append(network_row(entry))
         say(row(networks[-1]).strip())
-    wrong = [each for each in found if each.wrong]
-    wrong += [each for each in (*found, *networks) if not holds(each)]
+    wrong = [each for each in (*found, *losses) if each.wrong]
+    wrong += [each for each in (*found, *losses, *networks) if not holds(each)]
     assert not wrong, f"not written, since these break a claim: {wrong}"
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(found, networks))
+    autocast = {name: autocast_errors(name) for name in autocast_networks()}
+    PAGE.write_text(page(found, losses, networks, autocast))

@@ -37,17 +37,22 @@ def planned(entry: Entry, size: tuple[int, int]) -> Plan:
     return wg.plan(model, entry.loss, image, target, budget="12GiB")
 
 
-@pytest.mark.parametrize("entry", [e for e in NETWORKS if not e.name.startswith(WHOLE)], ids=str)
-def test_no_tensor_of_any_plan_reaches_the_limit(entry: Entry) -> None:
-    plan = planned(entry, HUGE)
+def assert_below_the_limit(plan: Plan) -> None:
+    """Every map's largest box in every segment, and every small tensor."""
     for i, part in enumerate(plan.segments):
         grid = plan.grid(i)
         for index in (*part.segment.nodes, *(ref.node for ref in part.segment.maps)):
-            area = grid.rows.largest.get(index, 0) * grid.cols.largest.get(index, 0)
+            area = grid.rows.largest[index] * grid.cols.largest[index]
+            assert area > 0
             for spec in plan.graph.nodes[index].outputs:
                 assert area * (spec.pixel_bytes // spec.dtype.itemsize) < LIMIT
     smalls = [spec for node in plan.graph.nodes for spec in node.outputs if not spec.is_map]
     assert all(spec.numel < LIMIT for spec in smalls)
+
+
+@pytest.mark.parametrize("entry", [e for e in NETWORKS if not e.name.startswith(WHOLE)], ids=str)
+def test_no_tensor_of_any_plan_reaches_the_limit(entry: Entry) -> None:
+    assert_below_the_limit(planned(entry, HUGE))
 
 
 @pytest.mark.parametrize("entry", [e for e in NETWORKS if e.name.startswith("attention ")], ids=str)
@@ -76,15 +81,25 @@ FULL_WIDTH = {
 }
 
 
+def full_width(name: str, size: tuple[int, int]) -> tuple[Any, ...]:
+    """Model, loss, image and target."""
+    make, dense = FULL_WIDTH[name]
+    image = np.broadcast_to(np.uint8(0), (3, *size))
+    target = np.broadcast_to(np.int64(0), size) if dense else torch.tensor([1])
+    return make(), F.cross_entropy if dense else logits_loss, image, target
+
+
 @pytest.mark.parametrize("name", FULL_WIDTH)
 def test_full_width_networks_fit_wherever_a_refusal_says_they_do(name: str) -> None:
-    make, dense = FULL_WIDTH[name]
-    model, image = make(), np.broadcast_to(np.uint8(0), (3, *SLIDE))
-    target = np.broadcast_to(np.int64(0), SLIDE) if dense else torch.tensor([1])
-    loss = F.cross_entropy if dense else logits_loss
+    case = full_width(name, SLIDE)
     with pytest.raises(BudgetError) as refused:
-        wg.plan(model, loss, image, target, budget="0.7GiB")
+        wg.plan(*case, budget="0.7GiB")
     smallest = refused.value.smallest
     assert smallest > 0.7 * 2**30
     for budget in (smallest, 4 * smallest):
-        assert wg.plan(model, loss, image, target, budget=budget).projected <= budget
+        assert wg.plan(*case, budget=budget).projected <= budget
+
+
+@pytest.mark.parametrize("name", FULL_WIDTH)
+def test_no_tensor_of_full_width_networks_reaches_the_limit(name: str) -> None:
+    assert_below_the_limit(wg.plan(*full_width(name, HUGE), budget="24GiB"))

@@ -139,6 +139,9 @@ OPS = {
     "pixel unshuffle": lambda x: F.pixel_unshuffle(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)), 2),
     "channel shuffle": lambda x: F.channel_shuffle(x, 2),
     "flip channels": lambda x: x.flip(1),
+    "mirrored rows": lambda x: x.flip(2),
+    "mirrored rows and columns": lambda x: x.flip(-1, 1, -2),
+    "average of three channels": lambda x: F.avg_pool3d(x, (3, 1, 1), (2, 1, 1), (1, 0, 0)),
     "roll channels": lambda x: torch.roll(x, (1, 1), (1, 0)),
 }
 
@@ -415,9 +418,11 @@ def test_unpooling_with_indices_from_elsewhere_is_refused() -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: x.flip(2),
-        lambda x: torch.roll(x, 1, -1),
+        lambda x: x.cumsum(2),
         lambda x: torch.roll(x, 1),
+        lambda x: x.flatten(2).flip(2),
+        lambda x: x[:, :, torch.tensor([3, 1])],
+        lambda x: F.avg_pool3d(x, (1, 2, 2)),
         lambda x: F.max_pool2d(x.transpose(2, 3), 2),
         lambda x: F.avg_pool2d(x.permute(0, 2, 3, 1), 2),
     ],

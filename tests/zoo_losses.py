@@ -64,6 +64,30 @@ def weighted(output: torch.Tensor, target: tuple[torch.Tensor, torch.Tensor]) ->
     return (F.cross_entropy(output, classes, reduction="none") * weights).sum() / weights.sum()
 
 
+def lovasz_slopes(truth: torch.Tensor) -> torch.Tensor:
+    """The Jaccard loss's differences, for true labels in the order of their errors."""
+    both, either = truth.sum() - truth.cumsum(0), truth.sum() + (1 - truth).cumsum(0)
+    jaccard = 1 - both / either
+    return torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
+
+
+def lovasz_hinge(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Berman, Rannen Triki and Blaschko, "The Lovasz-softmax loss" (2018), for two classes."""
+    logits, truth = output.flatten(), target.flatten()
+    errors, order = torch.sort(1 - logits * (2 * truth - 1), descending=True)
+    return torch.dot(F.relu(errors), lovasz_slopes(truth[order]))
+
+
+def lovasz_softmax(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The same for several classes."""
+    shares, found = output.softmax(1), []
+    for i in range(output.shape[1]):
+        truth = (target == i).to(output.dtype).flatten()
+        errors, order = torch.sort((truth - shares[:, i].flatten()).abs(), descending=True)
+        found.append(torch.dot(errors, lovasz_slopes(truth[order])))
+    return torch.stack(found).mean()
+
+
 def weights(height: int, width: int) -> torch.Tensor:
     result: torch.Tensor = pixels(2, 1, 9)(height, width).squeeze(1).abs() + 0.2
     return result
@@ -159,10 +183,30 @@ LOSSES = [
     entry("monai Dice and BCE", Double(DiceCELoss(sigmoid=True)), 1, mask(2)),
     entry("monai Dice and focal", Double(DiceFocalLoss(sigmoid=True)), 1, mask(2)),
     entry("monai Dice and focal, softmax", Double(DiceFocalLoss(softmax=True, to_onehot_y=True)), 3, classes),
+    entry(
+        "monai Dice, class weights",
+        Double(DiceLoss(softmax=True, to_onehot_y=True, weight=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64))),
+        3, classes,
+    ),
+    entry(
+        "monai Dice and cross-entropy, class weights",
+        Double(DiceCELoss(softmax=True, to_onehot_y=True, weight=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64))),
+        3, classes,
+    ),
+    entry(
+        "monai Dice and focal, class weights",
+        Double(DiceFocalLoss(softmax=True, to_onehot_y=True, weight=[0.5, 1.0, 2.0])), 3, classes,
+    ),
+    entry(
+        "monai focal, class weights", Double(FocalLoss(use_softmax=True, to_onehot_y=True, weight=[0.5, 1.0, 2.0])),
+        3, classes,
+    ),
     entry("monai Tversky", Double(TverskyLoss(sigmoid=True, alpha=0.3, beta=0.7)), 1, mask(2)),
     entry("monai generalised Dice", Double(GeneralizedDiceLoss(softmax=True, to_onehot_y=True)), 3, classes),
     entry("monai focal", Double(FocalLoss(gamma=2.0, alpha=0.25)), 1, mask(2)),
     entry("monai focal, softmax", Double(FocalLoss(use_softmax=True, to_onehot_y=True)), 3, classes),
+    entry("Lovasz hinge", lovasz_hinge, 1, mask(2)),
+    Entry("Lovasz softmax", net(3), lovasz_softmax, pixels(2, seed=22), labels(2, 3), SIZE, 2),
     entry("a weight for each pixel", weighted, 3, both(labels(2, 3), weights)),
     entry("learnt uncertainty", Uncertainty(), 2, mask(2)),
     of_slides("BCE of slides", nn.BCEWithLogitsLoss(), 1, torch.tensor([[1.0], [0.0]], dtype=torch.float64)),

@@ -16,6 +16,7 @@ from wholegrad.graph.expand import expansion_of
 from wholegrad.graph.graph import Kind, Node, Ref, Spec, references, substitute, unsupported
 from wholegrad.graph.layout import Layout, aligned, broadcast, map_layout, plain
 from wholegrad.graph.rules import LayoutRequest, MapRule, ReductionRule, rule_for
+from wholegrad.graph.rules.base import bind
 from wholegrad.graph.rules.fill import FILLS, normal_form
 from wholegrad.graph.rules.random import NUMBERS, is_random
 from wholegrad.graph.rules.reduction import GATHER
@@ -84,6 +85,7 @@ class Builder:
             UnsupportedOpError: it can be none.
         """
         place = f"{path or 'model'} ({op})"
+        draw = draw if is_random(op) else -1  # an op taken apart hands its number on to its parts
         if op in _COPIES and isinstance(args[0], Ref) and self.nodes[args[0].node].op is aten.full.default:
             op, args, kwargs = aten.full.default, (list(outputs[0].shape), self.nodes[args[0].node].args[1]), {}
         if op in FILLS:
@@ -133,7 +135,7 @@ class Builder:
         if rule is None:
             raise unsupported(call.place, "has no rule, so it cannot run tile by tile")
         if rule.aligned:
-            call = self._aligned(call)
+            call = self._aligned(call, rule.whole)
         refs = list(dict.fromkeys(references((call.args, call.kwargs))))
         specs = {ref: self.spec(ref) for ref in refs}
         request = LayoutRequest(call.place, call.op, call.args, call.kwargs, specs, call.shapes)
@@ -156,8 +158,10 @@ class Builder:
 
     # Small tensors that run along the image.
 
-    def _aligned(self, call: _Call) -> _Call:
-        """The call with small operands that run along its maps spread along them."""
+    def _aligned(self, call: _Call, whole: tuple[str, ...]) -> _Call:
+        """The call with small operands that run along its maps spread along them, but for those named in ``whole``."""
+        bound = bind(call.op, call.args, call.kwargs)
+        kept = set(references([bound[name] for name in whole]))
         refs = list(dict.fromkeys(references((call.args, call.kwargs))))
         maps = [self.spec(ref).layout for ref in refs if self.spec(ref).is_map]
         joins = call.op is aten.cat.default  # whose operands differ in size along one dimension
@@ -165,8 +169,10 @@ class Builder:
         table: dict[Ref, Ref] = {}
         for ref in refs:
             spec = self.spec(ref)
-            along = self._joined(call, layout, spec) if joins else layout
-            if not spec.is_map and spec.numel > 1 and (found := self._alignment(spec, along)) is not None:
+            along = self._joined(call, layout, spec) if joins else self._selected(call, ref, layout)
+            if ref in kept or spec.is_map or spec.numel <= 1:
+                continue
+            if (found := self._alignment(spec, along)) is not None:
                 table[ref] = self._along(ref, found, call)
         return call.replaced(table) if table else call
 
@@ -176,6 +182,13 @@ class Builder:
         if len(spec.shape) != len(layout) or len(layout[dim]) != 1:
             return layout
         return (*layout[:dim], (layout[dim][0]._replace(size=spec.shape[dim]),), *layout[dim + 1 :])
+
+    def _selected(self, call: _Call, ref: Ref, layout: Layout) -> Layout:
+        """The layout that an operand lines up with: what ``select_scatter`` writes lacks the dimension written to."""
+        if call.op is not aten.select_scatter.default or ref != call.args[1]:
+            return layout
+        dim = call.args[2] % len(layout)
+        return (*layout[:dim], *layout[dim + 1 :])
 
     def _alignment(self, spec: Spec, layout: Layout) -> Layout | None:
         """How a small tensor runs along a map; with leading dimensions of size one where it lacks rows."""

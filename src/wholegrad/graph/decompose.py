@@ -6,6 +6,8 @@
   ``wholegrad::normalize``; running statistics are written with ``copy_``, as PyTorch's kernels write them: the mean as
   it is, the variance with n / (n - 1). In evaluation mode only ``normalize`` is left.
 * A layer norm over rows and columns too becomes ``var_mean`` and arithmetic.
+* Attention in one call becomes two products and a softmax, which are exact on maps held whole; ``aminmax`` both of its
+  extremes.
 """
 
 from __future__ import annotations
@@ -150,6 +152,33 @@ def _vector_norm(x: torch.Tensor, ord: float = 2, dim: Any = None, keepdim: bool
     return torch.where(some, torch.where(some, total, 1).sqrt(), 0)
 
 
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> Any:
+    """Attention as it is defined, in float32 where its operands have fewer bits, as PyTorch's kernel sums it."""
+    if dropout_p > 0:
+        return NotImplemented
+    scores = _full(query) @ _full(key).mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(~ones.tril(), float("-inf"))
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    return (torch.softmax(scores, -1) @ _full(value)).to(query.dtype), torch.logsumexp(scores, -1)
+
+
+def _extremes(x: torch.Tensor, *, dim: int | None = None, keepdim: bool = False) -> Tensors:
+    dims = list(range(x.dim())) if dim is None else [dim]
+    return x.amin(dims, keepdim), x.amax(dims, keepdim)
+
+
 def table() -> dict[Any, Callable[..., Any]]:
     """Decompositions by ATen overload, for ``make_fx``."""
     return {
@@ -160,4 +189,6 @@ def table() -> dict[Any, Callable[..., Any]]:
         aten.native_group_norm.default: _group_norm,
         aten.native_layer_norm.default: _layer_norm,
         aten.linalg_vector_norm.default: _vector_norm,
+        aten.aminmax.default: _extremes,
+        aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
     }

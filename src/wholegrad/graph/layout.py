@@ -143,6 +143,11 @@ def aligned(shape: Sequence[int], layout: Layout) -> Layout | None:
     return tuple(result) if runs and is_map(tuple(result)) else None
 
 
+def _without_ones(dim: Sequence[Axis]) -> Dim:
+    """A dimension less its plain axes of size one: rows that a view merged with one are rows still."""
+    return tuple(axis for axis in dim if axis.size != 1 or axis.role) or tuple(dim[:1])
+
+
 def regroup(layout: Layout, shape: Sequence[int]) -> Layout | None:
     """The layout after ``view(shape)``; None if that would split the row or the column axis."""
     pending = axes(layout)
@@ -163,11 +168,11 @@ def regroup(layout: Layout, shape: Sequence[int]) -> Layout | None:
                 return None
         if missing != 1:
             return None
-        result.append(tuple(dim))
+        result.append(_without_ones(dim))
     if any(axis.size != 1 for axis in pending):
         return None
     if pending and result:
-        result[-1] = (*result[-1], *pending)
+        result[-1] = _without_ones([*result[-1], *pending])
     return tuple(result) if result or not pending else None
 
 

@@ -112,10 +112,15 @@ class SmallValues:
         parameter = self.graph.nodes[ref.node].kind is Kind.PARAMETER
         return torch.float64 if parameter or self.graph.spec(ref).wide else self.graph.spec(ref).dtype
 
+    def _differentiable(self, ref: Ref) -> bool:
+        """Whether a value may have a gradient; the positions that a sort returns beside its values have none."""
+        dtype = self.graph.spec(ref).dtype
+        return self.graph.nodes[ref.node].needs_grad and (dtype.is_floating_point or dtype.is_complex)
+
     def pull_back(self, index: int, grads: dict[Ref, torch.Tensor]) -> dict[Ref, torch.Tensor]:
         """Gradients of a small node's operands, given those of its outputs in ``grads``."""
         node = self.graph.nodes[index]
-        wanted = [ref for ref in node.operands if self.graph.nodes[ref.node].needs_grad]
+        wanted = [ref for ref in node.operands if self._differentiable(ref)]
         reached = [i for i, ref in enumerate(node.refs) if ref in grads]
         if not wanted or not reached or not node.needs_grad:
             return {}

@@ -71,6 +71,8 @@ class Rule:
     copies = (0, 0)  # of its first operand and of its output that it holds beside them (padded, cropped, rearranged)
     aligned = False  # whether a small operand that runs along the image lines up with the maps, as in broadcasting
 
+    whole: tuple[str, ...] = ()  # arguments that arrive whole although ``aligned``: positions, not pixels
+
     def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
         """Layouts of the outputs.
 

@@ -12,7 +12,7 @@ from wholegrad.graph.layout import Axis, Layout, Role, axes, plain, roles, spati
 from wholegrad.graph.rules.base import LayoutRequest, MapRule, Tile, checked, register
 from wholegrad.graph.rules.pointwise import dim_of
 from wholegrad.graph.rules.reduction import dims_of
-from wholegrad.graph.rules.shape import clip, place, shifted
+from wholegrad.graph.rules.shape import clip, place, planar, shifted
 
 aten = torch.ops.aten
 
@@ -102,6 +102,22 @@ class Repeat(MapRule):
             raise request.refuse("repeats rows or columns")
         shape = request.shapes[0]
         return (checked(request, tuple(dim if roles(dim) else (Axis(n),) for dim, n in zip(old, shape, strict=True))),)
+
+
+@register(aten.avg_pool3d.default)
+class AverageOfChannels(MapRule):
+    """``avg_pool3d`` of (..., C, H, W) with windows along channels alone, as local response norm has it."""
+
+    def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
+        kernel, stride, padding = (request.bound[name] for name in ("kernel_size", "stride", "padding"))
+        if [_planar(value) for value in (kernel, stride or kernel, padding)] != [{1}, {1}, {0}]:
+            raise request.refuse("averages over rows or columns and channels at once")
+        return planar(request)
+
+
+def _planar(value: int | Sequence[int]) -> set[int]:
+    """What an ``int[3]`` argument says of rows and columns."""
+    return {value} if isinstance(value, int) else set(value[-2:])
 
 
 @register(aten.native_layer_norm.default, aten._fused_rms_norm.default)
@@ -206,36 +222,3 @@ class ScatterSlice(MapRule):
             raise request.refuse("writes a tensor that is not a map into a map")
         dim_of(request, request.args[0], request.args[2] if len(request.args) > 2 else 0)
         return (request.layout(request.args[0]),)
-
-
-@register(
-    aten.gather.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter.reduce,
-    aten.scatter.value_reduce,
-)  # fmt: skip
-class IndexChannels(MapRule):
-    """``op(x, dim, index, ...)`` with an index map: channels picked or set, pixel by pixel (one-hot labels)."""
-
-    aligned = True
-
-    def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
-        ref, dim, index = request.args[:3]
-        if not all(spec.is_map for spec in request.specs.values()):
-            raise request.refuse("indexes a map together with a tensor that is not a map")
-        if len({tuple(a for a in axes(spec.layout) if a.role) for spec in request.specs.values()}) != 1:
-            raise request.refuse("indexes maps of different sizes")
-        dim_of(request, ref, dim)
-        return (request.layout(index if request.op is aten.gather.default else ref),)
-
-
-@register(aten.index.Tensor, aten.embedding.default)
-class Lookup(MapRule):
-    """``table[labels]`` with a small table and one map of labels: class weights, colours."""
-
-    def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
-        table, index = request.args[:2]
-        if isinstance(index, list | tuple):
-            found = [ref for ref in index if ref is not None]
-            index = found[0] if len(index) == len(found) == 1 else None
-        if index is None or request.specs[table].is_map or not request.specs[index].is_map:
-            raise request.refuse("indexes a map, which has no locality")
-        return (checked(request, (*request.layout(index), *plain(request.specs[table].shape[1:]))),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -43,6 +43,12 @@ PIXEL_LOSSES = (
     aten.log_sigmoid_forward.default,
     aten._prelu_kernel.default,
     aten.masked_fill.Tensor,
+    aten.hardswish.default,
+    aten.floor_divide.default,
+    aten.rsub.Tensor,
+    aten.complex.default,
+    aten.polar.default,
+    aten.isin.Tensor_Scalar,
     *PIXEL_LOSSES,
     aten.fill.Scalar,
     aten.fill.Tensor,
@@ -57,7 +63,7 @@ class Pointwise(MapRule):
         smalls = [spec.layout for spec in request.specs.values() if not spec.is_map]
         result = []
         for shape in request.shapes:
-            self._refuse_spatial_small(request, maps)
+            refuse_spatial_small(request, maps, request.specs.values())
             layout = broadcast([*maps, *smalls], shape)
             if layout is None or not is_map(layout):
                 shapes = [spec.shape for spec in request.specs.values()]
@@ -65,17 +71,18 @@ class Pointwise(MapRule):
             result.append(layout)
         return tuple(result)
 
-    def _refuse_spatial_small(self, request: LayoutRequest, maps: Sequence[Layout]) -> None:
-        """A small tensor may not run along rows or columns: a tile would need its own part of it."""
-        wide = {dim - len(layout) for layout in maps for dim in spatial_dims(layout)}  # counted from the back
-        for spec in request.specs.values():
-            sizes = [(i - len(spec.shape), size) for i, size in enumerate(spec.shape)]
-            if not spec.is_map and any(size != 1 and back in wide for back, size in sizes):
-                raise request.refuse(f"a tensor of shape {spec.shape} that is not a map runs along the image")
-
     def needs(self, node: Node, specs: Sequence[Spec], operand: int, role: Role, out: Interval) -> Interval:
         one = extent(specs[operand].layout, role) == 1
         return Interval(0, 1) if one else out
+
+
+def refuse_spatial_small(request: LayoutRequest, maps: Sequence[Layout], specs: Iterable[Spec]) -> None:
+    """A small tensor may not run along rows or columns: a tile would need its own part of it."""
+    wide = {dim - len(layout) for layout in maps for dim in spatial_dims(layout)}  # counted from the back
+    for spec in specs:
+        sizes = [(i - len(spec.shape), size) for i, size in enumerate(spec.shape)]
+        if not spec.is_map and any(size != 1 and back in wide for back, size in sizes):
+            raise request.refuse(f"a tensor of shape {spec.shape} that is not a map runs along the image")
 
 
 def dim_of(request: LayoutRequest, ref: Ref, dim: int) -> int:

@@ -16,7 +16,7 @@ from wholegrad.graph.graph import Node, Spec
 from wholegrad.graph.layout import Layout, Role, roles
 from wholegrad.graph.rules.base import LayoutRequest, MapRule, Tile, register
 from wholegrad.graph.rules.pointwise import dim_of
-from wholegrad.graph.rules.shape import arguments, boxes, planar
+from wholegrad.graph.rules.shape import boxes, extent_of, planar
 
 aten = torch.ops.aten
 
@@ -57,15 +57,35 @@ class ChannelShuffle(MapRule):
         return (request.layout(request.args[0]),)
 
 
-@register(aten.flip.default, aten.roll.default)
-class Rearrange(MapRule):
-    """``flip(x, dims)`` and ``roll(x, shifts, dims)`` along dimensions that hold neither rows nor columns."""
+@register(aten.flip.default)
+class Flip(MapRule):
+    """``flip(x, dims)``: outputs ``[a, b)`` along a mirrored axis of n come from inputs ``[n - b, n - a)``."""
+
+    def _mirrored(self, dims: Sequence[int], layout: Layout) -> set[Role]:
+        return {role for dim in dims for role in roles(layout[dim % len(layout)])}
+
+    def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
+        layout = request.layout(request.args[0])
+        if any(len(layout[dim]) > 1 and roles(layout[dim]) for dim in request.args[1]):
+            raise request.refuse("mirrors a dimension that merges several")
+        return (layout,)
+
+    def needs(self, node: Node, specs: Sequence[Spec], operand: int, role: Role, out: Interval) -> Interval:
+        if role not in self._mirrored(node.args[1], specs[0].layout):
+            return out
+        size = extent_of(specs[0], role)
+        return Interval(size - out.hi, size - out.lo)
+
+
+@register(aten.roll.default)
+class Roll(MapRule):
+    """``roll(x, shifts, dims)`` along dimensions that hold neither rows nor columns."""
 
     def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
         ref = request.args[0]
         layout = request.layout(ref)
-        dims = arguments(request.op, request.args, request.kwargs)["dims"]
-        if request.op is aten.roll.default and not dims and any(roles(dim) for dim in layout):
+        dims = request.bound["dims"]
+        if not dims and any(roles(dim) for dim in layout):
             raise request.refuse("rolls the flattened map")
         for dim in [dims] if isinstance(dims, int) else dims:
             dim_of(request, ref, dim)

@@ -41,7 +41,10 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, N
 strip.register_autograd(_backward, setup_context=_setup)
 
 
-@register(torch.ops.wholegrad.strip.default)
+STRIP = torch.ops.wholegrad.strip.default
+
+
+@register(STRIP)
 class Strip(ReductionRule):
     """The strip, every element from the tile that owns it."""
 
