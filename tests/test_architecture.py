@@ -11,7 +11,7 @@ import wholegrad
 from wholegrad import errors
 
 ROOM = [
-    "errors", "graph", "plan", "run", "slide", "nets", "losses", "looks", "given", "cache", "api", "predict",
+    "errors", "kernels", "graph", "plan", "run", "slide", "nets", "losses", "looks", "given", "cache", "api", "predict",
     "diagnose", "verify", "train", "commands",
 ]  # fmt: skip
 SOURCE = Path(wholegrad.__file__).parent
