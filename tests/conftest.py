@@ -1,8 +1,9 @@
-"""What tests share: two threads, reproducible random cases in CI, tiny slides, the folder of real ones."""
+"""What tests share: threads, a cache, reproducible random cases in CI, tiny slides, the folder of real ones."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if IN_CI else "local")
+CACHE = tempfile.TemporaryDirectory(prefix="wholegrad-")  # for kernels of shapes that nobody else needs
+os.environ["WHOLEGRAD_CACHE"] = CACHE.name
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 

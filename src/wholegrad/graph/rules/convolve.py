@@ -3,15 +3,19 @@
 Both sum over every pixel of a tile, terms of both signs, and PyTorch sums in float32: on a slide that is the largest
 error of a float32 step. Here the bias's gradient is summed in float64, and the weight's gradient band by band of rows,
 the bands in float64. Bands are short enough to stay in the cache, which also makes them faster. Everything else is
-``aten.convolution`` and ``aten.convolution_backward``.
+``aten.convolution`` and ``aten.convolution_backward``; convolutions of few channels go to :mod:`wholegrad.kernels`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
+
+from wholegrad.graph.rules import thin
+from wholegrad.kernels.choice import serves
 
 aten = torch.ops.aten
 BAND_PIXELS = 1 << 13  # of the map on which windows sit, in one band
@@ -20,11 +24,11 @@ BAND_PIXELS = 1 << 13  # of the map on which windows sit, in one band
 class Settings(NamedTuple):
     """``stride``, ``padding`` and ``dilation`` along rows and columns, and whether the convolution is transposed."""
 
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
     transposed: bool
-    output_padding: list[int]
+    output_padding: Sequence[int]
     groups: int
 
 
@@ -106,16 +110,48 @@ def convolve(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     stride: list[int],
-    padding: list[int],
+    padding: tuple[int, int, int, int],
     dilation: list[int],
     transposed: bool,
     groups: int,
 ) -> torch.Tensor:
-    """``aten.convolution`` without output padding, differentiable once."""
+    """``aten.convolution`` with padding of its own for each side, differentiable once.
 
-    def pair(values: list[int]) -> list[int]:
-        return [values[0], values[-1]]
+    Args:
+        padding: rows of zeros above and below ``x``, columns left and right of it; negative numbers crop. Transposed:
+            what is cropped off the output; negative numbers add pixels that no input reaches.
+    """
+    steps, gaps = _pair(stride), _pair(dilation)
+    if serves(x, weight, steps, groups):
+        size = None
+        if transposed:
+            size = tuple(
+                (x.shape[2 + i] - 1) * steps[i]
+                + gaps[i] * (weight.shape[2 + i] - 1)
+                + 1
+                - sum(padding[2 * i : 2 * i + 2])
+                for i in (0, 1)
+            )
+        return thin.convolve(x, weight, bias, thin.Window(steps, padding, gaps, size))  # type: ignore[arg-type]
+    top, bottom, left, right = padding
+    if transposed:
+        whole = _convolve(
+            x, weight, bias if min(padding) >= 0 else None, Settings(steps, (0, 0), gaps, True, (0, 0), groups)
+        )
+        if min(padding) >= 0:
+            return whole[:, :, top : whole.shape[2] - bottom, left : whole.shape[3] - right]
+        whole = F.pad(whole, (-left, -right, -top, -bottom))
+        return whole if bias is None else whole + bias.view(1, -1, 1, 1)
+    inside = (top, left)
+    if not (top == bottom >= 0 and left == right >= 0):
+        x, inside = F.pad(x, (left, right, top, bottom)), (0, 0)
+    return _convolve(x, weight, bias, Settings(steps, inside, gaps, False, (0, 0), groups))
 
-    settings = Settings(pair(stride), pair(padding), pair(dilation), transposed, [0, 0], groups)
+
+def _pair(values: list[int]) -> tuple[int, int]:
+    return values[0], values[-1]
+
+
+def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: Settings) -> torch.Tensor:
     result: torch.Tensor = Convolve.apply(x, weight, bias, settings)  # type: ignore[no-untyped-call]
     return result

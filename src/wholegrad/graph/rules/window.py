@@ -23,7 +23,7 @@ from wholegrad.graph.graph import Node, Spec
 from wholegrad.graph.layout import Layout, Role, map_layout
 from wholegrad.graph.rules.base import LayoutRequest, MapRule, Tile, checked, register
 from wholegrad.graph.rules.convolve import convolve
-from wholegrad.graph.rules.shape import boxes, clip, place
+from wholegrad.graph.rules.shape import boxes, clip
 
 aten = torch.ops.aten
 
@@ -88,11 +88,8 @@ class Convolution(MapRule):
         have = boxes(tile, 0)
         rows = window(tile.box.rows, *self._axis(node, tile.specs, Role.ROW))
         cols = window(tile.box.cols, *self._axis(node, tile.specs, Role.COL))
-        edges = [have.y0 - rows.lo, rows.hi - have.y1, have.x0 - cols.lo, cols.hi - have.x1]
-        if edges[0] == edges[1] >= 0 and edges[2] == edges[3] >= 0:
-            return convolve(x, weight, bias, stride, [edges[0], edges[2]], dilation, False, groups)
-        x = place(place(x, have.rows, rows, 2), have.cols, cols, 3)
-        return convolve(x, weight, bias, stride, [0, 0], dilation, False, groups)
+        edges = (have.y0 - rows.lo, rows.hi - have.y1, have.x0 - cols.lo, cols.hi - have.x1)
+        return convolve(x, weight, bias, stride, edges, dilation, False, groups)
 
     def _transposed(
         self, node: Node, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile
@@ -101,10 +98,6 @@ class Convolution(MapRule):
         row_axis, col_axis = (self._axis(node, tile.specs, role) for role in (Role.ROW, Role.COL))
         have = boxes(tile, 0)
         got = Box.of(reach(have.rows, *row_axis), reach(have.cols, *col_axis))
-        inside = got.holds(tile.box)
-        result = convolve(x, weight, bias if inside else None, stride, [0, 0], dilation, True, groups)
-        if inside:
-            rows, cols = tile.box.slices(got)
-            return result[:, :, rows, cols]
-        result = place(place(result, got.rows, tile.box.rows, 2), got.cols, tile.box.cols, 3)
-        return result if bias is None else result + bias.view(1, -1, 1, 1)
+        box = tile.box
+        edges = (box.y0 - got.y0, got.y1 - box.y1, box.x0 - got.x0, got.x1 - box.x1)
+        return convolve(x, weight, bias, stride, edges, dilation, True, groups)

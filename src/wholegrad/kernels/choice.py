@@ -1,0 +1,37 @@
+"""Which convolutions the thin kernels compute: those where they were measured to beat PyTorch's.
+
+``benchmarks/kernels`` on 2026-11-25 (AMD EPYC Zen 4 with AVX-512, torch 2.13.0, one thread): for C -> C channels
+forward and both gradients together are 17 times faster than oneDNN's at C = 2, 4.6 at 4, 2.1 at 8, 1.6 at 12 (3x3) and
+as fast at 16; 1x1, 5x5 and strided windows are alike. Where one side is thin and the other has 16 or 32 channels they
+are 1.3 to 7 times faster. The input gradient of 3 -> 64 channels (7x7) was half as exact in float32 as oneDNN's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from wholegrad.kernels.host import host
+
+THIN = 12  # channels on one side
+THICK = 32  # channels on the other; float32 sums over more lose to oneDNN's
+MOST_TAPS = 128  # of a window: all are unrolled
+MOST_STRIDE = 8  # so many phases of a row share the registers
+
+
+def serves(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], groups: int) -> bool:
+    """Whether :mod:`wholegrad.kernels.thin` should compute this convolution, transposed or not, and its gradients."""
+    shape = weight.shape
+    return (
+        groups == 1
+        and min(shape[:2]) <= THIN
+        and max(shape[:2]) <= THICK
+        and prod(shape[2:]) <= MOST_TAPS
+        and max(stride) <= MOST_STRIDE
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and x.device.type == weight.device.type == "cpu"
+        and host() is not None
+    )

@@ -1,0 +1,198 @@
+"""The kernel of a weight gradient: sums over a map of products of the output's gradient and the input.
+
+A block of weights keeps one vector of sums each in registers while it runs along rows: vectors of the input (some
+channels, every tap of a row) times vectors of the gradient (some channels, every row that the input row belongs to), so
+that a handful of loads feeds two dozen multiply-adds. After a bounded run the sums are added to float64 totals.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import ceil
+from typing import NamedTuple
+
+from wholegrad.kernels import stage
+from wholegrad.kernels.emit import Code
+from wholegrad.kernels.host import Host
+from wholegrad.kernels.taps import Axis, axis
+
+POINTERS = 6  # sizes, input, gradient, totals, scratch of the input, scratch of the gradient
+SIZES = (
+    "height", "width", "channel", "pitch", "top", "left",  # of the input, and where its scratch starts
+    "grad_height", "grad_width", "grad_channel", "grad_pitch",  # of the gradient
+    "rows",  # of one phase: the gradient's and those that taps reach beyond
+    "band", "run",  # rows of a phase in one band, and before sums are added to totals
+    "places", "scratch_channel", "grad_places", "grad_scratch_channel",
+)  # fmt: skip
+MOST_WEIGHTS = 640  # unrolled
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for."""
+
+    inputs: int
+    outputs: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    real: str
+
+    def axes(self) -> tuple[Axis, Axis]:
+        rows, cols = (axis(self.kernel[i], self.stride[i], self.dilation[i], False, 0) for i in (0, 1))
+        return rows, cols
+
+
+class Item(NamedTuple):
+    """A vector that is loaded: of the input (``tap`` along columns) or of the gradient (along rows)."""
+
+    channel: int
+    tap: int
+    source: int
+    shift: int
+
+
+def split(items: list[Item], size: int) -> list[list[Item]]:
+    """As few lists of at most ``size`` as can be, of nearly equal lengths."""
+    count = ceil(len(items) / size)
+    ends = [round(i * len(items) / count) for i in range(count + 1)]
+    return [items[a:b] for a, b in pairwise(ends)]
+
+
+def blocking(inputs: int, grads: int, registers: int) -> tuple[int, int]:
+    """How many vectors of input and gradient to multiply at a time, so that all passes together take the least time."""
+    best, least = (1, 1), float("inf")
+    for a in range(1, inputs + 1):
+        for b in range(1, grads + 1):
+            if a * b + min(a, b) + 1 > registers or a * b > 25 or max(a, b) > 12:
+                continue
+            blocks = ceil(inputs / a) * ceil(grads / b)
+            loads = 1.8 * inputs * ceil(grads / b) + grads * ceil(inputs / a)
+            cost = max(loads, inputs * grads) + 0.25 * loads + 2 * blocks
+            if a * b < 8:  # a multiply-add takes four cycles or more: too few sums stand waiting for themselves
+                cost += blocks * (8 - a * b)
+            if cost < least:
+                best, least = (a, b), cost
+    return best
+
+
+def chunk(channels: int, taps: int, room: int) -> int:
+    """How many channels to unroll: all if they fit, else the largest divisor that does."""
+    return max(d for d in range(1, channels + 1) if channels % d == 0 and (d == 1 or d * taps <= room))
+
+
+def write(shape: Shape, host: Host) -> str:
+    """The module whose function ``correlate`` computes the shape."""
+    rows, cols = shape.axes()
+    n = host.lanes(shape.real)
+    code = Code(shape.real, n)
+    arg = {name: code.integer("%sizes", i) for i, name in enumerate(SIZES)}
+    reach, step, phases = rows.reach, rows.sources, cols.sources
+    taps = shape.kernel[0] * shape.kernel[1]
+    outputs = chunk(shape.outputs, taps, MOST_WEIGHTS // max(1, min(shape.inputs, 4)))
+    inputs = chunk(shape.inputs, taps * outputs, MOST_WEIGHTS)
+    with code.loop(0, arg["rows"], arg["band"]) as band:
+        count = code.least(arg["band"], code.sub(arg["rows"], band.index))
+        for name, channels, scratch, stride, first, deep in (
+            ("x", shape.inputs, "", phases, code.add(arg["top"], code.mul(band.index, step)), code.mul(count, step)),
+            ("g", shape.outputs, "grad_", 1, code.sub(band.index, reach), code.add(count, reach)),
+        ):
+            with code.loop(0, channels) as channel:
+                to = code.at(f"%{scratch}scratch", code.mul(channel.index, arg[f"{scratch}scratch_channel"]))
+                source = code.at(f"%{name}", code.mul(channel.index, arg[f"{scratch}channel"]))
+                where = (arg[f"{scratch}height"], arg[f"{scratch}width"], arg[f"{scratch}pitch"])
+                left = 0 if scratch else arg["left"]
+                values = (first, deep, *where, left, arg[f"{scratch}places"])
+                code.do(
+                    f"call void @stage{stride}(ptr {to}, ptr {source}, {', '.join(f'i64 {value}' for value in values)})"
+                )
+        with code.loop(0, count, arg["run"]) as run:
+            end = code.least(code.add(run.index, arg["run"]), count)
+            with code.loop(0, shape.outputs, outputs) as o, code.loop(0, shape.inputs, inputs) as i:
+                x = code.at("%scratch", code.mul(i.index, arg["scratch_channel"]))
+                g = code.at("%grad_scratch", code.mul(o.index, arg["grad_scratch_channel"]))
+                first_weight = code.mul(code.add(code.mul(o.index, shape.inputs), i.index), taps * n)
+                ahead = code.add(code.mul(code.add(band.index, count), step), arg["top"])
+                ahead = code.add(code.mul(ahead, arg["pitch"]), arg["left"])
+                ahead = code.at("%x", code.add(ahead, code.mul(i.index, arg["channel"])))
+                totals = code.at("%totals", first_weight, "double")
+                across = [Item(c, t.number, t.source, t.shift) for c in range(inputs) for t in cols.taps]
+                for phase in range(step):
+                    down = [
+                        Item(c, t.number, t.source, reach - t.shift)
+                        for c in range(outputs) for t in rows.taps if t.source == phase
+                    ]  # fmt: skip
+                    if not down:
+                        continue
+                    a, b = blocking(len(across), len(down), host.registers)
+                    blocks = [(some, other) for some in split(across, a) for other in split(down, b)]
+                    lines = [(c, k) for c in range(inputs) for k in range(phases)]
+                    for number, (some, other) in enumerate(blocks):
+                        mine = lines[number :: len(blocks)]
+                        _block(code, shape, arg, (x, g, totals), run.index, end, phase, some, other, (ahead, mine))
+    arguments = "ptr %sizes, ptr %x, ptr %g, ptr %totals, ptr %scratch, ptr %grad_scratch"
+    body = code.function("correlate", arguments)
+    stages = [stage.stage(shape.real, n, each) for each in sorted({1, phases})]
+    return stage.declarations(shape.real, n) + "".join(stages) + body
+
+
+def _block(
+    code: Code,
+    shape: Shape,
+    arg: dict[str, str],
+    pointers: tuple[str, str, str],
+    start: str,
+    end: str,
+    phase: int,
+    across: list[Item],
+    down: list[Item],
+    fetch: tuple[str, list[tuple[int, int]]],
+) -> None:
+    """Sum the products of these vectors over rows ``[start, end)`` of a phase and add the sums to the totals."""
+    rows, cols = shape.axes()
+    x, g, totals = pointers
+    pairs = [(a, b) for a in across for b in down]
+    with code.loop(start, end, 1, ["zeroinitializer"] * len(pairs)) as row:
+        x_row = code.add(code.mul(row.index, rows.sources), phase)
+        x_places = {
+            key: code.at(
+                x,
+                code.add(
+                    code.mul(arg["scratch_channel"], key[0]),
+                    code.mul(code.add(code.mul(x_row, cols.sources), key[1]), arg["places"]),
+                ),
+            )
+            for key in dict.fromkeys((item.channel, item.source) for item in across)
+        }
+        g_places = [
+            code.at(
+                g,
+                code.add(
+                    code.mul(arg["grad_scratch_channel"], item.channel),
+                    code.mul(code.add(row.index, item.shift), arg["grad_places"]),
+                ),
+            )
+            for item in down
+        ]
+        ahead, lines = fetch
+        ahead = code.at(ahead, code.mul(x_row, arg["pitch"]))
+        fetched = [code.at(ahead, code.add(code.mul(arg["channel"], c), k * code.lanes)) for c, k in lines]
+        with code.loop(0, arg["grad_width"], code.lanes, row.values) as place:
+            for pointer in fetched:
+                code.fetch(code.at(pointer, code.mul(place.index, cols.sources)))
+            found = dict(zip(pairs, place.values, strict=True))
+            gs = [code.load(code.at(pointer, place.index)) for pointer in g_places]
+            for item in across:
+                pointer = code.at(x_places[item.channel, item.source], place.index)
+                each = code.load(code.at(pointer, item.shift))
+                for other, vector in zip(down, gs, strict=True):
+                    found[item, other] = code.fma(each, vector, found[item, other])
+            place.after = [found[pair] for pair in pairs]
+        row.after = place.values
+    wide = f"<{code.lanes} x double>"
+    area = shape.kernel[0] * shape.kernel[1]
+    for (item, other), value in zip(pairs, row.values, strict=True):
+        weight = (other.channel * shape.inputs + item.channel) * area + other.tap * shape.kernel[1] + item.tap
+        pointer = code.at(totals, weight * code.lanes, "double")
+        total = code.set(f"load {wide}, ptr {pointer}, align 8")
+        exact = value if code.real == "double" else code.set(f"fpext {code.vector} {value} to {wide}")
+        code.do(f"store {wide} {code.set(f'fadd {wide} {total}, {exact}')}, ptr {pointer}, align 8")
