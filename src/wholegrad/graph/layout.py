@@ -88,6 +88,11 @@ def plain_size(layout: Layout) -> int:
     return prod(axis.size for axis in axes(layout) if axis.role is Role.PLAIN)
 
 
+def _one_each(layout: Layout) -> bool:
+    """Whether every dimension holds one axis: a dimension of size 1 may hold none."""
+    return all(len(dim) == 1 for dim in layout)
+
+
 def crop(tile: torch.Tensor, layout: Layout, have: Box, want: Box) -> torch.Tensor:
     """The part of ``tile`` (the value's elements on ``have``) that lies on ``want``; a view where one exists."""
     if have == want:
@@ -95,7 +100,7 @@ def crop(tile: torch.Tensor, layout: Layout, have: Box, want: Box) -> torch.Tens
     flat = axes(layout)
     rows, cols = want.slices(have)
     pick = {Role.PLAIN: slice(None), Role.ROW: rows, Role.COL: cols}
-    if len(flat) != tile.dim():
+    if not _one_each(layout):
         tile = tile.reshape([_tile_axis(axis, have.height, have.width) for axis in flat])
     return tile[tuple(pick[axis.role] for axis in flat)].reshape(tile_shape(layout, want))
 
@@ -108,7 +113,7 @@ def full_box(layout: Layout) -> Box:
 def unflattened(tile: torch.Tensor, layout: Layout, box: Box) -> torch.Tensor:
     """``tile`` (the value's elements on ``box``) with one dimension for each axis."""
     flat = axes(layout)
-    if len(flat) == tile.dim():
+    if _one_each(layout):
         return tile
     return tile.reshape([_tile_axis(axis, box.height, box.width) for axis in flat])
 

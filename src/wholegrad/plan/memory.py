@@ -24,7 +24,7 @@ from wholegrad.graph.segment import Segment
 from wholegrad.plan.tiles import AxisTiles
 
 SLACK = 1.5
-LIBRARIES = 112 << 20  # oneDNN's kernels, thread stacks, autograd and decoders once they have run
+LIBRARIES = 188 << 20  # kernels (oneDNN's, our own and LLVM), thread stacks, autograd and decoders once they have run
 LEFTOVER = 6 << 20  # what each further segment leaves in pieces of the heap that cannot be given back
 DOUBLE = 8
 
