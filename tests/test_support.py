@@ -38,6 +38,7 @@ from wholegrad.graph.rules.reduction import GATHER
 from wholegrad.verify import EXACT
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:TF32 acceleration"),
     pytest.mark.filterwarnings("ignore:.*reduce argument of torch.scatter"),
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
 ]
