@@ -978,6 +978,26 @@ def reentrant(x: torch.Tensor) -> torch.Tensor:
 
 STRAY = nn.Parameter(torch.tensor(0.5))
 HUGE = (30000, 30000)
+
+
+def hooked(x: torch.Tensor) -> torch.Tensor:
+    y = 2 * x
+    y.register_hook(lambda grad: 0.1 * grad)
+    return y
+
+
+class Counting(nn.Module):
+    """Counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x / self.calls
+
+
 REFUSED = [
     Refusal(
         "An op without locality on a map so large that it would be a tensor of 2**31 elements or more: a cumulative "
@@ -1003,17 +1023,7 @@ REFUSED = [
     Refusal(
         "Shapes that depend on pixel values: `x[mask]`, `nonzero`, `unique`",
         "multiply by the mask and divide by its sum",
-        "CaptureError", "cannot be traced", lambda x: x * x[x > 0].mean(),
-    ),
-    Refusal(
-        "`nn.BatchNorm2d(momentum=None)` in training, which reads its counter of batches as a number",
-        "give a momentum",
-        "CaptureError", "cannot be traced", nn.BatchNorm2d(CHANNELS, momentum=None),
-    ),
-    Refusal(
-        "`F.gaussian_nll_loss`, which branches on the sign of the variance",
-        "write it out: `0.5 * (var.log() + (o - t) ** 2 / var).mean()`",
-        "CaptureError", "cannot be traced", loss=lambda o, t: F.gaussian_nll_loss(o, o.detach(), o.detach() ** 2 + 1),
+        "CaptureError", "picks elements by a mask", lambda x: x * x[x > 0].mean(),
     ),
     Refusal(
         "In-place writes where autograd does not look (`with torch.no_grad(): y.clamp_()`, `y.data`)",
@@ -1021,10 +1031,22 @@ REFUSED = [
         "CaptureError", "where autograd does not look", hidden_write,
     ),
     Refusal(
-        "`F.cosine_similarity`, which does the same inside",
-        "`(F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1)`",
-        "CaptureError", "where autograd does not look",
-        loss=lambda o, t: F.cosine_similarity(o, o.detach() + 1, dim=1).mean(),
+        "Hooks that change gradients inside: `y.register_hook`, backward hooks of modules",
+        "an op with a gradient of its own, or hooks of parameters, which run",
+        "CaptureError", "changes a gradient where no trace shows it", hooked,
+    ),
+    Refusal(
+        "`y.detach_()`", "`y = y.detach()`", "CaptureError", "detaches in place", lambda x: x + (2 * x).detach_(),
+    ),
+    Refusal(
+        "Gradients taken inside of model or loss (`torch.autograd.grad`, gradient penalties)",
+        "write the derivative out",
+        "CaptureError", "takes gradients inside", lambda x: x * torch.autograd.grad(x.sum(), x, create_graph=True)[0],
+    ),
+    Refusal(
+        "Numbers that a module counts in `forward` (`self.steps += 1`)",
+        "a buffer, or set them outside of `forward`",
+        "CaptureError", "is a number that changes while the model runs", Counting(),
     ),
     Refusal(
         "A `torch.autograd.Function` of your own (PyTorch's reentrant checkpointing is one): the capture sees what its "
