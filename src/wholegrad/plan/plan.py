@@ -157,14 +157,14 @@ class Plan:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         kept = sum(self.graph.spec(ref).nbytes for ref in self.placements)
-        where = sorted({str(place) for place in self.placements.values()}) or ["nowhere"]
+        where = " and ".join(sorted({str(place) for place in self.placements.values()}))
+        boundaries = f"boundaries {show_bytes(kept)} in {where}" if where else "no boundaries"
         shape = " x ".join(map(str, self.image_shape))
         if (held := held_whole(self.graph)) > HELD_WORTH_SAYING:
             lines.append(f"held whole, for ops without locality: {show_bytes(held)}")
         lines += [
             "",
-            f"image {shape}; boundaries {show_bytes(kept)} in {' and '.join(where)}; "
-            f"forward work x {self.recompute:.2f}",
+            f"image {shape}; {boundaries}; forward work x {self.recompute:.2f}",
             f"projected peak {show_bytes(self.projected)} (of which reserved {show_bytes(self.reserved)})"
             + (f" of a budget of {show_bytes(self.budget)}" if self.budget else "")
             + f"; whole-image autograd would need {show_bytes(self.whole_image)}",
