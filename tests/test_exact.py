@@ -259,6 +259,20 @@ def test_an_output_that_is_a_map_in_other_dimensions_is_gathered() -> None:
     assert report.ok and "output 1" in {row.name for row in report.rows}, str(report)
 
 
+def test_an_output_with_channels_last_is_gathered() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.conv(x).permute(0, 2, 3, 1)
+            return result
+
+    report = wg.verify(Last(), lambda o, t: (o**2).mean(), shape=(3, 20, 22), tiles=[(7, 9)], single=False)
+    assert report.ok and "output" in {row.name for row in report.rows}, str(report)
+
+
 def test_a_loss_may_view_its_target() -> None:
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return nn.functional.mse_loss(output.reshape(-1), target.view(-1))

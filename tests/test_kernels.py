@@ -253,8 +253,10 @@ def test_a_tap_out_of_place_is_noticed(where: Any, monkeypatch: pytest.MonkeyPat
 def test_narrower_vectors_are_exact(machine: Host, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None) -> None:
     """As other processors have them; this one can run them too if its own are not narrower."""
     own = host()
-    if own is None or machine.width > own.width:
-        pytest.skip("wider than this processor's")
+    if own is None:
+        pytest.skip("no kernels on this processor")
+    if machine.width > own.width:
+        pytest.skip("wider than this processor's vectors")
     for each in (thin._slide_kernel, thin._slide_plan, thin._correlate_kernel, thin._correlate_plan):
         each.cache_clear()
     monkeypatch.setattr(thin, "_machine", lambda: machine)

@@ -14,6 +14,7 @@ from wholegrad.api import LossFn, backward, plan, run_outputs
 from wholegrad.given import given, in_dtype
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Graph, Ref
+from wholegrad.graph.rules.reduction import gather
 from wholegrad.plan.plan import Plan
 from wholegrad.plan.planner import candidates, storable
 from wholegrad.run.executor import Sink
@@ -116,7 +117,7 @@ class _LooseError(Exception):
 
 
 class _Gathered(nn.Module):
-    """The same model, some of whose outputs are turned round twice: what has no locality is held whole."""
+    """The same model, some of whose outputs are gathered: held whole, they are no maps."""
 
     def __init__(self, model: nn.Module, which: set[int]) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ class _Gathered(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
         found = [leaf for leaf in tree_leaves(self.model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
-        return [t.flip(*range(t.dim())).flip(*range(t.dim())) if i in self.which else t for i, t in enumerate(found)]
+        return [gather(t) if i in self.which else t for i, t in enumerate(found)]
 
 
 def _into(whole: torch.Tensor) -> Sink:

@@ -159,6 +159,11 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     return x.clone()
 
 
+@gather.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
 GATHER = torch.ops.wholegrad.gather.default
 
 
@@ -167,6 +172,9 @@ class Gather(ReductionRule):
     """The map itself, every element from the tile that owns it."""
 
     sums = False
+
+    def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
+        return (plain(request.shapes[0]),)
 
     def partial(self, node: Node, tile: torch.Tensor) -> State:
         return (tile,)
