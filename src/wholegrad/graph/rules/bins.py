@@ -33,9 +33,6 @@ class Binned(ReductionRule, MapRule):
     def partial(self, node: Node, tile: torch.Tensor) -> State:
         return (tile,)
 
-    def finish(self, node: Node, spec: Spec, total: State) -> tuple[torch.Tensor, ...]:
-        return total
-
 
 def _matrices(node: Node, spec: Spec, box: Box, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Shares ``(bins, inputs)`` of the tile's rows and columns in the averages."""

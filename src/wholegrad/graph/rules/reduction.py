@@ -149,9 +149,6 @@ class AnyOrAll(OverDims):
             return part
         return ((torch.logical_or if self._any(node) else torch.logical_and)(total[0], part[0]),)
 
-    def finish(self, node: Node, spec: Spec, total: State) -> tuple[torch.Tensor, ...]:
-        return total
-
 
 @torch.library.custom_op("wholegrad::gather", mutates_args=())
 def gather(x: torch.Tensor) -> torch.Tensor:
@@ -183,9 +180,6 @@ class Gather(ReductionRule):
         whole = torch.zeros(spec.shape, dtype=spec.dtype) if total is None else total[0]
         on_box(whole, spec.layout, box).copy_(unflattened(part[0], spec.layout, box))
         return (whole,)
-
-    def finish(self, node: Node, spec: Spec, total: State) -> tuple[torch.Tensor, ...]:
-        return total
 
     def pull(
         self, node: Node, spec: Spec, tile: torch.Tensor, box: Box, total: State, grads: Sequence[torch.Tensor | None]

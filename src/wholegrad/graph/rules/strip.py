@@ -78,9 +78,6 @@ class Strip(ReductionRule):
             whole[found[0]] = part[0][found[1]]
         return (whole,)
 
-    def finish(self, node: Node, spec: Spec, total: State) -> tuple[torch.Tensor, ...]:
-        return total
-
     def pull(
         self, node: Node, spec: Spec, tile: torch.Tensor, box: Box, total: State, grads: Sequence[torch.Tensor | None]
     ) -> torch.Tensor:
