@@ -53,3 +53,32 @@ def test_a_plan_for_autocast_is_another_graph() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert wg.plan(model, LOSSES["bce"], image, labels).graph is not plain
     assert wg.plan(model, LOSSES["bce"], image, labels).graph is plain
+
+
+class Weighted(nn.Module):
+    """Channels weighed by constants that forward makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x) * torch.tensor([0.5, 4.0, -1.0, 2.0]).view(1, -1, 1, 1)
+        result: torch.Tensor = self.last(y[:, [2, 0, 3, 1]] + torch.linspace(0, 1, 4).view(1, -1, 1, 1))
+        return result
+
+
+def test_constants_keep_their_values_under_autocast() -> None:
+    model, labels = Weighted(), random_labels((32, 40), 0)
+    image = torch.rand(3, 32, 40, generator=torch.Generator().manual_seed(1))
+    wanted, theirs = whole(model, image, labels, False), whole(model, image, labels, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        plan = wg.plan(model, LOSSES["bce"], image, labels, tile=(13, 17))
+        wg.backward(model, LOSSES["bce"], image, labels, plan=plan)
+    assert all(type(constant) is torch.Tensor for constant in plan.graph.constants.values())
+    for name in ("conv.weight", "last.weight"):  # a bias's gradient nearly cancels here, and is mostly rounding
+        grad = model.get_parameter(name).grad
+        assert grad is not None
+        ours, own = ((found - wanted[name]).abs().max() for found in (grad.double(), theirs[name]))
+        assert ours <= 2 * max(own, 2.0**-8 * wanted[name].abs().max()), name

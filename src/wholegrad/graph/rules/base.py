@@ -133,7 +133,7 @@ class ReductionRule(Rule):
         return part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
 
     def finish(self, node: Node, spec: Spec, total: State) -> tuple[torch.Tensor, ...]:
-        """The op's outputs from the merged state, by default that state. ``spec`` is the operand's, at the true size."""
+        """The op's outputs from the merged state, by default that. ``spec`` is the operand's, at the true size."""
         return total
 
     def pull(
