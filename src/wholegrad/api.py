@@ -23,7 +23,7 @@ from wholegrad.plan.plan import Placement, Plan, parse_bytes
 from wholegrad.plan.planner import Request, check_elements, make_plan, storable
 from wholegrad.run import process
 from wholegrad.run.executor import Executor, ProgressFn, Sink
-from wholegrad.run.sources import model_dtype
+from wholegrad.run.sources import model_dtype, raw_images
 from wholegrad.run.store import check_space
 from wholegrad.run.workers import default_workers
 
@@ -58,6 +58,7 @@ def budget_bytes(budget: str | int | None) -> int:
 
 
 def _request(
+    graph: Graph,
     inputs: Given,
     budget: str | int | None,
     backward: bool,
@@ -65,7 +66,8 @@ def _request(
 ) -> Request:
     still_to_load = memory.LIBRARIES // (4 if process.has_run() else 1)
     reserved = process.resident() + still_to_load + inputs.cache_bytes
-    return Request(budget_bytes(budget), reserved, backward, default_workers(), sinks)
+    raw = raw_images(graph, inputs.sources)
+    return Request(budget_bytes(budget), reserved, backward, default_workers(), sinks, raw=raw)
 
 
 def _check_tile(tile: Any) -> None:
@@ -138,7 +140,7 @@ def plan(
     inputs = given(image, target, model_dtype(model))
     graph = _capture(model, loss_fn, inputs, metrics)
     request = replace(
-        _request(inputs, budget, loss_fn is not None),
+        _request(graph, inputs, budget, loss_fn is not None),
         tile=None if tile is None else (tile[0], tile[1]),
         boundaries=_boundary_refs(graph, boundaries),
         placement=_placement(placement),
@@ -375,7 +377,7 @@ def measure(
     """
     inputs = given(image, target, model_dtype(model))
     graph = _capture(model, _no_loss, inputs, metrics)
-    made = make_plan(graph, _request(inputs, budget, False))
+    made = make_plan(graph, _request(graph, inputs, budget, False))
     check_elements(made)
     tensors = joint_tensors(model, None, metrics)
     executor = _executor(made, tensors, inputs, progress=progress)
@@ -410,7 +412,7 @@ def run_outputs(
     inputs = given(image, None, model_dtype(model))
     graph = _capture(model, None, inputs, None)
     taken = dict(sinks(graph))
-    request = replace(_request(inputs, budget, False, tuple(taken)), tile=tile, sink_bytes=sink_bytes)
+    request = replace(_request(graph, inputs, budget, False, tuple(taken)), tile=tile, sink_bytes=sink_bytes)
     made = make_plan(graph, request)
     check_elements(made)
     tensors = joint_tensors(model, None, None)

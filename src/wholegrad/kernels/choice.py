@@ -21,17 +21,21 @@ MOST_TAPS = 128  # of a window: all are unrolled
 MOST_STRIDE = 8  # so many phases of a row share the registers
 
 
-def serves(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], groups: int) -> bool:
-    """Whether :mod:`wholegrad.kernels.thin` should compute this convolution, transposed or not, and its gradients."""
-    shape = weight.shape
+def suits(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int], groups: int) -> bool:
+    """Whether :mod:`wholegrad.kernels.thin` should compute a convolution with a weight of this shape, on a CPU."""
     return (
         groups == 1
+        and len(shape) == 4
         and min(shape[:2]) <= THIN
         and max(shape[:2]) <= THICK
         and prod(shape[2:]) <= MOST_TAPS
         and max(stride) <= MOST_STRIDE
-        and x.dtype == weight.dtype
-        and x.dtype in (torch.float32, torch.float64)
-        and x.device.type == weight.device.type == "cpu"
+        and dtype in (torch.float32, torch.float64)
         and host() is not None
     )
+
+
+def serves(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], groups: int) -> bool:
+    """Whether it should compute this convolution, transposed or not, and its gradients."""
+    here = x.device.type == weight.device.type == "cpu"
+    return here and x.dtype == weight.dtype and suits(weight.shape, weight.dtype, stride, groups)

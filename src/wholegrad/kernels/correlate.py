@@ -12,14 +12,15 @@ from math import ceil
 from typing import NamedTuple
 
 from wholegrad.kernels import stage
-from wholegrad.kernels.emit import Code
+from wholegrad.kernels.emit import Code, Value
 from wholegrad.kernels.host import Host
 from wholegrad.kernels.taps import Axis, axis
 
-POINTERS = 6  # sizes, input, gradient, totals, scratch of the input, scratch of the gradient
+# sizes, leaves of input and gradient, totals, scratch of the input, scratch of the gradient, notes for fetching
+POINTERS = 7
 SIZES = (
-    "height", "width", "channel", "pitch", "top", "left",  # of the input, and where its scratch starts
-    "grad_height", "grad_width", "grad_channel", "grad_pitch",  # of the gradient
+    "height", "width", "top", "left",  # of the input, and where its scratch starts
+    "grad_height", "grad_width",  # of the gradient
     "rows",  # of one phase: the gradient's and those that taps reach beyond
     "band", "run",  # rows of a phase in one band, and before sums are added to totals
     "places", "scratch_channel", "grad_places", "grad_scratch_channel",
@@ -36,6 +37,8 @@ class Shape(NamedTuple):
     stride: tuple[int, int]
     dilation: tuple[int, int]
     real: str
+    parts: tuple[stage.Part, ...] = ()
+    grad_parts: tuple[stage.Part, ...] = ()
 
     def axes(self) -> tuple[Axis, Axis]:
         rows, cols = (axis(self.kernel[i], self.stride[i], self.dilation[i], False, 0) for i in (0, 1))
@@ -90,30 +93,23 @@ def write(shape: Shape, host: Host) -> str:
     taps = shape.kernel[0] * shape.kernel[1]
     outputs = chunk(shape.outputs, taps, MOST_WEIGHTS // max(1, min(shape.inputs, 4)))
     inputs = chunk(shape.inputs, taps * outputs, MOST_WEIGHTS)
+    parts = stage.parts_of(shape.parts, shape.inputs)
+    grad_parts = stage.parts_of(shape.grad_parts, shape.outputs)
     with code.loop(0, arg["rows"], arg["band"]) as band:
         count = code.least(arg["band"], code.sub(arg["rows"], band.index))
-        for name, channels, scratch, stride, first, deep in (
-            ("x", shape.inputs, "", phases, code.add(arg["top"], code.mul(band.index, step)), code.mul(count, step)),
-            ("g", shape.outputs, "grad_", 1, code.sub(band.index, reach), code.add(count, reach)),
-        ):
-            with code.loop(0, channels) as channel:
-                to = code.at(f"%{scratch}scratch", code.mul(channel.index, arg[f"{scratch}scratch_channel"]))
-                source = code.at(f"%{name}", code.mul(channel.index, arg[f"{scratch}channel"]))
-                where = (arg[f"{scratch}height"], arg[f"{scratch}width"], arg[f"{scratch}pitch"])
-                left = 0 if scratch else arg["left"]
-                values = (first, deep, *where, left, arg[f"{scratch}places"])
-                code.do(
-                    f"call void @stage{stride}(ptr {to}, ptr {source}, {', '.join(f'i64 {value}' for value in values)})"
-                )
+        first, deep = code.add(arg["top"], code.mul(band.index, step)), code.mul(count, step)
+        area = stage.Area(first, deep, arg["height"], arg["width"], arg["left"], arg["places"])
+        stage.fill(code, parts, "x", "%leaves", area, ("%scratch", arg["scratch_channel"]))
+        above = code.sub(band.index, reach)
+        area = stage.Area(above, code.add(count, reach), arg["grad_height"], arg["grad_width"], 0, arg["grad_places"])
+        stage.fill(code, grad_parts, "g", "%grad_leaves", area, ("%grad_scratch", arg["grad_scratch_channel"]))
+        stage.note(code, parts, "%leaves", "%notes", code.add(first, deep), arg["left"])
         with code.loop(0, count, arg["run"]) as run:
             end = code.least(code.add(run.index, arg["run"]), count)
             with code.loop(0, shape.outputs, outputs) as o, code.loop(0, shape.inputs, inputs) as i:
                 x = code.at("%scratch", code.mul(i.index, arg["scratch_channel"]))
                 g = code.at("%grad_scratch", code.mul(o.index, arg["grad_scratch_channel"]))
                 first_weight = code.mul(code.add(code.mul(o.index, shape.inputs), i.index), taps * n)
-                ahead = code.add(code.mul(code.add(band.index, count), step), arg["top"])
-                ahead = code.add(code.mul(ahead, arg["pitch"]), arg["left"])
-                ahead = code.at("%x", code.add(ahead, code.mul(i.index, arg["channel"])))
                 totals = code.at("%totals", first_weight, "double")
                 across = [Item(c, t.number, t.source, t.shift) for c in range(inputs) for t in cols.taps]
                 for phase in range(step):
@@ -128,11 +124,11 @@ def write(shape: Shape, host: Host) -> str:
                     lines = [(c, k) for c in range(inputs) for k in range(phases)]
                     for number, (some, other) in enumerate(blocks):
                         mine = lines[number :: len(blocks)]
-                        _block(code, shape, arg, (x, g, totals), run.index, end, phase, some, other, (ahead, mine))
-    arguments = "ptr %sizes, ptr %x, ptr %g, ptr %totals, ptr %scratch, ptr %grad_scratch"
+                        _block(code, shape, arg, (x, g, totals), run.index, end, phase, some, other, (i.index, mine))
+    arguments = "ptr %sizes, ptr %leaves, ptr %grad_leaves, ptr %totals, ptr %scratch, ptr %grad_scratch, ptr %notes"
     body = code.function("correlate", arguments)
-    stages = [stage.stage(shape.real, n, each) for each in sorted({1, phases})]
-    return stage.declarations(shape.real, n) + "".join(stages) + body
+    staging = stage.stages(shape.real, n, phases, parts, "x") + stage.stages(shape.real, n, 1, grad_parts, "g")
+    return stage.declarations(shape.real, n) + staging + body
 
 
 def _block(
@@ -145,7 +141,7 @@ def _block(
     phase: int,
     across: list[Item],
     down: list[Item],
-    fetch: tuple[str, list[tuple[int, int]]],
+    fetch: tuple[Value, list[tuple[int, int]]],
 ) -> None:
     """Sum the products of these vectors over rows ``[start, end)`` of a phase and add the sums to the totals."""
     rows, cols = shape.axes()
@@ -173,12 +169,14 @@ def _block(
             )
             for item in down
         ]
-        ahead, lines = fetch
-        ahead = code.at(ahead, code.mul(x_row, arg["pitch"]))
-        fetched = [code.at(ahead, code.add(code.mul(arg["channel"], c), k * code.lanes)) for c, k in lines]
+        first, lines = fetch
+        item = stage.item_size(code, stage.parts_of(shape.parts, shape.inputs))
+        notes = [(stage.Note(code, "%notes", code.add(first, c), item), k) for c, k in lines]
+        fetched = [(each, each.at(x_row, k * code.lanes)) for each, k in notes]
         with code.loop(0, arg["grad_width"], code.lanes, row.values) as place:
-            for pointer in fetched:
-                code.fetch(code.at(pointer, code.mul(place.index, cols.sources)))
+            for each, pointer in fetched:
+                offset = code.mul(code.mul(place.index, cols.sources), each.size)
+                code.fetch(code.at(pointer, offset, "i8"))
             found = dict(zip(pairs, place.values, strict=True))
             gs = [code.load(code.at(pointer, place.index)) for pointer in g_places]
             for item in across:
@@ -188,11 +186,7 @@ def _block(
                     found[item, other] = code.fma(each, vector, found[item, other])
             place.after = [found[pair] for pair in pairs]
         row.after = place.values
-    wide = f"<{code.lanes} x double>"
     area = shape.kernel[0] * shape.kernel[1]
     for (item, other), value in zip(pairs, row.values, strict=True):
         weight = (other.channel * shape.inputs + item.channel) * area + other.tap * shape.kernel[1] + item.tap
-        pointer = code.at(totals, weight * code.lanes, "double")
-        total = code.set(f"load {wide}, ptr {pointer}, align 8")
-        exact = value if code.real == "double" else code.set(f"fpext {code.vector} {value} to {wide}")
-        code.do(f"store {wide} {code.set(f'fadd {wide} {total}, {exact}')}, ptr {pointer}, align 8")
+        code.add_wide(code.at(totals, weight * code.lanes, "double"), value)

@@ -119,6 +119,19 @@ class Code:
         below = self.set(f"icmp slt {kind} {numbers}, {self._spread('i64', high)}")
         return self.set(f"and <{self.lanes} x i1> {above}, {below}")
 
+    def load_small(self, pointer: str, mask: str = "") -> str:
+        """Unsigned 8-bit integers as real numbers; zero where a mask is given and off."""
+        kind = f"<{self.lanes} x i8>"
+        if mask:
+            name = f"@llvm.masked.load.v{self.lanes}i8.p0"
+            found = self.set(
+                f"call {kind} {name}(ptr {pointer}, i32 1, <{self.lanes} x i1> {mask}, {kind} zeroinitializer)"
+            )
+        else:
+            found = self.set(f"load {kind}, ptr {pointer}, align 1")
+        whole = self.set(f"zext {kind} {found} to <{self.lanes} x i32>")
+        return self.set(f"sitofp <{self.lanes} x i32> {whole} to {self.vector}")
+
     def load_where(self, mask: str, pointer: str) -> str:
         """Elements where the mask is on, zero elsewhere; the rest of memory is not touched."""
         name = f"@llvm.masked.load.{self.suffix}.p0"
@@ -145,6 +158,29 @@ class Code:
         return self.set(
             f"call {self.vector} @llvm.fma.{self.suffix}({self.vector} {a}, {self.vector} {b}, {self.vector} {c})"
         )
+
+    def real2(self, op: str, a: str, b: str) -> str:
+        """``fadd``, ``fsub``, ``fmul`` or ``fdiv``, lane by lane."""
+        return self.set(f"{op} {self.vector} {a}, {b}")
+
+    def compare(self, kind: str, a: str, b: str) -> str:
+        """A mask of the lanes where an ``fcmp`` of this kind holds."""
+        return self.set(f"fcmp {kind} {self.vector} {a}, {b}")
+
+    def select(self, mask: str, a: str, b: str) -> str:
+        """``a`` where the mask is on, ``b`` elsewhere."""
+        return self.set(f"select <{self.lanes} x i1> {mask}, {self.vector} {a}, {self.vector} {b}")
+
+    def call(self, intrinsic: str, a: str) -> str:
+        """An intrinsic of one vector."""
+        return self.set(f"call {self.vector} @{intrinsic}.{self.suffix}({self.vector} {a})")
+
+    def add_wide(self, pointer: str, value: str) -> None:
+        """Add a vector, in float64, to the one in memory."""
+        wide = f"<{self.lanes} x double>"
+        before = self.set(f"load {wide}, ptr {pointer}, align 8")
+        exact = value if self.real == "double" else self.set(f"fpext {self.vector} {value} to {wide}")
+        self.do(f"store {wide} {self.set(f'fadd {wide} {before}, {exact}')}, ptr {pointer}, align 8")
 
     def shuffle(self, a: str, b: str, picks: Sequence[int]) -> str:
         mask = "<" + ", ".join(f"i32 {i}" for i in picks) + ">"

@@ -2,6 +2,8 @@
 
 A block is some output channels x rows x column phases x vectors. Each row of the (staged) input that it needs is loaded
 once for all its output rows and channels; each weight is spread over a vector's lanes once for all its vectors.
+What is staged may be computed on the way (``parts``), and outputs may be multiplied by a derivative as they are stored
+(``factor``), so that activations before a convolution cost no map of their own, neither forward nor backward.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ from typing import NamedTuple
 
 from wholegrad.kernels import stage
 from wholegrad.kernels.emit import Code, Value
+from wholegrad.kernels.expression import Program, evaluate
 from wholegrad.kernels.host import Host
+from wholegrad.kernels.stage import Leaves, Part
 from wholegrad.kernels.taps import Axis, axis
 
-POINTERS = 6  # sizes, input, weight, bias, output, scratch
+POINTERS = 8  # sizes, leaves of the input, weight, bias, output, leaves of the factor, scratch, notes for fetching
 SIZES = (
-    "height", "width", "channel", "pitch",  # of the input: its rows and columns, elements a channel and a row
+    "height", "width",  # of the input
     "out_height", "out_width", "out_channel", "out_pitch",
     "top", "left",  # input row and column that scratch starts with
     "rows", "places",  # output rows and columns of one phase
@@ -28,7 +32,13 @@ UNALIGNED = 1.8  # loads that one vector from anywhere costs
 
 
 class Shape(NamedTuple):
-    """What a kernel is compiled for. ``residue`` is 0 unless ``transposed``."""
+    """What a kernel is compiled for.
+
+    Attributes:
+        residue: 0 unless ``transposed``.
+        parts: how the input's channels are had; a tensor as it is where empty.
+        factor: outputs are multiplied by its derivative with respect to its one wanted leaf.
+    """
 
     inputs: int
     outputs: int
@@ -38,6 +48,8 @@ class Shape(NamedTuple):
     transposed: bool
     residue: tuple[int, int]
     real: str
+    parts: tuple[Part, ...] = ()
+    factor: Program | None = None
 
     def axes(self) -> tuple[Axis, Axis]:
         rows, cols = (
@@ -109,44 +121,43 @@ def write(shape: Shape, host: Host) -> str:
     code = Code(shape.real, n)
     arg = {name: code.integer("%sizes", i) for i, name in enumerate(SIZES)}
     step_y, phases = rows.sources, cols.sources
+    parts = stage.parts_of(shape.parts, shape.inputs)
+    groups = len(size.groups(shape.outputs))
     with code.loop(0, arg["rows"], arg["band"]) as band:
         count = code.least(arg["band"], code.sub(arg["rows"], band.index))
         blocks = code.set(f"sdiv i64 {code.add(count, size.rows - 1)}, {size.rows}")
         deep = code.add(code.mul(code.mul(blocks, size.rows), step_y), step_y * rows.reach)
         first = code.add(arg["top"], code.mul(band.index, step_y))
-        with code.loop(0, shape.inputs) as channel:
-            to = code.at("%scratch", code.mul(channel.index, arg["scratch_channel"]))
-            source = code.at("%x", code.mul(channel.index, arg["channel"]))
-            where = f"i64 {arg['height']}, i64 {arg['width']}, i64 {arg['pitch']}, i64 {arg['left']}"
-            code.do(
-                f"call void @stage{phases}(ptr {to}, ptr {source}, i64 {first}, i64 {deep}, {where}, "
-                f"i64 {arg['scratch_places']})"
-            )
+        area = stage.Area(first, deep, arg["height"], arg["width"], arg["left"], arg["scratch_places"])
+        stage.fill(code, parts, "x", "%leaves", area, ("%scratch", arg["scratch_channel"]))
+        # Where one pass does all channels it fetches what the next band will read; more passes have time enough.
+        if groups == 1:
+            stage.note(code, parts, "%leaves", "%notes", code.add(first, deep), arg["left"])
         writer = _Writer(code, shape, size, rows, cols, arg)
-        following = code.add(first, deep)
         with code.loop(0, count, size.rows) as row:
             base = code.at("%scratch", code.mul(row.index, code.mul(arg["scratch_places"], phases * step_y)))
             top = code.add(band.index, row.index)
-            # Where one pass does all channels it fetches what the next band will read; more passes have time enough.
-            groups = len(size.groups(shape.outputs))
-            ahead = code.mul(code.add(following, code.mul(row.index, step_y)), arg["pitch"])
-            ahead = code.at("%x", code.add(ahead, arg["left"]))
+            ahead = code.mul(row.index, step_y)
             with code.loop(0, groups) as group:
                 start = code.least(code.mul(group.index, size.channels), shape.outputs - size.channels)
                 for phase in range(rows.targets):
-                    writer.sweep(base, top, phase, group.index, start, ahead if groups == 1 and phase == 0 else "")
-    body = code.function("slide", "ptr %sizes, ptr %x, ptr %w, ptr %b, ptr %out, ptr %scratch")
-    return stage.declarations(shape.real, n) + stage.stage(shape.real, n, phases) + body
+                    fetched = ahead if groups == 1 and phase == 0 else None
+                    writer.sweep(base, top, phase, group.index, start, fetched)
+    body = code.function(
+        "slide", "ptr %sizes, ptr %leaves, ptr %w, ptr %b, ptr %out, ptr %factor, ptr %scratch, ptr %notes"
+    )
+    return stage.declarations(shape.real, n) + stage.stages(shape.real, n, phases, parts, "x") + body
 
 
 class _Writer:
     def __init__(self, code: Code, shape: Shape, size: Block, rows: Axis, cols: Axis, arg: dict[str, str]) -> None:
         self.code, self.shape, self.size, self.rows, self.cols, self.arg = code, shape, size, rows, cols, arg
+        self.item = stage.item_size(code, stage.parts_of(shape.parts, shape.inputs))
 
-    def sweep(self, base: str, top: Value, phase: int, number: str, start: str, ahead: str) -> None:
+    def sweep(self, base: str, top: Value, phase: int, number: str, start: str, ahead: Value | None) -> None:
         """One block of rows of one row phase and one group of channels, from left to right.
 
-        ``ahead`` is where the next band's input starts, to be fetched meanwhile; empty if another sweep does it.
+        ``ahead`` is the first row of the next band to be fetched meanwhile; None if another sweep does it.
         """
         code, wide, v = self.code, self.arg["places"], self.size.vectors
         n = code.lanes
@@ -160,7 +171,9 @@ class _Writer:
             with code.loop(done, wide, n) as x:
                 self._block(base, top, phase, number, start, ahead, x.index, 1)
 
-    def _block(self, base: str, top: Value, phase: int, number: str, start: str, ahead: str, x: str, v: int) -> None:
+    def _block(
+        self, base: str, top: Value, phase: int, number: str, start: str, ahead: Value | None, x: str, v: int
+    ) -> None:
         code, size, cols = self.code, self.size, self.cols
         keys = [
             (o, r, p, k) for o in range(size.channels) for r in range(size.rows) for p in range(cols.targets)
@@ -173,8 +186,8 @@ class _Writer:
         with code.loop(0, self.shape.inputs, 1, [biases[key[0]] for key in keys]) as channel:
             found = dict(zip(keys, channel.values, strict=True))
             source = code.at(begin, code.mul(channel.index, self.arg["scratch_channel"]))
-            if ahead:
-                self._fetch(code.at(ahead, code.mul(channel.index, self.arg["channel"])), x, v)
+            if ahead is not None:
+                self._fetch(channel.index, ahead, x, v)
             self._taps(source, code.at(weights, code.mul(channel.index, area)), phase, v, found)
             channel.after = [found[key] for key in keys]
         final = dict(zip(keys, channel.values, strict=True))
@@ -189,14 +202,14 @@ class _Writer:
                         {(p, k): final[o, r, p, k] for p in range(cols.targets) for k in range(v)},
                     )
 
-    def _fetch(self, ahead: str, x: str, v: int) -> None:
+    def _fetch(self, channel: str, ahead: Value, x: str, v: int) -> None:
         """Ask for the input that the next band will read in this place."""
         code, phases = self.code, self.cols.sources
-        pointer = code.at(ahead, code.mul(x, phases))
-        for _ in range(self.size.rows * self.rows.sources):
-            for k in range(v * phases):
-                code.fetch(code.at(pointer, k * code.lanes))
-            pointer = code.at(pointer, self.arg["pitch"])
+        note = stage.Note(code, "%notes", channel, self.item)
+        pointer = note.at(ahead, code.mul(x, phases))
+        for row in range(self.size.rows * self.rows.sources):
+            pointer = note.below(pointer) if row else pointer
+            note.fetch(pointer, 0, v * phases * code.lanes)
 
     def _taps(self, source: str, weights: str, phase: int, v: int, found: dict[tuple[int, int, int, int], str]) -> None:
         """Add one input channel's taps to ``found``, input row by input row."""
@@ -228,9 +241,19 @@ class _Writer:
         vectors = [each for k in range(v) for each in code.interleave([values[p, k] for p in range(phases)])]
         left = code.sub(arg["out_width"], column)
         whole = code.set(f"icmp sge i64 {left}, {len(vectors) * n}")
+        factor = self.shape.factor
+        line = Leaves(code, factor, "%factor", channel).row(y, column) if factor else None
+
+        def scaled(each: str, place: int, mask: str = "") -> str:
+            if line is None or factor is None:
+                return each
+            slope = evaluate(code, factor, line.vectors(place, mask), factor.wanted[0]).slope
+            return code.real2("fmul", each, slope) if slope else "zeroinitializer"
+
         with code.when(whole):
             for i, each in enumerate(vectors):
-                code.store(each, code.at(pointer, i * n))
+                code.store(scaled(each, i * n), code.at(pointer, i * n))
         with code.unless(whole):
             for i, each in enumerate(vectors):
-                code.store_where(code.lanes_within(0, code.sub(left, i * n)), each, code.at(pointer, i * n))
+                mask = code.lanes_within(0, code.sub(left, i * n))
+                code.store_where(mask, scaled(each, i * n, mask), code.at(pointer, i * n))

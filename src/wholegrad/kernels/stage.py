@@ -1,42 +1,209 @@
 """Copies rows of a map into scratch memory as kernels want them: zeros beyond its ends, strided columns taken apart.
 
 With stride s, column ``s j + p`` goes to place j of phase p, so that a tap of a strided convolution reads neighbours.
-One band of rows is staged at a time and stays in the cache while it is used.
+One band of rows is staged at a time and stays in the cache while it is used. What is copied may be computed on the way:
+a :class:`~wholegrad.kernels.expression.Program` over several tensors of the map's size.
 """
 
 from __future__ import annotations
 
-from wholegrad.kernels.emit import Code
+from collections.abc import Sequence
+from typing import NamedTuple
 
-ARGUMENTS = "ptr %to, ptr %from, i64 %first, i64 %rows, i64 %height, i64 %width, i64 %pitch, i64 %column, i64 %places"
-"""Rows ``[first, first + rows)`` of a map ``height`` x ``width``, ``pitch`` elements a row, go to ``to``: ``stride``
-phases of ``places`` elements a row (a multiple of the lanes). Column ``column`` goes to place 0 of phase 0."""
+from wholegrad.kernels.emit import Code, Value
+from wholegrad.kernels.expression import EACH, IDENTITY, MAP, ONE, Leaf, Program, evaluate
+
+ARGUMENTS = (
+    "ptr %to, ptr %leaves, i64 %channel, i64 %first, i64 %rows, i64 %height, i64 %width, i64 %column, i64 %places"
+)
+"""Rows ``[first, first + rows)`` of a channel of a map ``height`` x ``width`` go to ``to``: ``stride`` phases of ``places``
+elements a row (a multiple of the lanes). Column ``column`` goes to place 0 of phase 0."""
+
+LEAF = 3  # 64-bit integers that say where a leaf is: address, elements from channel to channel, and from row to row
 
 
-def stage(real: str, lanes: int, stride: int) -> str:
-    """The text of function ``stage<stride>``."""
-    code = Code(real, lanes)
-    reach = stride * lanes  # columns that fill one vector of every phase
+class Part(NamedTuple):
+    """So many channels of a kernel's input, each computed by ``program`` from its leaves' same channel."""
+
+    program: Program
+    channels: int
+
+
+class Area(NamedTuple):
+    """The rows to stage of a map, its size, the column that is staged first, and the places of a row in scratch."""
+
+    first: Value
+    rows: Value
+    height: Value
+    width: Value
+    column: Value
+    places: Value
+
+
+def parts_of(parts: Sequence[Part], channels: int) -> tuple[Part, ...]:
+    """``parts``, or one that takes a tensor as it is."""
+    return tuple(parts) or (Part(IDENTITY, channels),)
+
+
+def stages(real: str, lanes: int, stride: int, parts: Sequence[Part], name: str) -> str:
+    """The text of the functions that :func:`fill` calls: one a part."""
+    return "".join(stage(f"stage_{name}{i}", Code(real, lanes), stride, part.program) for i, part in enumerate(parts))
+
+
+def fill(code: Code, parts: Sequence[Part], name: str, leaves: str, area: Area, scratch: tuple[str, Value]) -> None:
+    """Stage an area of every channel; ``scratch`` is where, and how many elements a channel takes there."""
+    before = 0
+    for i, part in enumerate(parts):
+        table = code.at(leaves, LEAF * sum(len(each.program.leaves) for each in parts[:i]), "i64")
+        with code.loop(0, part.channels) as channel:
+            to = code.at(scratch[0], code.mul(code.add(channel.index, before), scratch[1]))
+            values = ", ".join(f"i64 {value}" for value in (channel.index, *area))
+            code.do(f"call void @stage_{name}{i}(ptr {to}, ptr {table}, {values})")
+        before += part.channels
+
+
+NOTE = 3  # 64-bit integers: an address, bytes from row to row, bytes of an element
+
+
+def note(code: Code, parts: Sequence[Part], leaves: str, notes: str, row: Value, column: Value) -> None:
+    """Note for every channel where ``row`` of its first map lies, so that it can be fetched without regard to parts."""
+    before = 0
+    for i, part in enumerate(parts):
+        table = code.at(leaves, LEAF * sum(len(each.program.leaves) for each in parts[:i]), "i64")
+        number = next(k for k, leaf in enumerate(part.program.leaves) if leaf.kind == MAP)
+        size = part.program.leaves[number].bytes or code.bytes
+        address, step, pitch = (code.integer(table, LEAF * number + k) for k in range(LEAF))
+        start = code.add(address, code.mul(code.add(code.mul(row, pitch), column), size))
+        with code.loop(0, part.channels) as channel:
+            at = code.at(notes, code.mul(code.add(channel.index, before), NOTE), "i64")
+            here = code.add(start, code.mul(code.mul(channel.index, step), size))
+            for k, value in enumerate((here, code.mul(pitch, size), size)):
+                code.do(f"store i64 {value}, ptr {code.at(at, k, 'i64')}")
+        before += part.channels
+
+
+def item_size(code: Code, parts: Sequence[Part]) -> int:
+    """Bytes of an element of every channel's first map; 0 where they differ."""
+    firsts = [next(leaf for leaf in part.program.leaves if leaf.kind == MAP) for part in parts]
+    sizes = {leaf.bytes or code.bytes for leaf in firsts}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+class Note:
+    """What :func:`note` noted of a channel; ``size`` is that of an element where it is the same for all, else 0."""
+
+    def __init__(self, code: Code, notes: str, channel: Value, size: int) -> None:
+        self.code = code
+        at = code.at(notes, code.mul(channel, NOTE), "i64")
+        self.address, self.pitch = (code.integer(at, k) for k in range(2))
+        self.size: Value = size or code.integer(at, 2)
+
+    def at(self, row: Value, column: Value) -> str:
+        code = self.code
+        offset = code.add(code.mul(row, self.pitch), code.mul(column, self.size))
+        return code.set(f"inttoptr i64 {code.add(self.address, offset)} to ptr")
+
+    def below(self, pointer: str) -> str:
+        return self.code.at(pointer, self.pitch, "i8")
+
+    def fetch(self, pointer: str, first: int, elements: int) -> None:
+        """Ask for so many elements of a row from the ``first`` one after ``pointer``, a cache line at a time."""
+        code = self.code
+        if isinstance(self.size, int):
+            step = max(1, LINE // self.size)
+            places: list[Value] = [k * self.size for k in range(first, first + elements, step)]
+        else:
+            places = [code.mul(k, self.size) for k in range(first, first + elements, code.lanes)]
+        for place in places:
+            code.fetch(code.at(pointer, place, "i8"))
+
+
+LINE = 64  # bytes of a cache line
+
+
+def stage(name: str, code: Code, stride: int, program: Program) -> str:
+    """The text of function ``name``; ``code`` is empty yet."""
+    reach = stride * code.lanes  # columns that fill one vector of every phase
     before = code.set(f"sdiv i64 {code.sub(reach - 1, '%column')}, {reach}")
-    before = code.least(code.mul(code.most(before, 0), lanes), "%places")
+    before = code.least(code.mul(code.most(before, 0), code.lanes), "%places")
     after = code.set(f"sdiv i64 {code.most(code.sub('%width', '%column'), 0)}, {reach}")
-    after = code.most(code.least(code.mul(after, lanes), "%places"), before)
+    after = code.most(code.least(code.mul(after, code.lanes), "%places"), before)
+    reader = Leaves(code, program, "%leaves", "%channel")
     with code.loop(0, "%rows") as row:
         y = code.add("%first", row.index)
         to = code.at("%to", code.mul(row.index, code.mul("%places", stride)))
         phases = [code.at(to, code.mul("%places", phase)) for phase in range(stride)]
-        source = code.at("%from", code.add(code.mul(y, "%pitch"), "%column"))
         inside = code.both(code.set(f"icmp sge i64 {y}, 0"), code.less(y, "%height"))
-        with code.unless(inside), code.loop(0, code.mul("%places", stride), lanes) as loop:
+        with code.unless(inside), code.loop(0, code.mul("%places", stride), code.lanes) as loop:
             code.store("zeroinitializer", code.at(to, loop.index))
         with code.when(inside):
+            line = reader.row(y, "%column")
             for low, high in ((0, before), (after, "%places")):
-                with code.loop(low, high, lanes) as loop:
-                    _edge(code, source, phases, loop.index)
-            with code.loop(before, after, lanes) as loop:
-                start = code.at(source, code.mul(loop.index, stride))
-                _put(code, [code.load(code.at(start, k * lanes)) for k in range(stride)], phases, loop.index)
-    return code.function(f"stage{stride}", ARGUMENTS, internal=True)
+                with code.loop(low, high, code.lanes) as loop:
+                    _edge(code, line, phases, loop.index)
+            with code.loop(before, after, code.lanes) as loop:
+                start = code.mul(loop.index, stride)
+                vectors = [line.read(code.add(start, k * code.lanes)) for k in range(stride)]
+                _put(code, vectors, phases, loop.index)
+    return code.function(name, ARGUMENTS, internal=True)
+
+
+class Leaves:
+    """The tensors that a program reads, for one channel; small values are read at once."""
+
+    def __init__(self, code: Code, program: Program, table: str, channel: Value) -> None:
+        self.code, self.program = code, program
+        self.starts: list[str] = []
+        self.pitches: list[str] = []
+        self.small: dict[int, str] = {}
+        for i, leaf in enumerate(program.leaves):
+            address, step, pitch = (code.integer(table, LEAF * i + k) for k in range(LEAF))
+            start = code.set(f"inttoptr i64 {address} to ptr")
+            start = code.at(start, 0 if leaf.kind == ONE else code.mul(channel, step), self._kind(leaf))
+            self.starts.append(start)
+            self.pitches.append(pitch)
+            if leaf.kind != MAP:
+                self.small[i] = code.broadcast(start)
+
+    def _kind(self, leaf: Leaf) -> str:
+        return "i8" if leaf.bytes else self.code.real
+
+    def row(self, y: Value, column: Value) -> Line:
+        """Row ``y``, places counted from ``column``."""
+        code = self.code
+        pointers = {
+            i: code.at(self.starts[i], code.add(code.mul(y, self.pitches[i]), column), self._kind(leaf))
+            for i, leaf in enumerate(self.program.leaves)
+            if leaf.kind == MAP
+        }
+        return Line(self, pointers)
+
+
+class Line:
+    """A row of a channel."""
+
+    def __init__(self, leaves: Leaves, pointers: dict[int, str]) -> None:
+        self.leaves, self.pointers = leaves, pointers
+
+    def vectors(self, place: Value, mask: str = "") -> list[str]:
+        """A vector of every leaf; zero where a mask is given and off."""
+        code, result = self.leaves.code, []
+        for i, leaf in enumerate(self.leaves.program.leaves):
+            if leaf.kind in (EACH, ONE):
+                result.append(self.leaves.small[i])
+                continue
+            pointer = code.at(self.pointers[i], place, "i8" if leaf.bytes else None)
+            if leaf.bytes:
+                result.append(code.load_small(pointer, mask))
+            else:
+                result.append(code.load_where(mask, pointer) if mask else code.load(pointer))
+        return result
+
+    def read(self, place: Value, mask: str = "") -> str:
+        """The program's value; zero where a mask is given and off."""
+        code, program = self.leaves.code, self.leaves.program
+        value = evaluate(code, program, self.vectors(place, mask)).value
+        return code.select(mask, value, "zeroinitializer") if mask and not program.plain else value
 
 
 def _put(code: Code, vectors: list[str], phases: list[str], place: str) -> None:
@@ -44,18 +211,17 @@ def _put(code: Code, vectors: list[str], phases: list[str], place: str) -> None:
         code.store(each, code.at(phase, place))
 
 
-def _edge(code: Code, source: str, phases: list[str], place: str) -> None:
+def _edge(code: Code, line: Line, phases: list[str], place: str) -> None:
     """A vector of each phase where not every column is of the map."""
     stride, lanes = len(phases), code.lanes
     offset = code.mul(place, stride)
-    x, start = code.add("%column", offset), code.at(source, offset)
+    x = code.add("%column", offset)
     some = code.both(code.less(-stride * lanes, x), code.less(x, "%width"))
     with code.when(some):
-        masks = [
-            code.lanes_within(code.sub(-k * lanes, x), code.sub(code.sub("%width", x), k * lanes))
-            for k in range(stride)
-        ]
-        vectors = [code.load_where(mask, code.at(start, k * lanes)) for k, mask in enumerate(masks)]
+        vectors = []
+        for k in range(stride):
+            mask = code.lanes_within(code.sub(-k * lanes, x), code.sub(code.sub("%width", x), k * lanes))
+            vectors.append(line.read(code.add(offset, k * lanes), mask))
         _put(code, vectors, phases, place)
     with code.unless(some):
         _put(code, ["zeroinitializer"] * stride, phases, place)
@@ -64,15 +230,19 @@ def _edge(code: Code, source: str, phases: list[str], place: str) -> None:
 def declarations(real: str, lanes: int) -> str:
     """What every module declares."""
     code = Code(real, lanes)
-    mask, vector = f"<{lanes} x i1>", code.vector
+    mask, vector, small = f"<{lanes} x i1>", code.vector, f"<{lanes} x i8>"
     return "\n".join(
         [
             f"declare {vector} @llvm.fma.{code.suffix}({vector}, {vector}, {vector})",
+            f"declare {vector} @llvm.rint.{code.suffix}({vector})",
             f"declare {vector} @llvm.masked.load.{code.suffix}.p0(ptr, i32 immarg, {mask}, {vector})",
+            f"declare {small} @llvm.masked.load.v{lanes}i8.p0(ptr, i32 immarg, {mask}, {small})",
             f"declare void @llvm.masked.store.{code.suffix}.p0({vector}, ptr, i32 immarg, {mask})",
             "declare void @llvm.prefetch.p0(ptr, i32 immarg, i32 immarg, i32 immarg)",
             "declare i64 @llvm.smin.i64(i64, i64)",
             "declare i64 @llvm.smax.i64(i64, i64)",
+            "declare double @exp(double)",
+            "declare double @log1p(double)",
             "",
         ]
     )

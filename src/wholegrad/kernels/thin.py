@@ -2,23 +2,26 @@
 
 Padding is ``(top, bottom, left, right)``, zeros that the map is taken to have around it; a negative number crops. It is
 never copied into a tensor. Tensors are ``(N, C, H, W)``, in float32 or float64, with columns next to each other in
-memory; rows and channels may lie apart, as in a crop.
+memory; rows and channels may lie apart, as in a crop. An input may also be :class:`Mixed`: computed from several
+tensors by programs as it is read, and its gradient then that of one of them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from math import ceil
+from math import ceil, prod
 from typing import NamedTuple
 
 import torch
 
 from wholegrad.kernels import correlate, slide
 from wholegrad.kernels.compile import function
+from wholegrad.kernels.expression import EACH, IDENTITY, MAP, Leaf, Program
 from wholegrad.kernels.host import Host, host
+from wholegrad.kernels.stage import NOTE, Part
 
 Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]
@@ -28,38 +31,114 @@ RUN = 128  # vectors that a lane sums before the sum is added to a float64 total
 _own = threading.local()
 
 
+class Mixed(NamedTuple):
+    """A map that is computed as it is read, channel after channel of each part.
+
+    Attributes:
+        parts: programs and how many channels each yields.
+        leaves: the tensors of all programs in order: maps ``(N, C, H, W)`` with C the part's channels, in the kernel's
+            precision or unsigned 8-bit; contiguous values for each channel; single values.
+    """
+
+    parts: tuple[Part, ...]
+    leaves: tuple[torch.Tensor, ...]
+
+    @property
+    def first(self) -> torch.Tensor:
+        """A leaf that is a map."""
+        kinds = [leaf.kind for part in self.parts for leaf in part.program.leaves]
+        return self.leaves[kinds.index(MAP)]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        n, _, h, w = self.first.shape
+        return n, sum(part.channels for part in self.parts), h, w
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the leaves have; unsigned 8-bit where all are bytes."""
+        return next((leaf.dtype for leaf in self.leaves if leaf.dtype in REAL), torch.uint8)
+
+    @property
+    def table(self) -> Table:
+        return Table([leaf for part in self.parts for leaf in part.program.leaves], self.leaves)
+
+    def part(self, number: int) -> Mixed:
+        """One part as an input of its own."""
+        start = sum(len(part.program.leaves) for part in self.parts[:number])
+        return Mixed((self.parts[number],), self.leaves[start : start + len(self.parts[number].program.leaves)])
+
+
+def _mixed(x: torch.Tensor | Mixed) -> Mixed:
+    return x if isinstance(x, Mixed) else Mixed((Part(IDENTITY, x.shape[1]),), (x,))
+
+
+def _kernel_parts(x: Mixed) -> tuple[Part, ...]:
+    """The parts as a kernel is compiled for them: none where a tensor is taken as it is."""
+    if len(x.parts) == 1 and x.parts[0].program.plain:
+        return ()
+    return tuple(Part(_without_grad(part.program), part.channels) for part in x.parts)
+
+
+def _without_grad(program: Program) -> Program:
+    """The same kernel serves whatever derivatives are wanted elsewhere."""
+    return program._replace(leaves=tuple(leaf._replace(grad=False) for leaf in program.leaves))
+
+
 def forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Pair, padding: Padding, dilation: Pair
+    x: torch.Tensor | Mixed,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    factor: Mixed | None = None,
 ) -> torch.Tensor:
-    """The convolution of ``x`` ``(N, I, H, W)`` with ``weight`` ``(O, I, k, l)``: ``(N, O, h, w)``."""
+    """The convolution of ``x`` ``(N, I, H, W)`` with ``weight`` ``(O, I, k, l)``: ``(N, O, h, w)``.
+
+    Args:
+        factor: a map of the output's shape by whose derivative, with respect to its one wanted leaf, the output is
+            multiplied.
+    """
     outputs, inputs, k, l = weight.shape  # noqa: E741
-    high = (x.shape[2] + padding[0] + padding[1] - dilation[0] * (k - 1) - 1) // stride[0] + 1
-    wide = (x.shape[3] + padding[2] + padding[3] - dilation[1] * (l - 1) - 1) // stride[1] + 1
-    shape = slide.Shape(inputs, outputs, (k, l), stride, dilation, False, (0, 0), REAL[x.dtype])
-    return _slide(shape, x, weight, bias, (high, wide), (padding[0], padding[2]))
+    x = _mixed(x)
+    height, width = x.shape[2:]
+    high = (height + padding[0] + padding[1] - dilation[0] * (k - 1) - 1) // stride[0] + 1
+    wide = (width + padding[2] + padding[3] - dilation[1] * (l - 1) - 1) // stride[1] + 1
+    real = REAL[weight.dtype]
+    shape = slide.Shape(inputs, outputs, (k, l), stride, dilation, False, (0, 0), real, _kernel_parts(x))
+    return _slide(shape, x, weight, bias, (high, wide), (padding[0], padding[2]), factor)
 
 
 def input_gradient(
-    grad: torch.Tensor,
+    grad: torch.Tensor | Mixed,
     weight: torch.Tensor,
     input_size: Pair,
     stride: Pair,
     padding: Padding,
     dilation: Pair,
     bias: torch.Tensor | None = None,
+    factor: Mixed | None = None,
 ) -> torch.Tensor:
     """The gradient ``(N, I, *input_size)`` of :func:`forward`'s input from ``grad`` ``(N, O, h, w)``.
 
     It is also a transposed convolution of ``grad``, to which ``bias`` ``(I,)`` may be added; then padding crops.
     """
     outputs, inputs, k, l = weight.shape  # noqa: E741
+    grad = _mixed(grad)
     residue = (padding[0] % stride[0], padding[2] % stride[1])
-    shape = slide.Shape(outputs, inputs, (k, l), stride, dilation, True, residue, REAL[grad.dtype])
-    return _slide(shape, grad, weight.transpose(0, 1), bias, input_size, (padding[0], padding[2]))
+    real = REAL[weight.dtype]
+    shape = slide.Shape(outputs, inputs, (k, l), stride, dilation, True, residue, real, _kernel_parts(grad))
+    return _slide(shape, grad, weight.transpose(0, 1), bias, input_size, (padding[0], padding[2]), factor)
 
 
 def weight_gradient(
-    grad: torch.Tensor, x: torch.Tensor, kernel: Pair, stride: Pair, padding: Padding, dilation: Pair
+    grad: torch.Tensor | Mixed,
+    x: torch.Tensor | Mixed,
+    kernel: Pair,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
 ) -> torch.Tensor:
     """The gradient ``(O, I, *kernel)`` of :func:`forward`'s weight, in float64.
 
@@ -67,45 +146,75 @@ def weight_gradient(
         grad: ``(N, O, h, w)``, of the output.
         x: ``(N, I, H, W)``, the input.
     """
-    shape = correlate.Shape(x.shape[1], grad.shape[1], kernel, stride, dilation, REAL[x.dtype])
+    dtype = grad.dtype if grad.dtype in REAL else x.dtype
+    grad, x = _mixed(grad), _mixed(x)
+    outputs, inputs = grad.shape[1], x.shape[1]
+    shape = correlate.Shape(
+        inputs, outputs, kernel, stride, dilation, REAL[dtype], _kernel_parts(x), _kernel_parts(grad)
+    )
     kernel_found = _correlate_kernel(shape)
-    totals = torch.zeros((shape.outputs, shape.inputs, *kernel, kernel_found.lanes), dtype=torch.float64)
-    if grad.numel() and x.numel():
-        grad, x = _columns_adjacent(grad), _columns_adjacent(x)
-        plan = _correlate_plan(
-            shape,
-            (x.shape[2], x.shape[3]),
-            (grad.shape[2], grad.shape[3]),
-            padding,
-            x.stride()[1:3],
-            grad.stride()[1:3],
-        )
+    totals = torch.zeros((outputs, inputs, *kernel, kernel_found.lanes), dtype=torch.float64)
+    if prod(grad.shape) and prod(x.shape):
+        plan = _correlate_plan(shape, x.shape[2:], grad.shape[2:], padding)
         memory = _scratch(plan.bytes)
-        first, second = x.data_ptr(), grad.data_ptr()
+        of_x, of_grad = x.table, grad.table
         for n in range(x.shape[0]):
-            at, of = first + n * x.stride(0) * x.element_size(), second + n * grad.stride(0) * x.element_size()
-            kernel_found.call(plan.sizes, at, of, totals.data_ptr(), memory, memory + plan.second)
+            kernel_found.call(
+                plan.sizes, of_x.of(n), of_grad.of(n), totals.data_ptr(),
+                memory + plan.starts[0], memory + plan.starts[1], memory,
+            )  # fmt: skip
     return totals.sum(-1)
 
 
+class Table:
+    """Where a kernel finds tensors, one image of the batch at a time."""
+
+    def __init__(self, leaves: Sequence[Leaf], tensors: Sequence[torch.Tensor]) -> None:
+        self.tensors = []  # kept alive
+        self.values: list[tuple[int, int, int, int]] = []
+        for leaf, tensor in zip(leaves, tensors, strict=True):
+            if leaf.kind == MAP:
+                tensor = _columns_adjacent(tensor)
+                steps = (tensor.stride(1) if tensor.shape[1] > 1 else 0, tensor.stride(2))
+                self.values.append((tensor.data_ptr(), *steps, tensor.stride(0) * tensor.element_size()))
+            else:
+                tensor = tensor.contiguous()
+                self.values.append((tensor.data_ptr(), int(leaf.kind == EACH), 0, 0))
+            self.tensors.append(tensor)
+
+    def of(self, n: int) -> ctypes.Array[ctypes.c_int64]:
+        flat = [each for start, *steps, jump in self.values for each in (start + n * jump, *steps)]
+        return (ctypes.c_int64 * len(flat))(*flat)
+
+
 def _slide(
-    shape: slide.Shape, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: Pair, lead: Pair
+    shape: slide.Shape,
+    x: Mixed,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    size: Pair,
+    lead: Pair,
+    factor: Mixed | None,
 ) -> torch.Tensor:
     """``weight`` is ``(outputs, inputs, k, l)`` whichever way the window slides; ``lead`` is the padding before."""
+    if factor is not None:
+        shape = shape._replace(factor=factor.parts[0].program)
     kernel = _slide_kernel(shape)
-    x = _columns_adjacent(x)
-    out = x.new_empty((x.shape[0], shape.outputs, *size))
+    out = torch.empty((x.shape[0], shape.outputs, *size), dtype=weight.dtype)
     if out.numel() == 0:
         return out
     parts = [weight[g : g + kernel.block.channels].permute(1, 2, 3, 0) for g in kernel.block.groups(shape.outputs)]
     packed = (torch.stack(parts) if len(parts) > 1 else parts[0]).contiguous()
-    added = _zeros(shape.outputs, x.dtype) if bias is None else bias.contiguous()
-    plan = _slide_plan(shape, (x.shape[2], x.shape[3]), size, lead, x.stride()[1:3])
+    added = _zeros(shape.outputs, weight.dtype) if bias is None else bias.contiguous()
+    plan = _slide_plan(shape, x.shape[2:], size, lead)
     memory = _scratch(plan.bytes)
-    at, to = x.data_ptr(), out.data_ptr()
+    given, scaled = x.table, None if factor is None else factor.table
     for n in range(x.shape[0]):
-        skip, jump = n * x.stride(0) * x.element_size(), n * out.stride(0) * x.element_size()
-        kernel.call(plan.sizes, at + skip, packed.data_ptr(), added.data_ptr(), to + jump, memory)
+        to = out.data_ptr() + n * out.stride(0) * out.element_size()
+        by = None if scaled is None else scaled.of(n)
+        kernel.call(
+            plan.sizes, given.of(n), packed.data_ptr(), added.data_ptr(), to, by, memory + plan.starts[0], memory
+        )
     return out
 
 
@@ -134,6 +243,11 @@ def _correlate_kernel(shape: correlate.Shape) -> _CorrelateKernel:
     return _CorrelateKernel(call, machine.lanes(shape.real))
 
 
+def lanes(real: str) -> int:
+    """Elements of a vector of ``float`` or ``double`` on this machine."""
+    return _machine().lanes(real)
+
+
 def _machine() -> Host:
     found = host()
     if found is None:
@@ -142,15 +256,20 @@ def _machine() -> Host:
 
 
 class _Plan(NamedTuple):
-    """What a kernel is told about one size of map, and the scratch bytes that it needs; a second map's start there."""
+    """What a kernel is told about one size of map, the scratch bytes that it needs, and where in it maps start."""
 
     sizes: ctypes.Array[ctypes.c_int64]
     bytes: int
-    second: int = 0
+    starts: tuple[int, ...]
+
+
+def _notes(channels: int) -> int:
+    """Bytes for notes of so many channels, at the start of scratch memory."""
+    return -(-NOTE * 8 * channels // 64) * 64
 
 
 @lru_cache(maxsize=4096)
-def _slide_plan(shape: slide.Shape, given: Pair, size: Pair, lead: Pair, strides: Pair) -> _Plan:
+def _slide_plan(shape: slide.Shape, given: Pair, size: Pair, lead: Pair) -> _Plan:
     kernel, (rows, cols) = _slide_kernel(shape), shape.axes()
     item = 4 if shape.real == "float" else 8
     starts = [
@@ -162,14 +281,14 @@ def _slide_plan(shape: slide.Shape, given: Pair, size: Pair, lead: Pair, strides
     step = kernel.block.rows
     band = min(ceil(max(1, BAND_BYTES // row_bytes - rows.reach) / step), ceil(many / step)) * step
     channel = (band + rows.reach) * rows.sources * cols.sources * places
-    values = (*given, *strides, *size, size[0] * size[1], size[1], *starts, many, wide, band, places, channel)
-    return _Plan((ctypes.c_int64 * len(slide.SIZES))(*values), shape.inputs * channel * item)
+    values = (*given, *size, size[0] * size[1], size[1], *starts, many, wide, band, places, channel)
+    first = _notes(shape.inputs)
+    sizes = (ctypes.c_int64 * len(slide.SIZES))(*values)
+    return _Plan(sizes, first + shape.inputs * channel * item, (first,))
 
 
 @lru_cache(maxsize=4096)
-def _correlate_plan(
-    shape: correlate.Shape, given: Pair, size: Pair, padding: Padding, strides: Pair, grad_strides: Pair
-) -> _Plan:
+def _correlate_plan(shape: correlate.Shape, given: Pair, size: Pair, padding: Padding) -> _Plan:
     lanes, (rows, cols) = _correlate_kernel(shape).lanes, shape.axes()
     item = 4 if shape.real == "float" else 8
     high, wide = size
@@ -185,12 +304,13 @@ def _correlate_plan(
     channel = band * rows.sources * cols.sources * places
     grad_channel = (band + rows.reach) * grad_places
     values = (
-        *read, *strides, -padding[0], -padding[2], high, wide, *grad_strides, high + rows.reach, band,
-        max(1, RUN * lanes // wide), places, channel, grad_places, grad_channel,
+        *read, -padding[0], -padding[2], high, wide, high + rows.reach, band, max(1, RUN * lanes // wide),
+        places, channel, grad_places, grad_channel,
     )  # fmt: skip
-    second = shape.inputs * channel * item
+    first = _notes(shape.inputs)
+    second = first + shape.inputs * channel * item
     sizes = (ctypes.c_int64 * len(correlate.SIZES))(*values)
-    return _Plan(sizes, second + shape.outputs * grad_channel * item, second)
+    return _Plan(sizes, second + shape.outputs * grad_channel * item, (first, second))
 
 
 def _places(count: int, lanes: int) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wholegrad.graph.graph import Graph, Node
+from wholegrad.graph.graph import READERS, Graph, Node
+from wholegrad.graph.inline import Inlined
 from wholegrad.graph.rules import rule_for
 from wholegrad.graph.segment import Segment
 from wholegrad.plan.tiles import AxisTiles
@@ -16,6 +17,10 @@ from wholegrad.plan.tiles import AxisTiles
 SECONDS_PER_MAC = 5e-11
 SECONDS_PER_BYTE = 4e-10
 SECONDS_PER_CALL = 3e-5  # one op on one tile, whatever its size
+# Of the project's own kernels, one thread (benchmarks/kernels): 75 GFLOP/s, and maps written and read once.
+THIN_SECONDS_PER_MAC = 2.7e-11
+THIN_SECONDS_PER_BYTE = 1e-10
+SECONDS_PER_ROW = 8e-7  # of one channel of an image or target, one system call
 BACKWARD = 2.5  # pulling back costs this many forwards
 
 
@@ -34,15 +39,31 @@ def forward_macs(macs: Sequence[float], segment: Segment, rows: AxisTiles, cols:
     return sum(macs[i] * rows.total.get(i, 0) * cols.total.get(i, 0) for i in segment.nodes)
 
 
-def forward_seconds(graph: Graph, macs: Sequence[float], segment: Segment, rows: AxisTiles, cols: AxisTiles) -> float:
+def forward_seconds(
+    graph: Graph, macs: Sequence[float], segment: Segment, how: Inlined, rows: AxisTiles, cols: AxisTiles
+) -> float:
     """Predicted seconds of one forward run over all tiles."""
     tiles = rows.count * cols.count
-    total = tiles * SECONDS_PER_CALL * (len(segment.nodes) + len(segment.maps) + len(segment.reductions))
-    total += forward_macs(macs, segment, rows, cols) * SECONDS_PER_MAC
-    for index in (*segment.nodes, *(ref.node for ref in segment.maps)):
+    total = tiles * SECONDS_PER_CALL * (len(how.nodes) + len(segment.maps) + len(segment.reductions))
+    for index in how.nodes:
+        own = index in how.convolutions or index in how.chains
         area = float(rows.total.get(index, 0) * cols.total.get(index, 0))
-        total += area * sum(spec.pixel_bytes for spec in graph.nodes[index].outputs) * SECONDS_PER_BYTE
+        total += area * macs[index] * (THIN_SECONDS_PER_MAC if own else SECONDS_PER_MAC)
+        total += area * _pixel_bytes(graph, index) * (THIN_SECONDS_PER_BYTE if own else SECONDS_PER_BYTE)
+    for ref in segment.maps:
+        area = float(rows.total.get(ref.node, 0) * cols.total.get(ref.node, 0))
+        size = graph.spec(ref).pixel_bytes
+        if ref in how.raw:
+            size //= graph.spec(ref).dtype.itemsize
+        total += area * size * SECONDS_PER_BYTE
+        if graph.nodes[ref.node].kind in READERS:
+            channels = graph.spec(ref).pixel_bytes // graph.spec(ref).dtype.itemsize
+            total += channels * rows.total.get(ref.node, 0) * cols.count * SECONDS_PER_ROW
     return total
+
+
+def _pixel_bytes(graph: Graph, index: int) -> int:
+    return sum(spec.pixel_bytes for spec in graph.nodes[index].outputs)
 
 
 def whole_macs(graph: Graph) -> float:

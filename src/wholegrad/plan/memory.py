@@ -12,12 +12,12 @@ below the projected one over the grid of ``tests/test_memory.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from wholegrad.graph.graph import READERS, Graph, Kind, Node, Ref
+from wholegrad.graph.graph import READERS, Graph, Kind, Node
+from wholegrad.graph.inline import Inlined
 from wholegrad.graph.rules import rule_for
 from wholegrad.graph.rules.fill import FILLS
 from wholegrad.graph.segment import Segment
@@ -48,80 +48,80 @@ def node_bytes(graph: Graph, index: int, rows: AxisTiles, cols: AxisTiles) -> in
     return area * sum(spec.pixel_bytes for spec in graph.nodes[index].outputs)
 
 
-def working(graph: Graph, segment: Segment, rows: AxisTiles, cols: AxisTiles) -> Working:
+def working(graph: Graph, segment: Segment, how: Inlined, rows: AxisTiles, cols: AxisTiles) -> Working:
     """What the largest tile of a segment needs, forward only and forward with pull-back."""
-    sizes = {i: node_bytes(graph, i, rows, cols) for i in (*segment.nodes, *(ref.node for ref in segment.maps))}
-    raw = sum(_raw(graph, ref, rows, cols) for ref in segment.maps)
-    forward = raw + _forward(graph, segment, sizes)
-    backward = raw + _backward(graph, segment, sizes)
-    return Working(int(forward * SLACK), int(backward * SLACK))
+    tile = _Tile(graph, segment, how, rows, cols)
+    return Working(int((tile.raw + tile.forward()) * SLACK), int((tile.raw + tile.backward()) * SLACK))
 
 
-def _raw(graph: Graph, ref: Ref, rows: AxisTiles, cols: AxisTiles) -> int:
-    """The reader's own copy of a box, before it becomes a tensor."""
-    if graph.nodes[ref.node].kind not in READERS:
-        return 0
-    spec = graph.spec(ref)
-    return rows.largest.get(ref.node, 0) * cols.largest.get(ref.node, 0) * spec.pixel_bytes
+class _Tile:
+    """The largest tile of a segment: ``sizes`` are bytes of what exists, by node index."""
 
+    def __init__(self, graph: Graph, segment: Segment, how: Inlined, rows: AxisTiles, cols: AxisTiles) -> None:
+        self.graph, self.segment, self.how = graph, segment, how
+        self.sizes = {i: node_bytes(graph, i, rows, cols) for i in (*how.nodes, *(ref.node for ref in segment.maps))}
+        for ref in how.raw:
+            if ref.node in self.sizes:
+                floats, spec = self.sizes[ref.node], graph.spec(ref)
+                self.sizes[ref.node] = floats // spec.dtype.itemsize + (floats if ref in how.floats else 0)
+        self.inputs = sum(self.sizes[ref.node] for ref in segment.maps)
+        # The reader's own copies of boxes, before they become tensors.
+        self.raw = sum(self.sizes[ref.node] for ref in segment.maps if graph.nodes[ref.node].kind in READERS)
 
-def _copies(graph: Graph, index: int, sizes: Mapping[int, int]) -> int:
-    """Padded or cropped copies that a rule makes of a node's input and output, and the library's rearranged ones."""
-    node = graph.nodes[index]
-    rule = rule_for(node.op)
-    if rule is None or rule.copies == (0, 0):
-        return 0
-    transposed = node.op is torch.ops.aten.convolution.default and node.args[6]
-    inputs, outputs = rule.copies
-    return inputs * sizes[node.operands[0].node] + (outputs or transposed) * sizes[index]
+    def _readers(self, index: int) -> list[int]:
+        """The maps that a node reads and that exist, by node index."""
+        return [ref.node for ref in self.how.reads(self.graph, index) if ref.node in self.sizes]
 
+    def _copies(self, index: int) -> int:
+        """Padded or cropped copies that a rule makes of a node's input and output, and the library's rearranged ones."""
+        node = self.graph.nodes[index]
+        rule = rule_for(node.op)
+        if rule is None or rule.copies == (0, 0) or index in self.how.convolutions:
+            return 0
+        transposed = node.op is torch.ops.aten.convolution.default and node.args[6]
+        inputs, outputs = rule.copies
+        return inputs * self.sizes[node.operands[0].node] + (outputs or transposed) * self.sizes[index]
 
-def _forward(graph: Graph, segment: Segment, sizes: Mapping[int, int]) -> int:
-    """Peak of a walk that frees every value after its last reader."""
-    last: dict[int, int] = {}
-    inside = set(segment.nodes)
-    for index in segment.nodes:
-        for ref in graph.nodes[index].operands:
-            last[ref.node] = index
-    live = sum(sizes[ref.node] for ref in segment.maps)
-    peak = live
-    for index in segment.nodes:
-        live += sizes[index]
-        peak = max(peak, live + _copies(graph, index, sizes))
-        for ref in graph.nodes[index].operands:
-            if last[ref.node] == index and (ref.node in inside or ref in segment.maps):
-                live -= sizes[ref.node]
-    return peak + DOUBLE * _widest(graph, segment, sizes)
+    def forward(self) -> int:
+        """Peak of a walk that frees every value after its last reader."""
+        last = {ref: index for index in self.how.nodes for ref in self._readers(index)}
+        kept = {ref.node for reading in self.how.sums.values() for ref in reading.leaves}
+        live = peak = self.inputs
+        for index in self.how.nodes:
+            live += self.sizes[index]
+            peak = max(peak, live + self._copies(index))
+            live -= sum(self.sizes[ref] for ref in set(self._readers(index)) if last[ref] == index and ref not in kept)
+        return peak + DOUBLE * self._widest()
 
+    def _widest(self) -> int:
+        """Pixels of the largest map that a reduction sums: room for one temporary in float64."""
+        graph, sums = self.graph, self.how.sums
+        found = [graph.nodes[i].operands[0] for i in self.segment.reductions if i not in sums]
+        return max((self.sizes[ref.node] // max(graph.spec(ref).dtype.itemsize, 1) for ref in found), default=0)
 
-def _widest(graph: Graph, segment: Segment, sizes: Mapping[int, int]) -> int:
-    """Pixels of the largest map that a reduction sums: room for one temporary in float64."""
-    found = [graph.nodes[i].operands[0] for i in segment.reductions]
-    return max((sizes[ref.node] // max(graph.spec(ref).dtype.itemsize, 1) for ref in found), default=0)
-
-
-def _backward(graph: Graph, segment: Segment, sizes: Mapping[int, int]) -> int:
-    """Peak of forward with everything kept, then the walk back with gradients coming and going."""
-    inside = set(segment.nodes)
-    kept = {i: sizes[i] + _copies(graph, i, sizes) for i in segment.nodes if graph.nodes[i].needs_grad}
-    inputs = sum(sizes[ref.node] for ref in segment.maps)
-    free = sum(sizes[i] for i in segment.nodes if not graph.nodes[i].needs_grad)
-    live = inputs + free + sum(kept.values())
-    peak = live + DOUBLE * _widest(graph, segment, sizes)
-    grads: dict[int, int] = {ref.node: sizes[ref.node] for ref in segment.owned(graph)}
-    for index in reversed(segment.nodes):
-        if index not in kept:
-            continue
-        grads.setdefault(index, sizes[index])
-        fresh = 0
-        for ref in graph.nodes[index].operands:
-            if graph.nodes[ref.node].needs_grad and (ref.node in inside or ref in segment.maps):
-                fresh += sizes[ref.node]  # a second contribution is a tensor of its own until it is added
-                grads[ref.node] = sizes[ref.node]
-        peak = max(peak, live + sum(grads.values()) + fresh + _copies(graph, index, sizes))
-        live -= kept[index]
-        del grads[index]
-    return peak
+    def backward(self) -> int:
+        """Peak of forward with everything kept, then the walk back with gradients coming and going."""
+        graph, sizes, how = self.graph, self.sizes, self.how
+        needs = {i: graph.nodes[i].needs_grad for i in sizes}
+        kept = {i: sizes[i] + self._copies(i) for i in how.nodes if needs[i]}
+        live = self.inputs + sum(sizes[i] for i in how.nodes if not needs[i]) + sum(kept.values())
+        peak = live + DOUBLE * self._widest()
+        grads = {ref.node: sizes[ref.node] for ref in self.segment.owned(graph) if ref.node in sizes}
+        for reading in how.sums.values():
+            grads |= {ref.node: sizes[ref.node] for ref in reading.leaves if ref.node in sizes and needs[ref.node]}
+        for index in reversed(how.nodes):
+            if index not in kept:
+                continue
+            grads.setdefault(index, sizes[index])
+            fresh = 0
+            for ref in self._readers(index):
+                if needs[ref]:
+                    fresh += sizes[ref]  # a second contribution is a tensor of its own until it is added
+                    grads[ref] = sizes[ref]
+            peak = max(peak, live + sum(grads.values()) + fresh + self._copies(index))
+            live -= kept[index]
+            del grads[index]
+        return peak
 
 
 def gradient_accumulators(graph: Graph) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from wholegrad.errors import BudgetError, PlanError
 from wholegrad.graph import fusion
 from wholegrad.graph.graph import Graph, Kind, Node, Ref, Spec
+from wholegrad.graph.inline import Inlined, inline
 from wholegrad.graph.layout import Role, map_layout
 from wholegrad.graph.segment import Segment, cut
 from wholegrad.plan import cost, memory
@@ -21,7 +22,7 @@ from wholegrad.plan.plan import Placement, Plan, SegmentPlan, show_bytes
 from wholegrad.plan.tiles import AxisTiles, axis_tiles
 
 ELEMENT_LIMIT = 2**31  # rule 8
-TILE_EDGES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+TILE_EDGES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 COARSE_EDGES = (64, 256, 512, 1024)  # while boundaries are being chosen
 LOOKED_AT = 8  # boundaries weighed anew at each step
 WORTHWHILE = 0.98  # of the predicted time, to which a change of boundaries must bring it
@@ -52,6 +53,7 @@ class Request:
     placement: Placement | Mapping[Ref, Placement] | None = None
     spill_dir: Path | None = None
     sink_bytes: int = 0  # what sinks hold, in bytes for each pixel of one row of tiles
+    raw: frozenset[Ref] = frozenset()  # images whose pixels are 8-bit fractions of 255
 
 
 def make_plan(graph: Graph, request: Request) -> Plan:
@@ -161,6 +163,7 @@ class _Search:
         self.edges: tuple[int, ...] = COARSE_EDGES
         self.whole = max(cost.whole_macs(graph), 1.0)
         self.axes: dict[tuple[Segment, Role, int], AxisTiles] = {}
+        self.inlined: dict[Segment, Inlined] = {}
         self.measured: dict[tuple[Segment, tuple[int, int]], SegmentPlan] = {}
         self.tried: dict[frozenset[Ref], float] = {}
 
@@ -291,8 +294,14 @@ class _Search:
         spec = self.graph.spec(segment.base)
         edges = self.edges
         return list(dict.fromkeys(
-            (min(h, spec.rows), min(w, spec.cols)) for h in edges for w in edges if w in (h, 2 * h, 4 * h)
+            (min(h, spec.rows), min(w, spec.cols)) for h in edges for w in edges if h <= 2048 and w in (h, 2 * h, 4 * h, 8 * h, 16 * h)
         ))  # fmt: skip
+
+    def how(self, segment: Segment) -> Inlined:
+        """What of a segment is computed where it is read."""
+        if segment not in self.inlined:
+            self.inlined[segment] = inline(self.graph, segment, self.request.raw)
+        return self.inlined[segment]
 
     def axis(self, segment: Segment, role: Role, tile: int) -> AxisTiles:
         key = (segment, role, tile)
@@ -323,12 +332,12 @@ class _Search:
             False,
             self.working(segment, rows, cols),
             cost.forward_macs(self.macs, segment, rows, cols),
-            cost.forward_seconds(self.graph, self.macs, segment, rows, cols) / tiles * rounds,
+            cost.forward_seconds(self.graph, self.macs, segment, self.how(segment), rows, cols) / tiles * rounds,
         )
 
     def working(self, segment: Segment, rows: AxisTiles, cols: AxisTiles) -> memory.Working:
         """A tile's bytes, and those of the row of tiles that sinks hold."""
-        tile = memory.working(self.graph, segment, rows, cols)
+        tile = memory.working(self.graph, segment, self.how(segment), rows, cols)
         sunk = [ref for ref in segment.outputs if ref in self.request.sinks]
         band = sum(rows.largest[ref.node] * self.graph.spec(ref).cols for ref in sunk) * self.request.sink_bytes
         side = min(self.request.workers, rows.count * cols.count)

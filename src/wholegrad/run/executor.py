@@ -21,6 +21,7 @@ import torch
 from wholegrad.errors import NumericsError
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import READERS, Graph, Kind, Ref, Spec
+from wholegrad.graph.inline import Inlined, inline
 from wholegrad.graph.layout import crop, full_box
 from wholegrad.graph.rules import State
 from wholegrad.graph.rules.reduction import wide
@@ -29,7 +30,7 @@ from wholegrad.plan.plan import Placement, Plan
 from wholegrad.plan.tiles import Tile
 from wholegrad.run import process
 from wholegrad.run.small import SmallValues
-from wholegrad.run.sources import Source
+from wholegrad.run.sources import Source, raw_images
 from wholegrad.run.store import DiskStore, HostStore, MapStore
 from wholegrad.run.tile import Pull, partials, pull_back, run_tile
 from wholegrad.run.workers import in_order
@@ -134,9 +135,11 @@ class Executor:
             if ref not in self.sinks or ref in later:
                 self.maps[ref] = self._new_store(ref)
 
+        how = self._how(segment)
+
         def work(tile: Tile) -> tuple[dict[Ref, torch.Tensor], dict[int, State]]:
             with torch.no_grad():
-                run = run_tile(self.graph, segment, tile, self._fetch, self.small.leaf, False, self.seed)
+                run = run_tile(self.graph, segment, tile, self._fetch, self.small.leaf, False, self.seed, how)
                 outputs = {ref: run.owned[ref] for ref in segment.outputs if ref in run.owned}
                 return outputs, partials(self.graph, segment, run)
 
@@ -195,10 +198,11 @@ class Executor:
             return DiskStore(spec, self.plan.spill_dir)
         return HostStore(spec)
 
-    def _fetch(self, ref: Ref, box: Box) -> torch.Tensor:
+    def _fetch(self, ref: Ref, box: Box, raw: bool = False) -> torch.Tensor:
         node = self.graph.nodes[ref.node]
         if node.kind in READERS:
-            return self.sources[node.name].read(box)
+            source = self.sources[node.name]
+            return source.read_raw(box) if raw else source.read(box)
         if node.kind is Kind.SPREAD:
             layout = node.outputs[0].layout
             return crop(self.small.leaf(node.operands[0]), layout, full_box(layout), box).clone()
@@ -248,14 +252,20 @@ class Executor:
         segment = self.plan.segments[i].segment
         pull = self._pull(segment.reductions, self.small.grads)
         if pull.grads or any(ref in self.map_grads for ref in segment.outputs):
-            for _, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, tile, pull, False)):
+            how = self._how(segment)
+            for _, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, how, tile, pull, False)):
                 self._add_grads(pulled)
                 self._tick("backward")
         self._after_backward(i)
 
-    def _pull_tile(self, segment: Segment, tile: Tile, pull: Pull, fused: bool) -> _Pulled:
+    def _how(self, segment: Segment) -> Inlined:
+        """What of a segment is computed where it is read."""
+        return inline(self.graph, segment, raw_images(self.graph, self.sources))
+
+    def _pull_tile(self, segment: Segment, how: Inlined, tile: Tile, pull: Pull, fused: bool) -> _Pulled:
         """Run a tile forward and pull it back; touches nothing that other tiles see."""
-        run = run_tile(self.graph, segment, tile, self._fetch, self.small.leaf, True, self.seed)
+        small, shares = self.small.leaf, pull.grads
+        run = run_tile(self.graph, segment, tile, self._fetch, small, True, self.seed, how, shares)
         parts = partials(self.graph, segment, run) if fused else {}
         return _Pulled(parts, pull_back(self.graph, segment, run, pull, tile), run.boxes)
 
@@ -289,7 +299,8 @@ class Executor:
     def _fused_segment(self, i: int) -> None:
         segment = self.plan.segments[i].segment
         pull = self._pull(segment.reductions, self._grads_known_before(i))
-        for tile, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, tile, pull, True)):
+        how = self._how(segment)
+        for tile, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, how, tile, pull, True)):
             self._merge(pulled.parts, tile)
             self._add_grads(pulled)
             self._tick("fused")

@@ -7,7 +7,7 @@ that dtype; a target is handed over as it is stored. A map of shape ``(C, H, W)`
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ import torch
 
 from wholegrad.errors import ShapeError, SlideError
 from wholegrad.graph.geometry import Box
+from wholegrad.graph.graph import Graph, Kind, Ref
 from wholegrad.run.reader import MapReader
 
 
@@ -88,17 +89,33 @@ class Source:
         """The tensor on ``box``, the caller's own, pixels interleaved (channels last)."""
         n, c = len(self.readers), self.readers[0].shape[0]
         tile = torch.empty((n, c, box.height, box.width), dtype=self.out_dtype, memory_format=torch.channels_last)
-        fraction = False
-        for i, reader in enumerate(self.readers):
-            with nullcontext() if getattr(reader, "concurrent", False) else _ONE_AT_A_TIME:
-                pixels = torch.from_numpy(_plain(_read(reader, box)))
-                tile[i].copy_(pixels)
-            fraction = self.scale and pixels.dtype == torch.uint8
-        if fraction:
+        self._fill(tile, box)
+        if self.raw:
             tile.div_(255)
         return tile if self.rank == 4 else tile.squeeze(1)
+
+    def _fill(self, tile: torch.Tensor, box: Box) -> None:
+        for i, reader in enumerate(self.readers):
+            with nullcontext() if getattr(reader, "concurrent", False) else _ONE_AT_A_TIME:
+                tile[i].copy_(torch.from_numpy(_plain(_read(reader, box))))
+
+    @property
+    def raw(self) -> bool:
+        """Whether the tensor is 8-bit pixels as fractions of 255."""
+        return self.scale and all(reader.dtype == np.uint8 for reader in self.readers)
+
+    def read_raw(self, box: Box) -> torch.Tensor:
+        """The bytes on ``box``, the caller's own, channel by channel."""
+        tile = torch.empty((len(self.readers), self.readers[0].shape[0], box.height, box.width), dtype=torch.uint8)
+        self._fill(tile, box)
+        return tile
 
     def whole(self) -> torch.Tensor:
         """The whole map as one tensor: for the oracle."""
         _, h, w = self.readers[0].shape
         return self.read(Box(0, h, 0, w))
+
+
+def raw_images(graph: Graph, sources: Mapping[str, Source]) -> frozenset[Ref]:
+    """The images that kernels may read as the bytes that they are."""
+    return frozenset(Ref(node.index) for node in graph.of_kind(Kind.IMAGE) if sources[node.name].raw)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from wholegrad.graph.geometry import Box, Interval
 from wholegrad.graph.graph import Graph, Node, Ref
+from wholegrad.graph.inline import Inlined, Reading, inline
 from wholegrad.graph.layout import Role, crop
-from wholegrad.graph.rules import MapRule, State, rule_for
+from wholegrad.graph.rules import MapRule, State, rule_for, thin
 from wholegrad.graph.rules import Tile as Place
 from wholegrad.graph.segment import Segment, reduction_rule
+from wholegrad.kernels import pointwise
+from wholegrad.kernels.thin import Mixed
 from wholegrad.plan.tiles import Tile
 
 
@@ -24,67 +28,162 @@ class TileRun:
         owned: the owned elements of boundaries and of reductions' operands.
         leaves: the tensors with respect to which gradients can be had: boundary boxes and small values.
         boxes: the box of each leaf that is a map.
+        parts: partial results of the reductions that were summed while their terms were computed.
+        roots: maps that such sums' gradients are pulled back from, with these gradients.
     """
 
     owned: dict[Ref, torch.Tensor] = field(default_factory=dict)
     leaves: dict[Ref, torch.Tensor] = field(default_factory=dict)
     boxes: dict[Ref, Box] = field(default_factory=dict)
+    parts: dict[int, State] = field(default_factory=dict)
+    roots: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+
+Fetch = Callable[[Ref, Box, bool], torch.Tensor]
+Shares = Mapping[int, tuple[torch.Tensor | None, ...]]
+NO_SHARES: Shares = {}
 
 
 def run_tile(
     graph: Graph,
     segment: Segment,
     tile: Tile,
-    fetch: Callable[[Ref, Box], torch.Tensor],
+    fetch: Fetch,
     small: Callable[[Ref], torch.Tensor],
     grad: bool,
     seed: int = 0,
+    how: Inlined | None = None,
+    shares: Shares = NO_SHARES,
 ) -> TileRun:
     """Run the nodes of ``segment`` on ``tile``.
 
     Args:
-        fetch: a map's elements on a box, as a tensor of the tile's own.
+        fetch: a map's elements on a box, as a tensor of the tile's own; as raw bytes if the last argument says so.
         small: a small value in the graph's dtype, detached.
         grad: whether to record for :func:`pull_back`.
         seed: of the step, for random ops.
+        how: which nodes run, and which are computed where they are read.
+        shares: the gradients of each reduction's outputs, as far as they are known.
     """
-    result = TileRun()
-    env: dict[Ref, torch.Tensor] = {}
-    for ref in segment.maps:
-        if ref.node in tile.boxes:
-            result.boxes[ref] = tile.boxes[ref.node]
-            env[ref] = _leaf(graph, result, ref, fetch(ref, tile.boxes[ref.node]), grad)
-    for ref in segment.smalls:
-        env[ref] = _leaf(graph, result, ref, small(ref), grad)
-    last = _last_readers(graph, segment, tile)
-    for ref, box in tile.owned.items():
-        if ref in env:  # a reduction straight over a map that was read
-            with torch.set_grad_enabled(grad):
-                result.owned[ref] = crop(env[ref], graph.spec(ref).layout, tile.boxes[ref.node], box)
-    for index in segment.nodes:
-        if index not in tile.boxes:
-            continue
-        node = graph.nodes[index]
-        with torch.set_grad_enabled(grad and node.needs_grad):
-            outputs = _run_node(graph, node, tile, env, seed)
-            for i, out in enumerate(outputs):
-                env[Ref(index, i)] = out
-                if (mine := tile.owned.get(Ref(index, i))) is not None:
-                    result.owned[Ref(index, i)] = crop(out, node.outputs[i].layout, tile.boxes[index], mine)
-        for ref in node.operands:
-            if last.get(ref) == index:
-                del env[ref]
-    return result
+    return _TileRunner(graph, segment, tile, how or inline(graph, segment), seed, grad).run(fetch, small, shares)
+
+
+class _TileRunner:
+    """Runs one tile; ``env`` has the values that are still needed, ``raw`` images as bytes."""
+
+    def __init__(self, graph: Graph, segment: Segment, tile: Tile, how: Inlined, seed: int, grad: bool) -> None:
+        self.graph, self.segment, self.tile, self.how, self.seed, self.grad = graph, segment, tile, how, seed, grad
+        self.result = TileRun()
+        self.env: dict[Ref, torch.Tensor] = {}
+        self.raw: dict[Ref, torch.Tensor] = {}
+        self.wanted = {*segment.outputs, *(graph.nodes[i].operands[0] for i in segment.reductions if i not in how.sums)}
+
+    def run(self, fetch: Fetch, small: Callable[[Ref], torch.Tensor], shares: Shares) -> TileRun:
+        self._read(fetch, small)
+        last = self._last_readers()
+        for ref in self.tile.owned:
+            if ref in self.env:  # a reduction straight over a map that was read
+                with torch.set_grad_enabled(self.grad):
+                    self._own(ref)
+        for index in self.how.nodes:
+            if index not in self.tile.boxes:
+                continue
+            node = self.graph.nodes[index]
+            with torch.set_grad_enabled(self.grad and node.needs_grad):
+                for i, out in enumerate(self._run_node(node)):
+                    self.env[Ref(index, i)] = out
+                    self._own(Ref(index, i))
+            for ref in self.how.reads(self.graph, index):
+                if last.get(ref) == index:
+                    self.env.pop(ref, None)
+        for index, reading in self.how.sums.items():
+            self._sum(index, reading, shares.get(index, ()))
+        return self.result
+
+    def _read(self, fetch: Fetch, small: Callable[[Ref], torch.Tensor]) -> None:
+        graph, kernels = self.graph, self._read_by_kernels()
+        for ref in self.segment.maps:
+            if ref.node not in self.tile.boxes:
+                continue
+            box = self.tile.boxes[ref.node]
+            self.result.boxes[ref] = box
+            if ref in self.how.raw:
+                self.raw[ref] = fetch(ref, box, True)
+                if ref in self.how.floats:
+                    self.env[ref] = (self.raw[ref].to(graph.spec(ref).dtype)).div_(255)
+                continue
+            tensor = fetch(ref, box, False)
+            if ref in kernels and tensor.stride(-1) != 1:
+                tensor = tensor.contiguous()  # once, not by each kernel
+            self.env[ref] = _leaf(graph, self.result, ref, tensor, self.grad)
+        for ref in self.segment.smalls:
+            self.env[ref] = _leaf(graph, self.result, ref, small(ref), self.grad)
+
+    def _read_by_kernels(self) -> set[Ref]:
+        how = self.how
+        return {
+            ref for table in (how.convolutions, how.chains, how.sums) for each in table.values() for ref in each.leaves
+        }
+
+    def _own(self, ref: Ref) -> None:
+        mine = self.tile.owned.get(ref)
+        if mine is not None and ref in self.wanted:
+            self.result.owned[ref] = crop(self.env[ref], self.graph.spec(ref).layout, self.tile.boxes[ref.node], mine)
+
+    def _last_readers(self) -> dict[Ref, int]:
+        last = {ref: i for i in self.how.nodes if i in self.tile.boxes for ref in self.how.reads(self.graph, i)}
+        return last | {ref: -1 for each in self.how.sums.values() for ref in each.leaves}
+
+    def _value(self, ref: Ref, want: Box | None, raw: bool = False) -> torch.Tensor:
+        """A value on a box of it; small ones whole."""
+        value = self.raw[ref] if raw else self.env[ref]
+        spec = self.graph.spec(ref)
+        return value if want is None or not spec.is_map else crop(value, spec.layout, self.tile.boxes[ref.node], want)
+
+    def _mixed(self, reading: Reading, want: Box | None) -> Mixed:
+        leaves = tuple(self._value(ref, want, ref in self.how.raw) for ref in reading.leaves)
+        return Mixed(reading.parts, leaves)
+
+    def _run_node(self, node: Node) -> tuple[torch.Tensor, ...]:
+        box = self.tile.boxes[node.index]
+        if (chain := self.how.chains.get(node.index)) is not None:
+            return (thin.chain(self._mixed(chain, box), node.outputs[0].dtype),)
+        wanted = operand_boxes(self.graph, node, box)
+        specs = tuple(self.graph.spec(ref) for ref in node.operands)
+        reading = self.how.convolutions.get(node.index)
+        tensors: list[Any] = [] if reading is None else [self._mixed(reading, wanted[0])]
+        first = len(tensors)
+        tensors += [self._value(ref, want) for ref, want in zip(node.operands[first:], wanted[first:], strict=True)]
+        rule = rule_for(node.op)
+        assert isinstance(rule, MapRule)
+        return rule.run(node, tensors, Place(box, wanted, specs, node.outputs, self.seed))
+
+    def _sum(self, index: int, reading: Reading, grads: tuple[torch.Tensor | None, ...]) -> None:
+        """Sum a reduction's terms while they are computed, with their gradients where the sum's is known."""
+        node = self.graph.nodes[index]
+        ref = node.operands[0]
+        box = self.tile.owned.get(ref)
+        if box is None:
+            return
+        spec = self.graph.spec(ref)
+        share = None
+        if self.grad and node.needs_grad and grads and grads[0] is not None:
+            rule = reduction_rule(self.graph, index)
+            one = torch.empty((1,) * len(spec.shape), dtype=spec.dtype)
+            share = rule.pull(node, spec, one, box, (), grads).reshape(())
+        with torch.set_grad_enabled(self.grad):
+            x = self._mixed(reading, box)
+        with torch.no_grad():
+            found = pointwise.total(x, spec.dtype, share)
+            assert found.total is not None
+            self.result.parts[index] = (found.total.sum().reshape(node.outputs[0].shape),)
+        self.result.roots += [(x.leaves[i], grad) for i, grad in found.grads.items() if x.leaves[i].requires_grad]
 
 
 def _leaf(graph: Graph, result: TileRun, ref: Ref, tensor: torch.Tensor, grad: bool) -> torch.Tensor:
     if grad and graph.nodes[ref.node].needs_grad and tensor.is_floating_point():
         result.leaves[ref] = tensor.requires_grad_()
     return tensor
-
-
-def _last_readers(graph: Graph, segment: Segment, tile: Tile) -> dict[Ref, int]:
-    return {ref: i for i in segment.nodes if i in tile.boxes for ref in graph.nodes[i].operands}
 
 
 def operand_boxes(graph: Graph, node: Node, box: Box) -> tuple[Box | None, ...]:
@@ -102,27 +201,12 @@ def operand_boxes(graph: Graph, node: Node, box: Box) -> tuple[Box | None, ...]:
     )
 
 
-def _run_node(
-    graph: Graph, node: Node, tile: Tile, env: Mapping[Ref, torch.Tensor], seed: int
-) -> tuple[torch.Tensor, ...]:
-    box = tile.boxes[node.index]
-    wanted = operand_boxes(graph, node, box)
-    specs = tuple(graph.spec(ref) for ref in node.operands)
-    tensors = [
-        env[ref] if want is None else crop(env[ref], spec.layout, tile.boxes[ref.node], want)
-        for ref, spec, want in zip(node.operands, specs, wanted, strict=True)
-    ]
-    rule = rule_for(node.op)
-    assert isinstance(rule, MapRule)
-    return rule.run(node, tensors, Place(box, wanted, specs, node.outputs, seed))
-
-
 def partials(graph: Graph, segment: Segment, run: TileRun) -> dict[int, State]:
     """The partial result of each reduction that the tile owns part of, by node index."""
-    result = {}
+    result = dict(run.parts)
     for index in segment.reductions:
         node = graph.nodes[index]
-        if node.operands[0] in run.owned:
+        if index not in result and node.operands[0] in run.owned:
             with torch.no_grad():
                 result[index] = reduction_rule(graph, index).partial(node, run.owned[node.operands[0]].detach())
     return result
@@ -152,6 +236,8 @@ def pull_back(graph: Graph, segment: Segment, run: TileRun, pull: Pull, tile: Ti
             if grad is not None:
                 grads[ref] = grad
     for index, given in pull.grads.items():
+        if index in run.parts:
+            continue
         node = graph.nodes[index]
         ref = node.operands[0]
         if ref not in run.owned or not run.owned[ref].requires_grad:
@@ -160,8 +246,9 @@ def pull_back(graph: Graph, segment: Segment, run: TileRun, pull: Pull, tile: Ti
         with torch.no_grad():
             found = rule.pull(node, graph.spec(ref), mine.detach(), box, pull.totals.get(index, ()), given)
         grads[ref] = grads[ref] + found if ref in grads else found
-    if not grads or not run.leaves:
+    if not (grads or run.roots) or not run.leaves:
         return {}
-    roots = [run.owned[ref] for ref in grads]
-    found_grads = torch.autograd.grad(roots, list(run.leaves.values()), list(grads.values()), allow_unused=True)
+    roots = [run.owned[ref] for ref in grads] + [root for root, _ in run.roots]
+    given_grads = list(grads.values()) + [grad for _, grad in run.roots]
+    found_grads = torch.autograd.grad(roots, list(run.leaves.values()), given_grads, allow_unused=True)
     return {ref: grad for ref, grad in zip(run.leaves, found_grads, strict=True) if grad is not None}

@@ -138,8 +138,8 @@ class RawReader:
             if box.width == self.shape[2]:
                 self._file.read_into(self._position(channel, box.y0, 0), _bytes(out[channel]))
             else:
-                for row in range(box.height):
-                    self._file.read_into(self._position(channel, box.y0 + row, box.x0), _bytes(out[channel, row]))
+                step = self.shape[2] * self.dtype.itemsize
+                self._file.read_rows(self._position(channel, box.y0, box.x0), step, out[channel].view(np.uint8))
         return out
 
     def _position(self, channel: int, y: int, x: int) -> int:

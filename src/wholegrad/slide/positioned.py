@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wholegrad.errors import SlideError
+from wholegrad.kernels import rows
 
 
 class PositionedFile:
@@ -66,6 +67,18 @@ class PositionedFile:
                     "the file is truncated: copy it again",
                 )
             done += count
+
+    def read_rows(self, offset: int, step: int, out: npt.NDArray[Any]) -> None:
+        """Fill the rows of a C-contiguous ``out`` with bytes that lie ``step`` apart from ``offset`` on.
+
+        Raises:
+            SlideError: as for ``read``.
+        """
+        size, to = out[0].nbytes, out.ctypes.data
+        if self._fd >= 0 and rows.available() and rows.read_rows(self._fd, offset, step, size, len(out), to, size):
+            return
+        for i, row in enumerate(out):  # slower, but says what is wrong
+            self.read_into(offset + i * step, row)
 
     def _once(self, offset: int, view: memoryview) -> int:
         if hasattr(os, "preadv"):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from wholegrad.graph.rules import thin
 from wholegrad.kernels.choice import serves
+from wholegrad.kernels.thin import Mixed
 
 aten = torch.ops.aten
 BAND_PIXELS = 1 << 13  # of the map on which windows sit, in one band
@@ -106,7 +107,7 @@ class Convolve(torch.autograd.Function):
 
 
 def convolve(
-    x: torch.Tensor,
+    x: torch.Tensor | Mixed,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     stride: list[int],
@@ -118,11 +119,12 @@ def convolve(
     """``aten.convolution`` with padding of its own for each side, differentiable once.
 
     Args:
+        x: computed as it is read where the thin kernels serve the convolution.
         padding: rows of zeros above and below ``x``, columns left and right of it; negative numbers crop. Transposed:
             what is cropped off the output; negative numbers add pixels that no input reaches.
     """
     steps, gaps = _pair(stride), _pair(dilation)
-    if serves(x, weight, steps, groups):
+    if isinstance(x, Mixed) or serves(x, weight, steps, groups):
         size = None
         if transposed:
             size = tuple(

@@ -1,4 +1,4 @@
-"""Convolution on a tile by the thin kernels, differentiable: few channels, planar tensors, padding without copies."""
+"""What the kernels compute, differentiable: thin convolutions of maps computed as they are read, and pointwise chains."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from wholegrad.kernels import thin
+from wholegrad.kernels import pointwise, thin
+from wholegrad.kernels.expression import IDENTITY, Leaf, Program
+from wholegrad.kernels.stage import Part
+from wholegrad.kernels.thin import Mixed
 
 
 class Window(NamedTuple):
@@ -19,14 +22,20 @@ class Window(NamedTuple):
 
 
 class ThinConvolve(torch.autograd.Function):
-    """``apply(x, weight, bias, window)`` with bias possibly None; transposed where ``window`` has a size."""
+    """``apply(weight, bias, window, parts, *leaves)`` with bias possibly None; transposed where ``window`` has a size."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, window: Window
+        ctx: Any,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        window: Window,
+        parts: tuple[Part, ...],
+        *leaves: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.window = window
+        ctx.save_for_backward(weight, *leaves)
+        ctx.window, ctx.parts = window, parts
+        x = Mixed(parts, leaves)
         stride, padding, dilation, size = window
         if size is None:
             return thin.forward(x, weight, bias, stride, padding, dilation)
@@ -34,23 +43,78 @@ class ThinConvolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        x, weight = ctx.saved_tensors
+        weight, *leaves = ctx.saved_tensors
+        x = Mixed(ctx.parts, tuple(leaves))
         stride, padding, dilation, size = ctx.window
-        of_x, of_weight, of_bias = None, None, None
-        if ctx.needs_input_grad[0] and size is None:
-            of_x = thin.input_gradient(grad, weight, x.shape[2:], stride, padding, dilation)
-        elif ctx.needs_input_grad[0]:
-            of_x = thin.forward(grad, weight, None, stride, padding, dilation)
-        if ctx.needs_input_grad[1]:
+        of_weight, of_bias = None, None
+        if ctx.needs_input_grad[0]:
             sat, read = (grad, x) if size is None else (x, grad)
             kernel = (weight.shape[2], weight.shape[3])
             of_weight = thin.weight_gradient(sat, read, kernel, stride, padding, dilation).to(weight.dtype)
-        if ctx.needs_input_grad[2]:  # a row in the map's own precision, rows in float64, as the kernels do
-            of_bias = grad.sum(3).sum((0, 2), dtype=torch.float64).to(grad.dtype)
-        return of_x, of_weight, of_bias, None
+        if ctx.needs_input_grad[1]:
+            of_bias = _channel_sums(grad).to(grad.dtype)
+        return of_weight, of_bias, None, None, *_leaf_gradients(ctx, x, grad, weight)
 
 
-def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
+def _channel_sums(grad: torch.Tensor) -> torch.Tensor:
+    """Sums over rows, columns and batch, a row in the map's own precision, rows in float64."""
+    whole = Mixed((Part(IDENTITY, grad.shape[1]),), (grad,))
+    found = pointwise.total(whole, grad.dtype, None).total
+    assert found is not None
+    return found.sum(0)
+
+
+def _leaf_gradients(ctx: Any, x: Mixed, grad: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor | None]:
+    """The gradient of every leaf: of the one map of each part whose derivative is wanted."""
+    stride, padding, dilation, size = ctx.window
+    result: list[torch.Tensor | None] = []
+    before = 0
+    for number, part in enumerate(x.parts):
+        wanted = part.program.wanted
+        given: torch.Tensor | None = None
+        if wanted and ctx.needs_input_grad[4 + len(result) + wanted[0]]:
+            factor = x.part(number) if part.program.steps else None
+            mine = slice(before, before + part.channels)
+            if size is None:
+                given = thin.input_gradient(
+                    grad, weight[:, mine], x.shape[2:], stride, padding, dilation, factor=factor
+                )
+            else:
+                given = thin.forward(grad, weight[mine], None, stride, padding, dilation, factor=factor)
+        result.extend(given if i in wanted else None for i in range(len(part.program.leaves)))
+        before += part.channels
+    return result
+
+
+def convolve(x: torch.Tensor | Mixed, weight: torch.Tensor, bias: torch.Tensor | None, window: Window) -> torch.Tensor:
     """The convolution, or with a size the transposed convolution, that ``window`` describes."""
-    result: torch.Tensor = ThinConvolve.apply(x, weight, bias, window)  # type: ignore[no-untyped-call]
+    if isinstance(x, torch.Tensor):
+        x = Mixed((Part(Program((Leaf(grad=x.requires_grad),)), x.shape[1]),), (x,))
+    result: torch.Tensor = ThinConvolve.apply(weight, bias, window, x.parts, *x.leaves)  # type: ignore[no-untyped-call]
+    return result
+
+
+class Chain(torch.autograd.Function):
+    """``apply(part, dtype, *leaves)``: the map that a program makes of its leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Part, dtype: torch.dtype, *leaves: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*leaves)
+        ctx.part = part
+        return pointwise.values(Mixed((part,), leaves), dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        leaves = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[2 + i] and leaf.grad for i, leaf in enumerate(ctx.part.program.leaves)]
+        marked = tuple(leaf._replace(grad=want) for leaf, want in zip(ctx.part.program.leaves, wanted, strict=True))
+        part = ctx.part._replace(program=ctx.part.program._replace(leaves=marked))
+        found = pointwise.pull(Mixed((part,), leaves), grad) if any(wanted) else {}
+        grads = [found[i].reshape(leaf.shape).to(leaf.dtype) if i in found else None for i, leaf in enumerate(leaves)]
+        return None, None, *grads
+
+
+def chain(x: Mixed, dtype: torch.dtype) -> torch.Tensor:
+    """The map that ``x``, of one part, stands for."""
+    result: torch.Tensor = Chain.apply(x.parts[0], dtype, *x.leaves)  # type: ignore[no-untyped-call]
     return result
