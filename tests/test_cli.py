@@ -87,6 +87,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "--network", "math:pi"], "network math:pi: is a float; name a class or function"),
         (["plan", "--budget", "2"], "needs a unit"),
         (["plan", "--slide", "no.svs"], "no.svs: "),
+        (["plan", "--boundary-dtype", "int8"], "invalid choice: 'int8' (choose from"),
         (["plan", "--shape", "3x4000x4000", "--budget", "10MiB"], "the smallest that would do is"),
         (["plan", "--mpp", "1", "--level", "2"], "not allowed with argument"),
         (["train", "no.toml"], "no.toml: cannot be read (No such file or directory); check the path"),
@@ -114,6 +115,13 @@ def test_plan_prints_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "image 1 x 3 x 2000 x 3000" in said
     assert "of a budget of 1.50 GiB" in said
+
+
+@pytest.mark.usefixtures("mine")
+def test_plan_stores_boundaries_rounded_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "--network", "my_nets:normed", "--loss", "bce", "--shape", "3x4000x3000", "--budget", "2GiB"]
+    assert main([*argv, "--boundary-dtype", "float16"]) == 0
+    assert "rounded to float16" in capsys.readouterr().out
 
 
 def test_synth_writes_a_slide_and_its_mask(tmp_path: Path) -> None:
