@@ -134,18 +134,14 @@ def test_synth_writes_a_slide_and_its_mask(tmp_path: Path) -> None:
 def test_train_with_flags_on_top(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = config.parent / "elsewhere"
     argv = ["train", str(config), "--steps", "2", "--lr", "0.5", "--budget", "2GiB", "--seed", "7"]
+    argv += ["--boundary-dtype", "float16"]
     assert main([*argv, "--out", str(out), "--set", "train.loss=focal", "--set", "train.panels=false"]) == 0
     said = capsys.readouterr().out
     assert "slides not trained on" in said
     assert str(out / "weights.safetensors") in said.replace("\n", "")
     settings = read_card(out).config["train"]
-    assert [settings[key] for key in ("steps", "lr", "budget", "seed", "loss")] == [
-        2,
-        0.5,
-        "2GiB",
-        7,
-        "focal",
-    ]
+    keys = ("steps", "lr", "budget", "boundary_dtype", "seed", "loss")
+    assert [settings[key] for key in keys] == [2, 0.5, "2GiB", "float16", 7, "focal"]
     assert len((out / "log.jsonl").read_text().splitlines()) == 2
     assert "already holds a run" in refused(capsys, *argv, "--out", str(out))
 

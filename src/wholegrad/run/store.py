@@ -19,7 +19,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -160,18 +159,15 @@ class DiskStore(MapStore):
         ]
 
     def read(self, box: Box) -> torch.Tensor:
-        result = torch.empty((self.stored[0], box.height, box.width, self.stored[3]), dtype=self.read_dtype)
-        narrow = self.dtype != self.read_dtype
-        row = torch.empty(result.shape[2:], dtype=self.dtype)  # of narrow elements, before they are widened
-        into: Any = (row if narrow else result).view(self._bits).numpy()
+        result = torch.empty((self.stored[0], box.height, box.width, self.stored[3]), dtype=self.dtype)
+        rows = result.view(self._bits).numpy()
         for i, y, offset in self._offsets(box):
-            self._each(self._file.readinto, memoryview(into if narrow else into[i, y]).cast("B"), offset)
-            if narrow:
-                result[i, y] = row
-        return self._tile(result)
+            self._each(self._file.readinto, memoryview(rows[i, y]).cast("B"), offset)
+        return self._tile(result.to(self.read_dtype))
 
     def write(self, box: Box, tile: torch.Tensor) -> None:
-        pixels = self._pixels(tile).to(self.dtype).contiguous().view(self._bits).numpy()
+        narrow = self._pixels(tile).to(self.dtype, memory_format=torch.contiguous_format)
+        pixels = narrow.contiguous().view(self._bits).numpy()
         for i, y, offset in self._offsets(box):
             self._each(self._file.write, memoryview(pixels[i, y]).cast("B"), offset)
 
