@@ -87,6 +87,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "--network", "math:pi"], "network math:pi: is a float; name a class or function"),
         (["plan", "--budget", "2"], "needs a unit"),
         (["plan", "--slide", "no.svs"], "no.svs: "),
+        (["plan", "--boundary-dtype", "int8"], "invalid choice: 'int8' (choose from"),
         (["plan", "--shape", "3x4000x4000", "--budget", "10MiB"], "the smallest that would do is"),
         (["plan", "--mpp", "1", "--level", "2"], "not allowed with argument"),
         (["train", "no.toml"], "no.toml: cannot be read (No such file or directory); check the path"),
@@ -116,6 +117,13 @@ def test_plan_prints_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "of a budget of 1.50 GiB" in said
 
 
+@pytest.mark.usefixtures("mine")
+def test_plan_stores_boundaries_rounded_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "--network", "my_nets:normed", "--loss", "bce", "--shape", "3x4000x3000", "--budget", "2GiB"]
+    assert main([*argv, "--boundary-dtype", "float16"]) == 0
+    assert "rounded to float16" in capsys.readouterr().out
+
+
 def test_synth_writes_a_slide_and_its_mask(tmp_path: Path) -> None:
     slide, mask = tmp_path / "new/s.tif", tmp_path / "new/m.tif"
     assert main(["synth", "--size", "200x300", "--seed", "3", "--out", str(slide), "--mask", str(mask)]) == 0
@@ -126,18 +134,14 @@ def test_synth_writes_a_slide_and_its_mask(tmp_path: Path) -> None:
 def test_train_with_flags_on_top(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = config.parent / "elsewhere"
     argv = ["train", str(config), "--steps", "2", "--lr", "0.5", "--budget", "2GiB", "--seed", "7"]
+    argv += ["--boundary-dtype", "float16"]
     assert main([*argv, "--out", str(out), "--set", "train.loss=focal", "--set", "train.panels=false"]) == 0
     said = capsys.readouterr().out
     assert "slides not trained on" in said
     assert str(out / "weights.safetensors") in said.replace("\n", "")
     settings = read_card(out).config["train"]
-    assert [settings[key] for key in ("steps", "lr", "budget", "seed", "loss")] == [
-        2,
-        0.5,
-        "2GiB",
-        7,
-        "focal",
-    ]
+    keys = ("steps", "lr", "budget", "boundary_dtype", "seed", "loss")
+    assert [settings[key] for key in keys] == [2, 0.5, "2GiB", "float16", 7, "focal"]
     assert len((out / "log.jsonl").read_text().splitlines()) == 2
     assert "already holds a run" in refused(capsys, *argv, "--out", str(out))
 

@@ -16,12 +16,15 @@ from wholegrad.errors import BudgetError
 STEP = """
 import json, sys
 import numpy as np
+import torch
 import wholegrad as wg
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
 from wholegrad.run.process import peak_resident
 
 folder, budget, loss, fixed = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+if "boundary_dtype" in fixed:
+    fixed["boundary_dtype"] = getattr(torch, fixed["boundary_dtype"])
 image, mask = (np.load(f"{folder}/{name}.npy", mmap_mode="r") for name in ("image", "mask"))
 model = unet4492(seed=0)
 plan = wg.plan(model, LOSSES[loss], image, mask, budget=budget, **fixed)
@@ -60,6 +63,8 @@ def test_the_measured_peak_stays_below_the_projected_one(files: Path, budget: st
         ("bce+dice", {}),
         ("bce", {"boundaries": ["down1", "fuse2", "up1"], "placement": "disk"}),
         ("bce", {"boundaries": ["down1", "middle", "up1"], "placement": "host", "tile": [300, 500]}),
+        ("bce", {"boundaries": ["down1", "fuse1"], "placement": "host", "boundary_dtype": "bfloat16"}),
+        ("bce", {"boundaries": ["down1", "fuse1"], "placement": "disk", "boundary_dtype": "float16"}),
     ],
 )
 def test_so_it_does_for_other_losses_and_placements(files: Path, loss: str, fixed: dict[str, Any]) -> None:

@@ -73,6 +73,10 @@ def test_overrides_go_on_top(tmp_path: Path) -> None:
             "train.loss=mse",
             "'train.loss' is 'mse', input should be 'bce', 'dice', 'bce+dice' or 'focal'; mend",
         ),
+        (
+            "train.boundary_dtype=int8",
+            "'train.boundary_dtype' is 'int8', input should be 'bfloat16' or 'float16'; mend that value",
+        ),
         ("data.crop=[0, 5]", "data.crop is [0, 5]; give height and width of 1 or more"),
         ("data.train=[]", "'data.train' is [], tuple should have at least 1 item"),
         ('data.test=["a"]', "'a' is in data.train and in data.test; test on slides not trained on"),

@@ -13,6 +13,7 @@ import tifffile
 import torch
 from torch import nn
 
+import wholegrad as wg
 from wholegrad.errors import ConfigError, NumericsError, SlideError
 from wholegrad.train.config import Config, TrainConfig, check_config
 from wholegrad.train.interrupt import Interrupt
@@ -51,6 +52,14 @@ def test_it_learns_and_leaves_what_it_promises(slides: Path) -> None:
     assert card.parameters == 4492
     assert card.dice == {"c": outcome.scores[0].dice, "mean": outcome.scores[0].dice}
     assert json.loads((slides / "out/test.json").read_text())[0]["name"] == "c"
+
+
+def test_boundaries_are_stored_as_the_configuration_says(slides: Path) -> None:
+    plans: list[wg.Plan] = []
+    watch = Watch(on_plan=lambda slide, plan: plans.append(plan))
+    train(configure(slides, out="narrow", steps=1, boundary_dtype="float16"), watch)
+    train(configure(slides, out="plain", steps=1), watch)
+    assert [plan.boundary_dtype for plan in plans] == [torch.float16, None]
 
 
 def test_a_step_is_whole_image_training(slides: Path) -> None:

@@ -21,6 +21,7 @@ from wholegrad.looks import Looks, difference, looks
 from wholegrad.plan import memory
 from wholegrad.plan.plan import Placement, Plan, parse_bytes
 from wholegrad.plan.planner import Request, check_elements, make_plan, storable
+from wholegrad.plan.storage import NARROW
 from wholegrad.run import process
 from wholegrad.run.executor import Executor, ProgressFn, Sink
 from wholegrad.run.sources import model_dtype, raw_images
@@ -87,6 +88,11 @@ def _placement(name: str | None) -> Placement | None:
         raise PlanError("placement", f"{name!r} is unknown", f"choose from {[str(p) for p in Placement]}") from error
 
 
+def _check_boundary_dtype(dtype: Any) -> None:
+    if dtype is not None and dtype not in NARROW.values():
+        raise PlanError("boundary_dtype", f"is {dtype!r}", f"choose {' or '.join(map(str, NARROW.values()))}, or None")
+
+
 def _boundary_refs(graph: Graph, names: Sequence[str] | None) -> frozenset[Ref] | None:
     """Boundaries named by module path (the last map that the module computes) or node name."""
     if names is None:
@@ -115,6 +121,7 @@ def plan(
     boundaries: Sequence[str] | None = None,
     placement: str | None = None,
     spill_dir: str | Path | None = None,
+    boundary_dtype: torch.dtype | None = None,
 ) -> Plan:
     """Plan one training step; nothing is read or run.
 
@@ -130,6 +137,9 @@ def plan(
         boundaries: module paths (or node names) whose outputs are kept, instead of the planner's choice.
         placement: ``"host"`` or ``"disk"`` for all boundaries.
         spill_dir: folder for boundaries on disk; default the system's temporary folder.
+        boundary_dtype: ``torch.bfloat16`` or ``torch.float16`` to store wider boundaries rounded, in fewer bytes.
+            Off by default. Gradients are then those of a model that rounds these maps, with one for the rounding's
+            own gradient. Arithmetic and boundaries' gradients keep their dtype.
 
     Raises:
         ShapeError: image and target do not fit together.
@@ -137,6 +147,7 @@ def plan(
         BudgetError: no plan fits; says the smallest budget that would do.
     """
     _check_tile(tile)
+    _check_boundary_dtype(boundary_dtype)
     inputs = given(image, target, model_dtype(model))
     graph = _capture(model, loss_fn, inputs, metrics)
     request = replace(
@@ -145,6 +156,7 @@ def plan(
         boundaries=_boundary_refs(graph, boundaries),
         placement=_placement(placement),
         spill_dir=None if spill_dir is None else Path(spill_dir),
+        boundary_dtype=boundary_dtype,
     )
     made = replace(make_plan(graph, request), made_for=_signature(model, loss_fn, inputs, metrics))
     check_elements(made)
@@ -278,7 +290,8 @@ def backward(
         The loss, 0-dimensional in float64; with ``metrics`` also their values by name.
 
     Raises:
-        NumericsError: loss or a gradient is not finite; no ``param.grad`` was touched.
+        NumericsError: loss or a gradient is not finite, or a boundary too large for the plan's ``boundary_dtype``; no
+            ``param.grad`` was touched.
         PlanError: the plan belongs to other shapes or metrics.
         SlideError: pixels cannot be read.
     """
@@ -311,7 +324,7 @@ def _executor(
     made: Plan, tensors: Mapping[str, torch.Tensor], inputs: Given, *, seed: int | None = None, **options: Any
 ) -> Executor:
     """An executor with a seed of its own if the graph draws random numbers and the caller names none."""
-    spilled = [made.graph.spec(ref) for ref, place in made.placements.items() if place is Placement.DISK]
+    spilled = sum(made.stored_bytes(ref) for ref, place in made.placements.items() if place is Placement.DISK)
     check_space(spilled, made.spill_dir)
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()).item()) if made.graph.random else 0

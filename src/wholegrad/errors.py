@@ -48,7 +48,7 @@ class PlanError(WholegradError):
 
 
 class NumericsError(WholegradError):
-    """The loss or a gradient is not finite."""
+    """The loss or a gradient is not finite, or a boundary holds values too large for the dtype it is stored in."""
 
 
 class SlideError(WholegradError):

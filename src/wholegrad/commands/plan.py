@@ -21,6 +21,7 @@ from wholegrad.commands.common import (
     shape,
     target_of,
 )
+from wholegrad.plan.storage import NARROW
 from wholegrad.slide.slide import open_slide
 
 TEXT = f"""\
@@ -44,6 +45,8 @@ def add(commands: Commands) -> None:
     add_loss(parser)
     add_level(parser)
     add_budget(parser)
+    help_text = "store boundaries rounded to this dtype, in half the bytes of float32 (default: as they are)"
+    parser.add_argument("--boundary-dtype", choices=NARROW, help=help_text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     height, width = image.shape[1:]
     target = target_of(args.target, (height, width), empty=True)
     try:
-        made = wg.plan(model, loss_fn, image, target, budget=args.budget)
+        dtype = NARROW.get(args.boundary_dtype)
+        made = wg.plan(model, loss_fn, image, target, budget=args.budget, boundary_dtype=dtype)
     except wg.WholegradError as error:
         raise blaming_target(error, model, image, args.target) from error
     CONSOLE.print(str(made))

@@ -23,14 +23,14 @@ EXAMPLES = """\
   wholegrad train run.toml --set data.mpp=4 --set train.schedule=constant
   wholegrad train run.toml --resume"""
 
-FLAGS = {"steps": int, "lr": float, "budget": str, "seed": int}
+FLAGS = {"steps": int, "lr": float, "budget": str, "boundary_dtype": str, "seed": int}
 
 
 def add(commands: Commands) -> None:
     parser = add_command(commands, "train", run, "train a network on whole slides", TEXT, EXAMPLES)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file; see examples/")
     for name, kind in FLAGS.items():
-        parser.add_argument(f"--{name}", type=kind, help=f"in place of train.{name}")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"in place of train.{name}")
     parser.add_argument("--out", type=Path, help="folder of the run, in place of train.out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key: data.mpp=2")
     parser.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")

@@ -2,8 +2,8 @@
 
 A thin convolution reads its input into scratch memory anyway, and a sum reads it once: what stands between them and the
 last map that must exist (a convolution's output, a boundary, the image) is written into the kernel as a
-:class:`~wholegrad.kernels.expression.Program`. Concatenations along channels are parts of such an input. Pointwise ops that
-nobody inlines run as chains: one pass forward, one back. Everything else runs as it did, op by op.
+:class:`~wholegrad.kernels.expression.Program`. Concatenations along channels are parts of such an input. Pointwise ops
+that nobody inlines run as chains: one pass forward, one back. Everything else runs as it did, op by op.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def inline(graph: Graph, segment: Segment, raw: frozenset[Ref] = frozenset()) ->
     return _Inliner(graph, segment, raw).run()
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818  no error: another way is taken
     """This value cannot be computed while it is read."""
 
 
@@ -201,12 +201,8 @@ class _Inliner:
         except _Stop:
             return None
         maps = [leaf for leaf, each in zip(leaves, program.leaves, strict=True) if each.kind == MAP]
-        if (
-            ref in leaves
-            or not program.steps
-            or node.outputs[0].dtype not in REALS
-            or not all(self._planar(each) for each in maps)
-        ):
+        own = ref not in leaves and bool(program.steps) and node.outputs[0].dtype in REALS
+        if not own or not all(self._planar(each) for each in maps):
             return None
         return Reading((Part(program, node.outputs[0].shape[1]),), leaves)
 

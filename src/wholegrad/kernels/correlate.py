@@ -170,12 +170,12 @@ def _block(
             for item in down
         ]
         first, lines = fetch
-        item = stage.item_size(code, stage.parts_of(shape.parts, shape.inputs))
-        notes = [(stage.Note(code, "%notes", code.add(first, c), item), k) for c, k in lines]
-        fetched = [(each, each.at(x_row, k * code.lanes)) for each, k in notes]
+        size = stage.item_size(code, stage.parts_of(shape.parts, shape.inputs))
+        notes = [(stage.Note(code, "%notes", code.add(first, c), size), k) for c, k in lines]
+        fetched = [(note, note.at(x_row, k * code.lanes)) for note, k in notes]
         with code.loop(0, arg["grad_width"], code.lanes, row.values) as place:
-            for each, pointer in fetched:
-                offset = code.mul(code.mul(place.index, cols.sources), each.size)
+            for note, pointer in fetched:
+                offset = code.mul(code.mul(place.index, cols.sources), note.size)
                 code.fetch(code.at(pointer, offset, "i8"))
             found = dict(zip(pairs, place.values, strict=True))
             gs = [code.load(code.at(pointer, place.index)) for pointer in g_places]

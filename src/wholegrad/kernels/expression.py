@@ -1,7 +1,7 @@
 """Small programs over single elements: what a kernel computes of some maps when it reads them, and its derivative.
 
-``1 - image / 255`` or a leaky ReLU costs nothing beside a convolution that reads its result from a register; as a map of
-its own it costs a pass through memory, there and back. A :class:`Program` says what is computed, as plain tuples, so
+``1 - image / 255`` or a leaky ReLU costs nothing beside a convolution that reads its result from a register; as a map
+of its own it costs a pass through memory, there and back. A :class:`Program` says what is computed, as plain tuples, so
 that it can be part of what a kernel is compiled for.
 """
 
@@ -357,7 +357,6 @@ def _by_lane(code: Code, name: str, x: str) -> str:
     result = "poison"
     for i in range(code.lanes):
         one = code.set(f"extractelement {code.vector} {x}, i64 {i}")
-        result = code.set(
-            f"insertelement {code.vector} {result}, double {code.set(f'call double @{name}(double {one})')}, i64 {i}"
-        )
+        one = code.set(f"call double @{name}(double {one})")
+        result = code.set(f"insertelement {code.vector} {result}, double {one}, i64 {i}")
     return result

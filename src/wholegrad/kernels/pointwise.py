@@ -1,8 +1,8 @@
 """One pass over some maps of equal size: a program's values, the gradients of what it reads, and sums over pixels.
 
 PyTorch makes a pass through memory for each op, and one or two for each op's gradient; here a chain of them costs one
-pass forward and one back. A sum over a map takes no map at all, and may give the gradients of its terms as it goes, where
-the gradient of the sum is known before (rule 4).
+pass forward and one back. A sum over a map takes no map at all, and may give the gradients of its terms as it goes,
+where the gradient of the sum is known before (rule 4).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _kernel(shape: Shape) -> Callable[..., None]:
 
 
 class Walked(NamedTuple):
-    """What a pass gave: values, gradients of maps in the order of their leaves, and sums ``(count, N, C)`` in float64."""
+    """What a pass gave: values, gradients of leaves by their numbers, and sums ``(N, C)`` in float64."""
 
     value: torch.Tensor | None
     grads: dict[int, torch.Tensor]

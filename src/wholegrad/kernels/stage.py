@@ -16,8 +16,8 @@ from wholegrad.kernels.expression import EACH, IDENTITY, MAP, ONE, Leaf, Program
 ARGUMENTS = (
     "ptr %to, ptr %leaves, i64 %channel, i64 %first, i64 %rows, i64 %height, i64 %width, i64 %column, i64 %places"
 )
-"""Rows ``[first, first + rows)`` of a channel of a map ``height`` x ``width`` go to ``to``: ``stride`` phases of ``places``
-elements a row (a multiple of the lanes). Column ``column`` goes to place 0 of phase 0."""
+"""Rows ``[first, first + rows)`` of a channel of a map ``height`` x ``width`` go to ``to``: ``stride`` phases of
+``places`` elements a row (a multiple of the lanes). Column ``column`` goes to place 0 of phase 0."""
 
 LEAF = 3  # 64-bit integers that say where a leaf is: address, elements from channel to channel, and from row to row
 

@@ -5,9 +5,10 @@ Words as in the documentation: *reserved* is what interpreter, libraries and all
 set of a tile. A tile's working set follows the order in which the executor runs and frees: in the forward sweep a
 value dies after its last reader, in the backward sweep values stay until the pull-back has passed them.
 
-``SLACK`` covers what the arithmetic does not see: the libraries' own scratch space, and the heap, which between tiles
-of unequal size comes apart into pieces that do not fit the next request. It was set so that the measured peak stays
-below the projected one over the grid of ``tests/test_memory.py``.
+``SLACK`` covers what the arithmetic does not see: the libraries' own scratch space, the narrow copy of a box on its way
+from disk (at most half of the box), and the heap, which between tiles of unequal size comes apart into pieces that do
+not fit the next request. It was set so that the measured peak stays below the projected one over the grid of
+``tests/test_memory.py``.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class _Tile:
         return [ref.node for ref in self.how.reads(self.graph, index) if ref.node in self.sizes]
 
     def _copies(self, index: int) -> int:
-        """Padded or cropped copies that a rule makes of a node's input and output, and the library's rearranged ones."""
+        """Padded or cropped copies that a rule makes of a node's input and output, and the library's own."""
         node = self.graph.nodes[index]
         rule = rule_for(node.op)
         if rule is None or rule.copies == (0, 0) or index in self.how.convolutions:

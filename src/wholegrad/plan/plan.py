@@ -7,9 +7,12 @@ from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.segment import Segment
 from wholegrad.plan.memory import Working, held_whole
+from wholegrad.plan.storage import dtype_name, stored_bytes, stored_dtype
 from wholegrad.plan.tiles import Grid, grid
 
 
@@ -92,6 +95,7 @@ class Plan:
         seconds: predicted, up to the speed of the machine.
         workers: tiles that run side by side.
         spill_dir: folder of the boundaries on disk.
+        boundary_dtype: in which boundaries of a wider dtype are stored; None for the graph's own.
         made_for: what the plan was made for, as the caller saw it; compared before a run.
     """
 
@@ -107,6 +111,7 @@ class Plan:
     backward: bool
     workers: int = 1
     spill_dir: Path | None = None
+    boundary_dtype: torch.dtype | None = None
     made_for: object = None
     _grids: dict[int, Grid] = field(default_factory=dict, repr=False)
 
@@ -118,6 +123,14 @@ class Plan:
     @property
     def boundaries(self) -> frozenset[Ref]:
         return frozenset(self.placements)
+
+    def stored_dtype(self, ref: Ref) -> torch.dtype:
+        """In which dtype a boundary is stored."""
+        return stored_dtype(self.graph.spec(ref), self.boundary_dtype)
+
+    def stored_bytes(self, ref: Ref) -> int:
+        """Bytes of a boundary as it is stored, its gradient not counted."""
+        return stored_bytes(self.graph.spec(ref), self.boundary_dtype)
 
     @cached_property
     def image_shape(self) -> tuple[int, ...]:
@@ -150,21 +163,28 @@ class Plan:
             show_bytes(working),
         )
 
+    def _describe_boundaries(self) -> str:
+        """How many bytes, where, and as what if they are rounded."""
+        if not self.placements:
+            return "no boundaries"
+        kept = sum(self.stored_bytes(ref) for ref in self.placements)
+        where = " and ".join(sorted({str(place) for place in self.placements.values()}))
+        narrow = any(self.stored_dtype(ref) != self.graph.spec(ref).dtype for ref in self.placements)
+        rounded = f", rounded to {dtype_name(self.boundary_dtype)}" if narrow and self.boundary_dtype else ""
+        return f"boundaries {show_bytes(kept)} in {where}{rounded}"
+
     def __str__(self) -> str:
         rows = [("segment", "yields", "tile", "tiles", "memory")]
         rows += [self.describe_segment(i) for i in range(len(self.segments))]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        kept = sum(self.graph.spec(ref).nbytes for ref in self.placements)
-        where = " and ".join(sorted({str(place) for place in self.placements.values()}))
-        boundaries = f"boundaries {show_bytes(kept)} in {where}" if where else "no boundaries"
         shape = " x ".join(map(str, self.image_shape))
         if (held := held_whole(self.graph)) > HELD_WORTH_SAYING:
             lines.append(f"held whole, for ops without locality: {show_bytes(held)}")
         lines += [
             "",
-            f"image {shape}; {boundaries}; forward work x {self.recompute:.2f}",
+            f"image {shape}; {self._describe_boundaries()}; forward work x {self.recompute:.2f}",
             f"projected peak {show_bytes(self.projected)} (of which reserved {show_bytes(self.reserved)})"
             + (f" of a budget of {show_bytes(self.budget)}" if self.budget else "")
             + f"; whole-image autograd would need {show_bytes(self.whole_image)}",

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from wholegrad.errors import BudgetError, PlanError
 from wholegrad.graph import fusion
 from wholegrad.graph.graph import Graph, Kind, Node, Ref, Spec
@@ -19,10 +21,12 @@ from wholegrad.graph.layout import Role, map_layout
 from wholegrad.graph.segment import Segment, cut
 from wholegrad.plan import cost, memory
 from wholegrad.plan.plan import Placement, Plan, SegmentPlan, show_bytes
+from wholegrad.plan.storage import stored_bytes
 from wholegrad.plan.tiles import AxisTiles, axis_tiles
 
 ELEMENT_LIMIT = 2**31  # rule 8
 TILE_EDGES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+HIGHEST = 2048  # rows of a tile; wide ones are read faster
 COARSE_EDGES = (64, 256, 512, 1024)  # while boundaries are being chosen
 LOOKED_AT = 8  # boundaries weighed anew at each step
 WORTHWHILE = 0.98  # of the predicted time, to which a change of boundaries must bring it
@@ -41,6 +45,7 @@ class Request:
         workers: tiles that run side by side, each with its own working set.
         sinks: output maps that are written to the caller's destination rather than kept (prediction).
         tile, boundaries, placement: fixed by the caller where not None.
+        boundary_dtype: in which boundaries of a wider dtype are stored; None for the graph's own.
     """
 
     budget: int | None
@@ -52,6 +57,7 @@ class Request:
     boundaries: frozenset[Ref] | None = None
     placement: Placement | Mapping[Ref, Placement] | None = None
     spill_dir: Path | None = None
+    boundary_dtype: torch.dtype | None = None
     sink_bytes: int = 0  # what sinks hold, in bytes for each pixel of one row of tiles
     raw: frozenset[Ref] = frozenset()  # images whose pixels are 8-bit fractions of 255
 
@@ -293,9 +299,8 @@ class _Search:
             return [self.request.tile]
         spec = self.graph.spec(segment.base)
         edges = self.edges
-        return list(dict.fromkeys(
-            (min(h, spec.rows), min(w, spec.cols)) for h in edges for w in edges if h <= 2048 and w in (h, 2 * h, 4 * h, 8 * h, 16 * h)
-        ))  # fmt: skip
+        shapes = [(h, w) for h in edges for w in edges if h <= HIGHEST and w in [h << k for k in range(5)]]
+        return list(dict.fromkeys((min(h, spec.rows), min(w, spec.cols)) for h, w in shapes))
 
     def how(self, segment: Segment) -> Inlined:
         """What of a segment is computed where it is read."""
@@ -347,17 +352,25 @@ class _Search:
         self, segments: tuple[Segment, ...], boundaries: frozenset[Ref], budget: int | None
     ) -> dict[Ref, Placement]:
         """Host memory for the smallest boundaries, up to half of the budget; disk for the rest."""
-        kept = sorted(boundaries - set(self.request.sinks), key=lambda ref: self.graph.spec(ref).nbytes)
+        kept = sorted(boundaries - set(self.request.sinks), key=self.stored)
         wanted = self.request.placement
         if isinstance(wanted, Placement):
             return dict.fromkeys(kept, wanted)
         room = float("inf") if budget is None else (budget - self.request.reserved) / 2
         result = {}
         for ref in kept:
-            room -= 2 * self.graph.spec(ref).nbytes
+            room -= self.with_gradient(ref)
             fixed = wanted.get(ref) if wanted is not None else None
             result[ref] = fixed or (Placement.HOST if room >= 0 else Placement.DISK)
         return result
+
+    def stored(self, ref: Ref) -> int:
+        """Bytes of a boundary as it is stored."""
+        return stored_bytes(self.graph.spec(ref), self.request.boundary_dtype)
+
+    def with_gradient(self, ref: Ref) -> int:
+        """The same with its gradient, which is kept in the graph's dtype."""
+        return self.stored(ref) + self.graph.spec(ref).nbytes
 
     def held(self, segments: tuple[Segment, ...], places: Mapping[Ref, Placement]) -> tuple[list[int], list[int]]:
         """Bytes of boundaries and their gradients in host memory while each segment runs forward, and backward."""
@@ -369,14 +382,14 @@ class _Search:
                     read[ref].append(k)
         forward, backward = [0] * len(segments), [0] * len(segments)
         for ref in (ref for ref, place in places.items() if place is Placement.HOST):
-            size, last = self.graph.spec(ref).nbytes, max(read[ref], default=made[ref])
+            size, last = self.stored(ref), max(read[ref], default=made[ref])
             for i in range(made[ref], len(segments) if self.request.backward else last + 1):
                 forward[i] += size
             for i in range(min(read[ref], default=len(segments)), len(segments)):
                 backward[i] += size
             if self.graph.nodes[ref.node].needs_grad:
                 for i in range(made[ref], last + 1):
-                    backward[i] += size
+                    backward[i] += self.graph.spec(ref).nbytes
         return forward, backward if self.request.backward else forward
 
     def assemble(self, parts: Sequence[SegmentPlan], fused: bool, places: dict[Ref, Placement]) -> Plan:
@@ -407,6 +420,7 @@ class _Search:
             backward=request.backward,
             workers=request.workers,
             spill_dir=request.spill_dir,
+            boundary_dtype=request.boundary_dtype,
         )
 
     def runs(self, i: int, count: int, fused: bool) -> int:
@@ -416,8 +430,8 @@ class _Search:
         return 2
 
     def disk_seconds(self, places: Mapping[Ref, Placement]) -> float:
-        spilled = sum(self.graph.spec(ref).nbytes for ref, place in places.items() if place is Placement.DISK)
-        return 4 * spilled * 1e-9
+        spilled = sum(self.with_gradient(ref) for ref, place in places.items() if place is Placement.DISK)
+        return 2 * spilled * 1e-9
 
 
 def check_elements(plan: Plan) -> None:

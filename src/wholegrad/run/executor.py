@@ -27,11 +27,12 @@ from wholegrad.graph.rules import State
 from wholegrad.graph.rules.reduction import wide
 from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.plan.plan import Placement, Plan
+from wholegrad.plan.storage import dtype_name
 from wholegrad.plan.tiles import Tile
 from wholegrad.run import process
 from wholegrad.run.small import SmallValues
 from wholegrad.run.sources import Source, raw_images
-from wholegrad.run.store import DiskStore, HostStore, MapStore
+from wholegrad.run.store import DiskStore, HostStore, MapStore, overflows
 from wholegrad.run.tile import Pull, partials, pull_back, run_tile
 from wholegrad.run.workers import in_order
 
@@ -133,7 +134,7 @@ class Executor:
         later = {ref for part in self.plan.segments[i + 1 :] for ref in part.segment.maps}
         for ref in segment.outputs:
             if ref not in self.sinks or ref in later:
-                self.maps[ref] = self._new_store(ref)
+                self.maps[ref] = self._new_store(ref, self.plan.stored_dtype(ref))
 
         how = self._how(segment)
 
@@ -164,6 +165,8 @@ class Executor:
         if ref in self.sinks:
             self.sinks[ref](box, value)
         if ref in self.maps:
+            if overflows(value, self.maps[ref].dtype):
+                self._too_large(ref, box, value)
             self.maps[ref].write(box, value)
 
     def _merge(self, found: Mapping[int, State], tile: Tile) -> None:
@@ -184,6 +187,16 @@ class Executor:
             "lower the learning rate, or look for NaN in weights and pixels there",
         )
 
+    def _too_large(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
+        dtype = self.maps[ref].dtype
+        largest = value.detach().nan_to_num(0, 0, 0).abs().max().item()
+        raise NumericsError(
+            f"boundary {self.graph.nodes[ref.node].place}",
+            f"reaches {largest:.5g} on rows {box.y0} to {box.y1}, columns {box.x0} to {box.x1}, more than "
+            f"{dtype_name(dtype)}, in which it is stored, can hold ({torch.finfo(dtype).max:.5g})",
+            "use bfloat16 (up to 3.4e+38) or no boundary_dtype",
+        )
+
     def _finish(self, reductions: tuple[int, ...]) -> None:
         for index in reductions:
             node = self.graph.nodes[index]
@@ -192,11 +205,11 @@ class Executor:
             )
             self.small.values.update(zip(node.refs, outputs, strict=True))
 
-    def _new_store(self, ref: Ref) -> MapStore:
+    def _new_store(self, ref: Ref, dtype: torch.dtype) -> MapStore:
         spec = self.graph.spec(ref)
         if self.plan.placements.get(ref) is Placement.DISK:
-            return DiskStore(spec, self.plan.spill_dir)
-        return HostStore(spec)
+            return DiskStore(spec, self.plan.spill_dir, dtype)
+        return HostStore(spec, dtype)
 
     def _fetch(self, ref: Ref, box: Box, raw: bool = False) -> torch.Tensor:
         node = self.graph.nodes[ref.node]
@@ -284,7 +297,7 @@ class Executor:
 
     def _grad_store(self, ref: Ref) -> MapStore:
         if ref not in self.map_grads:
-            self.map_grads[ref] = self._new_store(ref)
+            self.map_grads[ref] = self._new_store(ref, self.graph.spec(ref).dtype)
         return self.map_grads[ref]
 
     def _after_backward(self, i: int) -> None:

@@ -2,6 +2,9 @@
 
 Both keep pixels interleaved, ``(N, H, W, C)``, so that a tile comes back in the layout that convolutions prefer and a
 row of a box is one contiguous read. Memory comes from ``mmap``: zero when new, and returned to the system on close.
+
+A map may be stored in a narrower dtype than the graph's: it is rounded once, when written, and every read of it, in the
+forward sweep and in the backward, gives the same rounded values in the graph's dtype.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import shutil
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -27,11 +30,16 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class MapStore(ABC):
-    """A map of a Spec's shape whose last two dimensions are rows and columns; new ones hold zeros."""
+    """A map of a Spec's shape whose last two dimensions are rows and columns; new ones hold zeros.
 
-    def __init__(self, spec: Spec) -> None:
+    Args:
+        dtype: in which elements are stored; None for the Spec's own, in which they are read and written.
+    """
+
+    def __init__(self, spec: Spec, dtype: torch.dtype | None = None) -> None:
         self.shape = spec.shape
-        self.dtype = spec.dtype
+        self.read_dtype = spec.dtype
+        self.dtype = dtype or spec.dtype
         batch = self.shape[0] if len(self.shape) == 4 else 1
         self.stored = (batch, spec.rows, spec.cols, prod(self.shape[:-2]) // batch)
 
@@ -66,14 +74,24 @@ class MapStore(ABC):
         """Give the memory or the file back."""
 
 
-def check_space(specs: Iterable[Spec], folder: Path | None) -> None:
-    """Whether these maps can all lie on disk at once, before anything runs (rule 7).
+def overflows(tile: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a finite element becomes infinite when it is rounded to ``dtype``."""
+    if tile.dtype == dtype:
+        return False
+    limit = torch.finfo(dtype).max
+    low, high = torch.aminmax(tile.detach())
+    if -limit <= low and high <= limit:
+        return False
+    return bool((torch.isinf(tile.to(dtype)) & torch.isfinite(tile)).any())  # infinities and NaN are not ours to judge
+
+
+def check_space(needed: int, folder: Path | None) -> None:
+    """Whether so many bytes of boundaries can lie on disk at once, before anything runs (rule 7).
 
     Raises:
         PlanError: they cannot.
     """
     where = str(folder or tempfile.gettempdir())
-    needed = sum(spec.nbytes for spec in specs)
     try:
         free = shutil.disk_usage(where).free
     except OSError as error:
@@ -86,8 +104,8 @@ def check_space(specs: Iterable[Spec], folder: Path | None) -> None:
 class HostStore(MapStore):
     """A map in anonymous memory."""
 
-    def __init__(self, spec: Spec) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: Spec, dtype: torch.dtype | None = None) -> None:
+        super().__init__(spec, dtype)
         self._memory = mmap.mmap(-1, max(self.nbytes, 1))
         flat = torch.frombuffer(self._memory, dtype=self.dtype, count=prod(self.shape))
         self._map: torch.Tensor | None = flat.view(self.stored)
@@ -98,7 +116,8 @@ class HostStore(MapStore):
         return self._map[:, rows, cols]
 
     def read(self, box: Box) -> torch.Tensor:
-        return self._tile(self._box(box).clone(memory_format=torch.contiguous_format))
+        stored = self._box(box)
+        return self._tile(torch.empty(stored.shape, dtype=self.read_dtype).copy_(stored))
 
     def write(self, box: Box, tile: torch.Tensor) -> None:
         self._box(box).copy_(self._pixels(tile))
@@ -117,8 +136,8 @@ class HostStore(MapStore):
 class DiskStore(MapStore):
     """A map in an unnamed file of ``folder``: gone with the process, however that ends."""
 
-    def __init__(self, spec: Spec, folder: Path | None) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: Spec, folder: Path | None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(spec, dtype)
         try:
             self._file = tempfile.TemporaryFile(prefix="wholegrad-", suffix=".map", dir=folder, buffering=0)  # noqa: SIM115
             os.truncate(self._file.fileno(), self.nbytes)
@@ -144,10 +163,11 @@ class DiskStore(MapStore):
         rows = result.view(self._bits).numpy()
         for i, y, offset in self._offsets(box):
             self._each(self._file.readinto, memoryview(rows[i, y]).cast("B"), offset)
-        return self._tile(result)
+        return self._tile(result.to(self.read_dtype))
 
     def write(self, box: Box, tile: torch.Tensor) -> None:
-        pixels = self._pixels(tile).contiguous().view(self._bits).numpy()
+        narrow = self._pixels(tile).to(self.dtype, memory_format=torch.contiguous_format)
+        pixels = narrow.contiguous().view(self._bits).numpy()
         for i, y, offset in self._offsets(box):
             self._each(self._file.write, memoryview(pixels[i, y]).cast("B"), offset)
 

@@ -59,7 +59,10 @@ class NetworkConfig(_Table):
 
 
 class TrainConfig(_Table):
-    """Steps or epochs, not both; a step is one slide; ``weights`` are of background and tissue."""
+    """Steps or epochs, not both; a step is one slide; ``weights`` are of background and tissue.
+
+    ``boundary_dtype`` stores boundaries rounded to it, as :func:`wholegrad.plan` does; left out, as they are.
+    """
 
     steps: int | None = Field(default=None, ge=0)
     epochs: int | None = Field(default=None, ge=0)
@@ -69,6 +72,7 @@ class TrainConfig(_Table):
     loss: Literal["bce", "dice", "bce+dice", "focal"] = "bce+dice"
     weights: tuple[float, float] = (1.0, 1.0)
     budget: str | int | None = None
+    boundary_dtype: Literal["bfloat16", "float16"] | None = None
     seed: int = Field(default=0, ge=0)
     threads: int | None = Field(default=None, ge=1)
     checkpoint_minutes: float = Field(default=5.0, ge=0)

@@ -22,6 +22,7 @@ from torch import nn
 import wholegrad as wg
 from wholegrad.errors import ConfigError, NumericsError, WholegradError
 from wholegrad.losses import LOSSES, Loss, dice_from_counts
+from wholegrad.plan.storage import NARROW
 from wholegrad.run.process import peak_resident, resident
 from wholegrad.train.cases import Case, Readers, open_cases
 from wholegrad.train.config import Config, TrainConfig
@@ -263,6 +264,7 @@ class Run:
                 readers.mask,
                 budget=self.config.train.budget,
                 metrics=METRICS,
+                boundary_dtype=NARROW.get(self.config.train.boundary_dtype or ""),
             )
             self.watch.on_plan(case.name, self.plans[case.size])
         return self.plans[case.size]

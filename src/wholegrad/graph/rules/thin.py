@@ -1,4 +1,4 @@
-"""What the kernels compute, differentiable: thin convolutions of maps computed as they are read, and pointwise chains."""
+"""What the kernels compute, differentiable: thin convolutions of maps computed as they are read, pointwise chains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Window(NamedTuple):
 
 
 class ThinConvolve(torch.autograd.Function):
-    """``apply(weight, bias, window, parts, *leaves)`` with bias possibly None; transposed where ``window`` has a size."""
+    """``apply(weight, bias, window, parts, *leaves)``, bias possibly None; transposed where ``window`` has a size."""
 
     @staticmethod
     def forward(
