@@ -7,33 +7,55 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from common import GIB
 from matplotlib.figure import Figure
-from tables import Results, load, megapixels, per_pixel
+from tables import PEERS, Results, best_peer, load, megapixels, per_pixel
 
 OURS, WHOLE = "#0b5cad", "#b3541e"
+MARKERS = dict(zip(PEERS, "s^", strict=True))
+
+
+def gigapixels(results: list[dict[str, Any]]) -> list[float]:
+    return [megapixels(result) / 1000 for result in results]
+
+
+def draw_memory(axes: Any, found: list[dict[str, Any]], peers: Results) -> None:
+    """Peaks; the dashed line is computed, not measured."""
+    area = gigapixels(found)
+    axes.loglog(area, [r["peak_bytes"] / GIB for r in found], "o-", color=OURS, label="wholegrad, measured")
+    whole = [r["whole_image_bytes"] / GIB for r in found]
+    axes.loglog(area, whole, "--", color=WHOLE, label="whole image, PyTorch, computed")
+    for kind, result in peers.items():
+        peak = [result["peak_bytes"] / GIB]
+        axes.loglog(gigapixels([result]), peak, MARKERS[kind], color=WHOLE, label=f"{PEERS[kind]}, measured")
+    axes.set_title("peak memory, GiB")
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def draw_pace(axes: Any, found: list[dict[str, Any]], peers: Results) -> None:
+    axes.semilogx(gigapixels(found), [per_pixel(result) for result in found], "o-", color=OURS, label="wholegrad")
+    for kind, result in peers.items():
+        axes.semilogx(gigapixels([result]), [per_pixel(result)], MARKERS[kind], color=WHOLE, label=PEERS[kind])
+    axes.set_title("seconds a gigapixel, one training step")
+    axes.set_ylim(0, None)
 
 
 def draw(results: Results, out: Path) -> None:
-    """Memory left, pace right; the dashed line is what whole-image autograd would need, computed, not measured."""
     found = sorted((result for name, result in results.items() if name.startswith("area-")), key=megapixels)
-    area = [megapixels(result) / 1000 for result in found]
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    memory, pace = figure.subplots(1, 2)
-    memory.loglog(area, [r["peak_bytes"] / GIB for r in found], "o-", color=OURS, label="wholegrad, measured peak")
-    whole = [r["whole_image_bytes"] / GIB for r in found]
-    memory.loglog(area, whole, "--", color=WHOLE, label="whole-image autograd, computed from the graph")
-    memory.axhline(found[0]["budget_bytes"] / GIB, color="grey", linewidth=0.8, linestyle=":", label="budget")
-    memory.set(title="memory, GiB", xlabel="gigapixels")
-    memory.legend(frameon=False, fontsize=8)
-    pace.semilogx(area, [per_pixel(result) for result in found], "o-", color=OURS)
-    pace.set(title="seconds a gigapixel, one training step", xlabel="gigapixels", ylim=(0, None))
-    for axes in (memory, pace):
+    peers = {kind: result for kind in PEERS if (result := best_peer(results, kind)) is not None}
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_memory(left, found, peers)
+    draw_pace(right, found, peers)
+    for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xticks(area, [f"{value:.2g}" for value in area])
+        axes.set_xlabel("gigapixels")
+        axes.set_xticks(gigapixels(found), [f"{value:.2g}" for value in gigapixels(found)])
         axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8)
     figure.savefig(out, metadata={"Date": None})
 
 

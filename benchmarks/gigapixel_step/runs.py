@@ -209,7 +209,8 @@ def about() -> dict[str, Any]:
     model = next((line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), "")
     memory = round(psutil.virtual_memory().total / GIB)
     vectors = ", AVX-512" if "avx512f" in info else ""
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    revision = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
         "machine": f"{model}{vectors}, {os.cpu_count()} cores, {memory} GiB, {platform.system()}",
@@ -228,5 +229,5 @@ def carry_out(settings: Settings, run: Run) -> bool:
         print(f"{run.name}: failed, see above", file=sys.stderr)
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about(), "name": run.name, **found}, indent=1) + "\n")
+    path.write_text(json.dumps({**about(), "size": settings.size, "name": run.name, **found}, indent=1) + "\n")
     return True

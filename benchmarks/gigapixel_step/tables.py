@@ -91,16 +91,25 @@ def ours(results: Results) -> str:
     return table([f"wholegrad, {extent(next(iter(found.values())))}", *COMMON, "seconds, times the first"], rows)
 
 
+def of_peer(results: Results, kind: str) -> Results:
+    """One peer's results, the fastest a pixel first."""
+    found = [(name, result) for name, result in results.items() if name.startswith(f"peer-{kind}-")]
+    return dict(sorted(found, key=lambda pair: per_pixel(pair[1])))
+
+
+def best_peer(results: Results, kind: str) -> Result | None:
+    """The setting under which a peer is fastest."""
+    return next(iter(of_peer(results, kind).values()), None)
+
+
 def peers(results: Results) -> str:
     """Whole-image peers, the better of each kind in bold, and how much slower a pixel is there than in our step."""
     rows = []
     for kind, words in PEERS.items():
-        found = {name: result for name, result in results.items() if name.startswith(f"peer-{kind}-")}
-        best = min(found, key=lambda name: per_pixel(found[name]), default=None)
-        for name, result in sorted(found.items(), key=lambda pair: per_pixel(pair[1])):
+        for i, (name, result) in enumerate(of_peer(results, kind).items()):
             label = f"{words}, {variant(name)}, {extent(result)}"
             ratio = f"{per_pixel(result) / per_pixel(results['step']):.1f}" if "step" in results else ""
-            rows.append([f"**{label}**" if name == best else label, *common_cells(result), ratio])
+            rows.append([label if i else f"**{label}**", *common_cells(result), ratio])
     if not rows:
         return ""
     head = ["whole image", *COMMON, "ns a pixel, times wholegrad's step"]
@@ -184,7 +193,8 @@ def footer(results: Results) -> str:
     threads = sorted({result["threads"] for result in results.values() if "threads" in result})
     return (
         f"Measured from {dates[0]} to {dates[-1]}, revision {every('revision')}: {every('machine')}, {software}, "
-        f"{'/'.join(map(str, threads))} threads."
+        f"{'/'.join(map(str, threads))} threads. "
+        f"Command: `python benchmarks/gigapixel_step/main.py --size {every('size')}`."
     )
 
 
