@@ -166,7 +166,8 @@ class _Inliner:
         if ref.node not in self.inside or ref in self.forced or node.op is not aten.cat.default:
             return [ref]
         bound = bind(node.op, node.args, node.kwargs)
-        if bound["dim"] % 4 != 1 or not self._planar_layout(ref):
+        same = {self.graph.spec(piece).dtype for piece in node.operands} == {self.graph.spec(ref).dtype}
+        if bound["dim"] % 4 != 1 or not self._planar_layout(ref) or not same:
             return [ref]
         return [piece for each in bound["tensors"] for piece in self._pieces(each)]
 
