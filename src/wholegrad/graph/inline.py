@@ -114,6 +114,7 @@ class _Inliner:
             for ref in graph.nodes[index].operands
         }
         opaque |= {graph.nodes[i].operands[0] for i in self.segment.reductions if i not in sums}
+        opaque.update(self.segment.outputs)
         return Inlined(tuple(reversed(nodes)), convolutions, chains, sums, self.raw, frozenset(opaque & self.raw))
 
     def _forced(self) -> set[Ref]:
