@@ -354,6 +354,8 @@ def _compare(op: str) -> Writer:
         a, other = build.real(bound["self"], False), bound["other"]
         if isinstance(other, Ref):
             return build.step(op, a, build.real(other, False))
+        if isinstance(other, int) and not 0 <= other < 256 and build.graph.spec(bound["self"]).dtype == torch.uint8:
+            raise _Stop  # PyTorch compares with what is left of it in 8 bits
         return build.step(op, a, numbers=(float(other),))
 
     return write
