@@ -371,7 +371,7 @@ def _logic(op: str) -> Writer:
 def _clamp(op: str, low: str, high: str) -> Writer:
     def write(build: _Build, bound: dict[str, Any], grad: bool) -> int:
         ends = [bound[name] for name in (low, high)]
-        if any(isinstance(end, Ref) for end in ends):
+        if any(isinstance(end, Ref) or (end is not None and math.isnan(end)) for end in ends):
             raise _Stop
         numbers = tuple(
             float(end) if end is not None else sign * math.inf for end, sign in zip(ends, (-1, 1), strict=True)
