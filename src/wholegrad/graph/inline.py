@@ -29,6 +29,7 @@ aten = torch.ops.aten
 REALS = (torch.float32, torch.float64)
 BYTES = (torch.uint8, torch.bool)
 MOST_LEAVES = 8
+DEEPEST = 48  # ops on ops in one program, which are followed by recursion
 CHEAP = 16  # instructions for a vector that may be done again by every kernel that reads
 PLANAR = (Role.PLAIN, Role.PLAIN, Role.ROW, Role.COL)
 
@@ -240,6 +241,7 @@ class _Build:
         self.steps: list[Step] = []  # leaves are numbered -1, -2, .. until all are known
         self.memory: dict[tuple[Ref, bool], int] = {}
         self.masks: set[int] = set()
+        self.depth = 0
 
     def finish(self, top: bool = False) -> tuple[Program, tuple[Ref, ...]]:
         """The program; with ``top``, of the op itself even where its value must exist."""
@@ -281,7 +283,7 @@ class _Build:
         grad = grad and node.needs_grad
         if (ref, grad) in self.memory:
             return self.memory[ref, grad]
-        may = ref.node in self.inliner.inside and node.op in OPS
+        may = ref.node in self.inliner.inside and node.op in OPS and self.depth < DEEPEST
         found = self._inner(node, grad) if may and (top or ref not in self.inliner.forced) else None
         if found is None:
             found = self._leaf(ref, grad)
@@ -292,6 +294,7 @@ class _Build:
         """The op's steps; None if it must be a leaf instead."""
         spec = node.outputs[0]
         before = len(self.steps), dict(self.leaves), dict(self.memory), set(self.masks)
+        self.depth += 1
         try:
             if spec.dtype not in (self.spec.dtype, torch.bool) or spec.shape != self.spec.shape:
                 raise _Stop
@@ -301,6 +304,8 @@ class _Build:
             del self.steps[before[0] :]
             self.leaves, self.memory, self.masks = before[1:]
             return None
+        finally:
+            self.depth -= 1
 
     def _leaf(self, ref: Ref, grad: bool) -> int:
         spec, real = self.graph.spec(ref), self.spec.dtype
