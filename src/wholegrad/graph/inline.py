@@ -298,8 +298,10 @@ class _Build:
         try:
             if spec.dtype not in (self.spec.dtype, torch.bool) or spec.shape != self.spec.shape:
                 raise _Stop
-            bound = bind(node.op, node.args, node.kwargs)
-            return OPS[node.op](self, bound, grad)
+            found = OPS[node.op](self, bind(node.op, node.args, node.kwargs), grad)
+            if spec.dtype == torch.bool and found not in self.masks:  # true plus true is true
+                found = self.step("ne", found, numbers=(0.0,))
+            return found
         except _Stop:
             del self.steps[before[0] :]
             self.leaves, self.memory, self.masks = before[1:]
@@ -387,13 +389,13 @@ def _clamp(op: str, low: str, high: str) -> Writer:
 
 
 def _same(build: _Build, bound: dict[str, Any], grad: bool) -> int:
-    """A copy, perhaps of masks or bytes to real numbers."""
-    found = build.value(bound["self"], grad)
-    if bound.get("dtype") not in (None, build.spec.dtype) and not (
-        bound["dtype"] == torch.bool and found in build.masks
-    ):
+    """A copy, perhaps of masks or bytes to real numbers, or to masks."""
+    dtype = bound.get("dtype")
+    if dtype == torch.bool:
+        return build.mask(bound["self"])
+    if dtype not in (None, build.spec.dtype):
         raise _Stop
-    return build.step("real", found) if found in build.masks and bound.get("dtype") == build.spec.dtype else found
+    return build.value(bound["self"], grad) if dtype is None else build.real(bound["self"], grad)
 
 
 def _where(build: _Build, bound: dict[str, Any], grad: bool) -> int:
