@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from wholegrad.graph.rules import thin as rules
 from wholegrad.graph.rules.convolve import convolve
 from wholegrad.kernels import compile as compiling
-from wholegrad.kernels import correlate, slide, taps, thin
+from wholegrad.kernels import correlate, pointwise, rows, slide, taps, thin
 from wholegrad.kernels.choice import THICK, THIN, serves
+from wholegrad.kernels.expression import EACH, MAP, ONE, Leaf, Program, Step
 from wholegrad.kernels.host import Host, host
+from wholegrad.kernels.stage import Part
+from wholegrad.kernels.thin import Mixed
 
 pytestmark = pytest.mark.skipif(host() is None, reason="no kernels for this processor")
 EXACT = 1e-12
@@ -224,15 +230,131 @@ def test_machine_code_is_kept_and_checked(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert first[name].equal(second[name]) and first[name].equal(third[name]) and first[name].equal(fourth[name])
 
 
+# Inputs that are computed while they are staged.
+
+PARTS = (
+    Part(Program((Leaf(MAP, 1),), (Step("u8", (0,)), Step("constant", (), (1.0,)), Step("sub", (2, 1)))), 2),
+    Part(Program((Leaf(grad=True), Leaf()), (Step("leaky", (0,), (0.1,)), Step("mul", (2, 1)))), 1),
+    Part(Program((Leaf(grad=True), Leaf(EACH), Leaf(ONE)), (Step("mul", (0, 1)), Step("add", (3, 2)))), 3),
+)
+MIXED_WINDOWS = {
+    "three by three": rules.Window((1, 1), (1, 1, 1, 1), (1, 1), None),
+    "strides, dilation, a crop": rules.Window((3, 2), (1, 0, -1, 3), (1, 2), None),
+    "stride four": rules.Window((4, 4), (2, 2, 2, 2), (1, 1), None),
+    "transposed": rules.Window((2, 3), (1, 0, 1, 2), (1, 1), (40, 121)),
+}
+
+
+def leaves_of_parts(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The same numbers in every precision."""
+    draw = torch.Generator().manual_seed(0)
+
+    def real(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).to(dtype)
+
+    pixels = torch.randint(0, 256, (2, 2, 20, 41), generator=draw, dtype=torch.uint8)
+    crop = real(2, 3, 23, 50)[:, :, 2:22, 5:46]
+    return pixels, real(2, 1, 20, 41), real(2, 1, 20, 41), crop, real(3, 1, 1), real(1)
+
+
+def mixed_by_torch(leaves: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+    pixels, x, factor, y, each, one = leaves
+    return torch.cat([1 - pixels.to(dtype) / 255, F.leaky_relu(x, 0.1) * factor, y * each + one], 1)
+
+
+def mixed_results(window: rules.Window, dtype: torch.dtype, kernels: bool) -> list[torch.Tensor]:
+    """The output, the weight's and the bias's gradient, and those of the two maps that want one."""
+    draw = torch.Generator().manual_seed(1)
+    shape = (2, 6, 3, 4) if window.size is None else (6, 2, 3, 4)
+    weight, bias = (torch.randn(each, generator=draw).to(dtype) for each in (shape, (2,)))
+    leaves = leaves_of_parts(dtype)
+    wanted = [weight.requires_grad_(), bias.requires_grad_(), leaves[1].requires_grad_(), leaves[3].requires_grad_()]
+    if kernels:
+        out = rules.convolve(Mixed(PARTS, leaves), weight, bias, window)
+    else:
+        x, (top, bottom, left, right) = mixed_by_torch(leaves, dtype), window.padding
+        if window.size is None:
+            x = F.pad(x, (left, right, top, bottom))
+            out = F.conv2d(x, weight, bias, window.stride, dilation=window.dilation)
+        else:
+            whole = F.conv_transpose2d(x, weight, bias, window.stride)
+            out = whole[:, :, top : whole.shape[2] - bottom, left : whole.shape[3] - right]
+            assert tuple(out.shape[2:]) == window.size
+    return [out.detach(), *torch.autograd.grad(out, wanted, output_gradient(out.float()).to(dtype))]
+
+
+@pytest.mark.parametrize("name", list(MIXED_WINDOWS))
+def test_inputs_computed_while_staged(name: str) -> None:
+    window = MIXED_WINDOWS[name]
+    truth = mixed_results(window, torch.float64, False)
+    assert all(error(a, b) <= EXACT for a, b in zip(mixed_results(window, torch.float64, True), truth, strict=True))
+    found, theirs = (mixed_results(window, torch.float32, kernels) for kernels in (True, False))
+    for a, b, exact in zip(found, theirs, truth, strict=True):
+        assert error(a, exact) <= max(FLOAT32, 2 * error(b, exact))
+
+
+@pytest.mark.parametrize("machine", [Host(16, 32, ""), Host(32, 16, "")])
+def test_inputs_computed_in_narrower_vectors(
+    machine: Host, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None
+) -> None:
+    narrow(machine, monkeypatch)
+    for window in (MIXED_WINDOWS["stride four"], MIXED_WINDOWS["transposed"]):
+        found, wanted = (mixed_results(window, torch.float64, kernels) for kernels in (True, False))
+        assert all(error(a, b) <= EXACT for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("size", [None, (4, 10_000)], ids=["convolution", "transposed"])
+def test_equal_gradients_of_a_bias_are_summed_as_exactly_as_pytorch_does(size: tuple[int, int] | None) -> None:
+    """Blank glass: rounding errors of equal terms do not cancel."""
+    x, weight, bias = (
+        torch.rand(1, 1, 4, 10_000),
+        torch.rand(1, 1, 1, 1).requires_grad_(),
+        torch.zeros(1).requires_grad_(),
+    )
+    out = rules.convolve(x, weight, bias, rules.Window((1, 1), (0, 0, 0, 0), (1, 1), size))
+    grad = torch.full_like(out, 0.1)
+    _, found = torch.autograd.grad(out, (weight, bias), grad)
+    truth = grad.double().sum()
+    assert abs(found.item() - truth) <= 2 * abs(grad.sum() - truth)
+
+
+def test_rows_of_a_file_lie_where_they_were_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    content = bytes(torch.randint(0, 256, (5000,), generator=torch.Generator().manual_seed(0)).tolist())
+    path.write_bytes(content)
+    file = os.open(path, os.O_RDONLY)
+    try:
+        for offset, step, size, count, pitch in ((0, 10, 10, 500, 10), (7, 100, 33, 49, 40), (4999, 1, 1, 1, 1)):
+            to = (ctypes.c_uint8 * (count * pitch + 1))(*[1] * (count * pitch + 1))
+            assert rows.read_rows(file, offset, step, size, count, ctypes.addressof(to), pitch)
+            for i in range(count):
+                row = content[offset + i * step :][:size]
+                assert bytes(to[i * pitch : (i + 1) * pitch]) == row + b"\x01" * (pitch - size)
+            assert to[count * pitch] == 1
+        to = (ctypes.c_uint8 * 100)()
+        assert not rows.read_rows(file, 4970, 10, 11, 3, ctypes.addressof(to), 20)  # the file ends first
+        assert not rows.read_rows(file, 6000, 10, 10, 1, ctypes.addressof(to), 10)
+    finally:
+        os.close(file)
+    assert not rows.read_rows(file, 0, 10, 10, 1, ctypes.addressof(to), 10)  # it is closed
+
+
 def shifted(axis: taps.Axis) -> taps.Axis:
     """A mutant: the last tap one place too far."""
     return axis._replace(taps=(*axis.taps[:-1], axis.taps[-1]._replace(shift=axis.taps[-1].shift + 1)))
 
 
+KERNELS: tuple[Any, ...] = (
+    thin._slide_kernel, thin._slide_plan, thin._correlate_kernel, thin._correlate_plan, pointwise._kernel
+)  # fmt: skip
+
+
 @pytest.fixture
 def fresh_kernels() -> Iterator[None]:
+    for each in KERNELS:
+        each.cache_clear()
     yield
-    for each in (thin._slide_kernel, thin._slide_plan, thin._correlate_kernel, thin._correlate_plan):
+    for each in KERNELS:
         each.cache_clear()
 
 
@@ -240,8 +362,6 @@ def fresh_kernels() -> Iterator[None]:
 def test_a_tap_out_of_place_is_noticed(where: Any, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None) -> None:
     window = Window(2, 2, (3, 3), (2, 2), (1, 1), (1, 1, 1, 1), (21, 43), 1)
     given_ = tensors(window, torch.float64)
-    for each in (thin._slide_kernel, thin._slide_plan, thin._correlate_kernel, thin._correlate_plan):
-        each.cache_clear()
     whole = where.axis
     monkeypatch.setattr(where, "axis", lambda *args: shifted(whole(*args)))
     found, wanted = by_kernels(window, *given_), by_torch(window, *given_)
@@ -249,17 +369,18 @@ def test_a_tap_out_of_place_is_noticed(where: Any, monkeypatch: pytest.MonkeyPat
     assert wrong == (["forward", "input"] if where is slide else ["weight"])
 
 
+def narrow(machine: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors as other processors have them; this one can run them too if its own are not narrower."""
+    own = host()
+    if own is None or machine.width > own.width:
+        pytest.skip("wider than this processor's vectors")
+    monkeypatch.setattr(thin, "_machine", lambda: machine)
+    monkeypatch.setattr(pointwise, "host", lambda: machine)
+
+
 @pytest.mark.parametrize("machine", [Host(16, 32, ""), Host(32, 16, "")])
 def test_narrower_vectors_are_exact(machine: Host, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None) -> None:
-    """As other processors have them; this one can run them too if its own are not narrower."""
-    own = host()
-    if own is None:
-        pytest.skip("no kernels on this processor")
-    if machine.width > own.width:
-        pytest.skip("wider than this processor's vectors")
-    for each in (thin._slide_kernel, thin._slide_plan, thin._correlate_kernel, thin._correlate_plan):
-        each.cache_clear()
-    monkeypatch.setattr(thin, "_machine", lambda: machine)
+    narrow(machine, monkeypatch)
     for window in (
         Window(3, 3, (8, 8), (4, 4), (1, 1), (2, 2, 2, 2), (37, 61), 1),
         Window(5, 7, (3, 2), (3, 2), (1, 2), (1, 0, -1, 3), (20, 45), 2),

@@ -29,6 +29,7 @@ aten = torch.ops.aten
 REALS = (torch.float32, torch.float64)
 BYTES = (torch.uint8, torch.bool)
 MOST_LEAVES = 8
+DEEPEST = 48  # ops on ops in one program, which are followed by recursion
 CHEAP = 16  # instructions for a vector that may be done again by every kernel that reads
 PLANAR = (Role.PLAIN, Role.PLAIN, Role.ROW, Role.COL)
 
@@ -114,6 +115,7 @@ class _Inliner:
             for ref in graph.nodes[index].operands
         }
         opaque |= {graph.nodes[i].operands[0] for i in self.segment.reductions if i not in sums}
+        opaque.update(self.segment.outputs)
         return Inlined(tuple(reversed(nodes)), convolutions, chains, sums, self.raw, frozenset(opaque & self.raw))
 
     def _forced(self) -> set[Ref]:
@@ -166,7 +168,8 @@ class _Inliner:
         if ref.node not in self.inside or ref in self.forced or node.op is not aten.cat.default:
             return [ref]
         bound = bind(node.op, node.args, node.kwargs)
-        if bound["dim"] % 4 != 1 or not self._planar_layout(ref):
+        same = {self.graph.spec(piece).dtype for piece in node.operands} == {self.graph.spec(ref).dtype}
+        if bound["dim"] % 4 != 1 or not self._planar_layout(ref) or not same:
             return [ref]
         return [piece for each in bound["tensors"] for piece in self._pieces(each)]
 
@@ -238,6 +241,7 @@ class _Build:
         self.steps: list[Step] = []  # leaves are numbered -1, -2, .. until all are known
         self.memory: dict[tuple[Ref, bool], int] = {}
         self.masks: set[int] = set()
+        self.depth = 0
 
     def finish(self, top: bool = False) -> tuple[Program, tuple[Ref, ...]]:
         """The program; with ``top``, of the op itself even where its value must exist."""
@@ -279,7 +283,7 @@ class _Build:
         grad = grad and node.needs_grad
         if (ref, grad) in self.memory:
             return self.memory[ref, grad]
-        may = ref.node in self.inliner.inside and node.op in OPS
+        may = ref.node in self.inliner.inside and node.op in OPS and self.depth < DEEPEST
         found = self._inner(node, grad) if may and (top or ref not in self.inliner.forced) else None
         if found is None:
             found = self._leaf(ref, grad)
@@ -290,15 +294,20 @@ class _Build:
         """The op's steps; None if it must be a leaf instead."""
         spec = node.outputs[0]
         before = len(self.steps), dict(self.leaves), dict(self.memory), set(self.masks)
+        self.depth += 1
         try:
             if spec.dtype not in (self.spec.dtype, torch.bool) or spec.shape != self.spec.shape:
                 raise _Stop
-            bound = bind(node.op, node.args, node.kwargs)
-            return OPS[node.op](self, bound, grad)
+            found = OPS[node.op](self, bind(node.op, node.args, node.kwargs), grad)
+            if spec.dtype == torch.bool and found not in self.masks:  # true plus true is true
+                found = self.step("ne", found, numbers=(0.0,))
+            return found
         except _Stop:
             del self.steps[before[0] :]
             self.leaves, self.memory, self.masks = before[1:]
             return None
+        finally:
+            self.depth -= 1
 
     def _leaf(self, ref: Ref, grad: bool) -> int:
         spec, real = self.graph.spec(ref), self.spec.dtype
@@ -352,6 +361,8 @@ def _compare(op: str) -> Writer:
         a, other = build.real(bound["self"], False), bound["other"]
         if isinstance(other, Ref):
             return build.step(op, a, build.real(other, False))
+        if isinstance(other, int) and not 0 <= other < 256 and build.graph.spec(bound["self"]).dtype == torch.uint8:
+            raise _Stop  # PyTorch compares with what is left of it in 8 bits
         return build.step(op, a, numbers=(float(other),))
 
     return write
@@ -367,7 +378,7 @@ def _logic(op: str) -> Writer:
 def _clamp(op: str, low: str, high: str) -> Writer:
     def write(build: _Build, bound: dict[str, Any], grad: bool) -> int:
         ends = [bound[name] for name in (low, high)]
-        if any(isinstance(end, Ref) for end in ends):
+        if any(isinstance(end, Ref) or (end is not None and math.isnan(end)) for end in ends):
             raise _Stop
         numbers = tuple(
             float(end) if end is not None else sign * math.inf for end, sign in zip(ends, (-1, 1), strict=True)
@@ -378,13 +389,13 @@ def _clamp(op: str, low: str, high: str) -> Writer:
 
 
 def _same(build: _Build, bound: dict[str, Any], grad: bool) -> int:
-    """A copy, perhaps of masks or bytes to real numbers."""
-    found = build.value(bound["self"], grad)
-    if bound.get("dtype") not in (None, build.spec.dtype) and not (
-        bound["dtype"] == torch.bool and found in build.masks
-    ):
+    """A copy, perhaps of masks or bytes to real numbers, or to masks."""
+    dtype = bound.get("dtype")
+    if dtype == torch.bool:
+        return build.mask(bound["self"])
+    if dtype not in (None, build.spec.dtype):
         raise _Stop
-    return build.step("real", found) if found in build.masks and bound.get("dtype") == build.spec.dtype else found
+    return build.value(bound["self"], grad) if dtype is None else build.real(bound["self"], grad)
 
 
 def _where(build: _Build, bound: dict[str, Any], grad: bool) -> int:

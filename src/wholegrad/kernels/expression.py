@@ -176,16 +176,16 @@ def _relu(code: Code, given: list[Dual], numbers: tuple[float, ...]) -> Dual:
 
 def _clamp(open_ends: bool) -> Callable[..., Dual]:
     def clamp(code: Code, given: list[Dual], numbers: tuple[float, ...]) -> Dual:
-        """Between two numbers; the ends themselves have no slope where ``open_ends``."""
+        """``min(max(a, low), high)``; slope 1 between, and at the ends unless ``open_ends``; none where NaN."""
         (a,), (low, high) = given, (constant(code, number) for number in numbers)
-        below, above = code.compare("olt", a.value, low), code.compare("ogt", a.value, high)
-        value = code.select(below, low, code.select(above, high, a.value))
+        value = code.select(code.compare("olt", a.value, low), low, a.value)
+        value = code.select(code.compare("ogt", value, high), high, value)
         if a.slope is None:
             return Dual(value)
-        if open_ends:
-            below, above = code.compare("ole", a.value, low), code.compare("oge", a.value, high)
+        above, below = ("ogt", "olt") if open_ends else ("oge", "ole")
         zero = constant(code, 0.0)
-        return Dual(value, code.select(below, zero, code.select(above, zero, a.slope)))
+        slope = code.select(code.compare(above, a.value, low), a.slope, zero)
+        return Dual(value, code.select(code.compare(below, a.value, high), slope, zero))
 
     return clamp
 

@@ -23,6 +23,7 @@ from wholegrad.kernels.thin import REAL, Mixed, Table, lanes
 
 POINTERS = 5  # sizes, leaves, outputs, gradient, totals
 SIZES = ("channels", "height", "width")
+RUN = 16  # vectors that a lane sums before the sum is added to a float64 total: glass has long runs of equal terms
 
 
 class Shape(NamedTuple):
@@ -90,13 +91,20 @@ def write(shape: Shape, machine: Host) -> str:
                 kept = [code.select(mask, each, "zeroinitializer") if mask else each for each in added]
                 return [code.real2("fadd", a, b) for a, b in zip(sums, kept, strict=True)]
 
-            with code.loop(0, whole, n, ["zeroinitializer"] * count) as place:
-                place.after = one(place.index, place.values)
+            def keep(sums: list[str]) -> None:
+                for i, each in enumerate(sums):
+                    code.add_wide(code.at(totals, i * n, "double"), each)
+
+            zeros = ["zeroinitializer"] * count
+            with code.loop(0, whole, RUN * n) as run:
+                end = code.least(whole, code.add(run.index, RUN * n))
+                with code.loop(run.index, end, n, zeros) as place:
+                    place.after = one(place.index, place.values)
+                keep(place.values)
             done = code.mul(code.set(f"sdiv i64 {width}, {n}"), n)
-            with code.loop(done, width, n, place.values) as rest:
+            with code.loop(done, width, n, zeros) as rest:
                 rest.after = one(rest.index, rest.values, code.lanes_within(0, code.sub(width, rest.index)))
-            for i, each in enumerate(rest.values):
-                code.add_wide(code.at(totals, i * n, "double"), each)
+            keep(rest.values)
     body = code.function("walk", "ptr %sizes, ptr %leaves, ptr %outputs, ptr %grad, ptr %totals")
     return stage.declarations(shape.real, n) + body
 

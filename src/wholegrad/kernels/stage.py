@@ -82,6 +82,8 @@ def fill(
         before += part.channels
 
 
+RUN = 16  # places of a row that a lane sums before the sum is added to a float64 total, as in pointwise passes
+
 NOTE = 3  # 64-bit integers: an address, bytes from row to row, bytes of an element
 
 
@@ -158,17 +160,18 @@ def stage(name: str, code: Code, stride: int, program: Program, summed: bool) ->
             code.store("zeroinitializer", code.at(to, loop.index))
         with code.when(inside):
             line = reader.row(y, "%column")
-            sums = ["zeroinitializer"] * summed
+            counts = code.set(f"icmp sge i64 {row.index}, %skip") if summed else ""
             for low, high, edge in ((0, before, True), (after, "%places", True), (before, after, False)):
-                with code.loop(low, high, code.lanes, sums) as loop:
-                    vectors = (_edge if edge else _inner)(code, line, stride, loop.index)
-                    for phase, each in zip(phases, code.part(vectors), strict=True):
-                        code.store(each, code.at(phase, loop.index))
-                    loop.after = [_added(code, loop.values[0], vectors)] if summed else []
-                sums = loop.values
-            if summed:
-                with code.when(code.set(f"icmp sge i64 {row.index}, %skip")):
-                    code.add_wide("%sums", sums[0])
+                with code.loop(low, high, RUN * code.lanes) as run:
+                    end = code.least(high, code.add(run.index, RUN * code.lanes))
+                    with code.loop(run.index, end, code.lanes, ["zeroinitializer"] * summed) as loop:
+                        vectors = (_edge if edge else _inner)(code, line, stride, loop.index)
+                        for phase, each in zip(phases, code.part(vectors), strict=True):
+                            code.store(each, code.at(phase, loop.index))
+                        loop.after = [_added(code, loop.values[0], vectors)] if summed else []
+                    if summed:
+                        with code.when(counts):
+                            code.add_wide("%sums", loop.values[0])
     return code.function(name, ARGUMENTS, internal=True)
 
 
