@@ -47,7 +47,8 @@ class Segment:
 def stages(graph: Graph, boundaries: frozenset[Ref], early: frozenset[int] = frozenset()) -> dict[int, int]:
     """For each node the number of segments that must have run before its value can be had.
 
-    A boundary's or reduction's value is there one stage after the stage in which it is computed.
+    A boundary's or reduction's value is there one stage after the stage in which it is computed. A reduction that sums
+    a boundary is taken in the pass that computes the boundary.
 
     Args:
         early: reductions to be finished before any other output of the same stage starts.
@@ -55,7 +56,8 @@ def stages(graph: Graph, boundaries: frozenset[Ref], early: frozenset[int] = fro
     available: dict[int, int] = {}
     kept = {ref.node for ref in boundaries}
     for node in graph.nodes:
-        start = max((available[ref.node] for ref in node.operands), default=0)
+        summed = kept if node.kind is Kind.REDUCTION else ()
+        start = max((available[ref.node] - (ref.node in summed) for ref in node.operands), default=0)
         if node.kind in SOURCES:
             start = 0
         elif node.kind is Kind.REDUCTION or node.index in kept:
