@@ -1,7 +1,7 @@
-"""Predict time, up to a factor: multiply-adds and bytes over all tiles, recomputed halos included.
+"""Predict time: multiply-adds and bytes over all tiles, recomputed halos included, in seconds of one thread.
 
-The rates are round estimates for PyTorch's own kernels on a CPU, not measurements; only their ratios matter to the
-choice between plans.
+Rates are those of PyTorch's kernels on one core (AMD EPYC Zen 4 with AVX-512, torch 2.13.0), float32; see ``RATES.md``
+of ``benchmarks/wide``. What they leave out (the channels of a convolution, layouts, caches) is less than a factor of two.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from wholegrad.graph.graph import Graph, Node
+from wholegrad.graph.recall import recallable
 from wholegrad.graph.rules import rule_for
 from wholegrad.graph.segment import Segment
 from wholegrad.plan.tiles import AxisTiles
 
-SECONDS_PER_MAC = 5e-11
-SECONDS_PER_BYTE = 4e-10
-SECONDS_PER_CALL = 3e-5  # one op on one tile, whatever its size
-BACKWARD = 2.5  # pulling back costs this many forwards
+SECONDS_PER_MAC = 1.8e-11
+SECONDS_PER_BYTE = 1.5e-10  # of what an op makes, or a tile reads
+SECONDS_PER_CALL = 1e-5  # one op on one tile, whatever its size
+MACS_BACKWARD = 2.2  # pulling back takes so many forwards: of a convolution
+BYTES_BACKWARD = 2.5  # and of anything else
 
 
 def pixel_macs(graph: Graph) -> list[float]:
@@ -34,15 +36,41 @@ def forward_macs(macs: Sequence[float], segment: Segment, rows: AxisTiles, cols:
     return sum(macs[i] * rows.total.get(i, 0) * cols.total.get(i, 0) for i in segment.nodes)
 
 
+def again_macs(graph: Graph, macs: Sequence[float], segment: Segment, rows: AxisTiles, cols: AxisTiles) -> float:
+    """Those of the forward run of the backward sweep, where a convolution may take its values from a store."""
+    stored = recallable(graph, segment, set(segment.outputs))
+    saved = sum(macs[ref.node] * rows.total.get(ref.node, 0) * cols.total.get(ref.node, 0) for ref in stored)
+    return forward_macs(macs, segment, rows, cols) - saved
+
+
 def forward_seconds(graph: Graph, macs: Sequence[float], segment: Segment, rows: AxisTiles, cols: AxisTiles) -> float:
     """Predicted seconds of one forward run over all tiles."""
-    tiles = rows.count * cols.count
-    total = tiles * SECONDS_PER_CALL * (len(segment.nodes) + len(segment.maps) + len(segment.reductions))
-    total += forward_macs(macs, segment, rows, cols) * SECONDS_PER_MAC
-    for index in (*segment.nodes, *(ref.node for ref in segment.maps)):
-        area = float(rows.total.get(index, 0) * cols.total.get(index, 0))
-        total += area * sum(spec.pixel_bytes for spec in graph.nodes[index].outputs) * SECONDS_PER_BYTE
-    return total
+    calls, moved = _calls(segment, rows, cols), _moved(graph, segment, rows, cols)
+    return calls + forward_macs(macs, segment, rows, cols) * SECONDS_PER_MAC + moved * SECONDS_PER_BYTE
+
+
+def backward_seconds(graph: Graph, macs: Sequence[float], segment: Segment, rows: AxisTiles, cols: AxisTiles) -> float:
+    """Predicted seconds of running all tiles again and pulling them back."""
+    work = again_macs(graph, macs, segment, rows, cols) + MACS_BACKWARD * forward_macs(macs, segment, rows, cols)
+    moved = (1 + BYTES_BACKWARD) * _moved(graph, segment, rows, cols)
+    return 3 * _calls(segment, rows, cols) + work * SECONDS_PER_MAC + moved * SECONDS_PER_BYTE
+
+
+def _calls(segment: Segment, rows: AxisTiles, cols: AxisTiles) -> float:
+    """Seconds of the calls themselves."""
+    each = len(segment.nodes) + len(segment.maps) + len(segment.reductions)
+    return rows.count * cols.count * SECONDS_PER_CALL * each
+
+
+def _moved(graph: Graph, segment: Segment, rows: AxisTiles, cols: AxisTiles) -> float:
+    """Bytes that all tiles read, write and keep: of every map that is read, made or summed."""
+    touched = [*segment.nodes, *(ref.node for ref in segment.maps)]
+    touched += [ref.node for ref in segment.outputs]
+    touched += [graph.nodes[i].operands[0].node for i in segment.reductions]
+    return sum(
+        float(rows.total.get(i, 0) * cols.total.get(i, 0)) * sum(spec.pixel_bytes for spec in graph.nodes[i].outputs)
+        for i in touched
+    )
 
 
 def whole_macs(graph: Graph) -> float:

@@ -15,6 +15,7 @@ from wholegrad.errors import BudgetError, PlanError
 from wholegrad.graph import fusion
 from wholegrad.graph.graph import Graph, Kind, Node, Ref, Spec
 from wholegrad.graph.layout import Role, map_layout
+from wholegrad.graph.recall import recallable
 from wholegrad.graph.segment import Segment, cut
 from wholegrad.plan import cost, memory
 from wholegrad.plan.plan import Placement, Plan, SegmentPlan, show_bytes
@@ -277,10 +278,13 @@ class _Search:
             fitting = [part for part in options if room is None or self.needs(part) <= room]
             if not fitting:
                 return None
-            parts.append(min(fitting, key=lambda part: part.seconds))
+            parts.append(min(fitting, key=self.total_seconds))
         plan = self.assemble(parts, fused, places)
         fits = self.request.budget is None or plan.projected <= self.request.budget
         return plan if fits else None
+
+    def total_seconds(self, part: SegmentPlan) -> float:
+        return part.seconds + part.backward_seconds if self.request.backward else part.seconds
 
     def needs(self, part: SegmentPlan) -> int:
         return part.working.backward if self.request.backward else part.working.forward
@@ -316,6 +320,7 @@ class _Search:
     def weighed(self, segment: Segment, tile: tuple[int, int], rows: AxisTiles, cols: AxisTiles) -> SegmentPlan:
         tiles = rows.count * cols.count
         rounds = -(-tiles // self.request.workers)  # an idle worker is time lost
+        of_thread = rounds / tiles
         return SegmentPlan(
             segment,
             tile,
@@ -323,7 +328,9 @@ class _Search:
             False,
             self.working(segment, rows, cols),
             cost.forward_macs(self.macs, segment, rows, cols),
-            cost.forward_seconds(self.graph, self.macs, segment, rows, cols) / tiles * rounds,
+            cost.again_macs(self.graph, self.macs, segment, rows, cols),
+            cost.forward_seconds(self.graph, self.macs, segment, rows, cols) * of_thread,
+            cost.backward_seconds(self.graph, self.macs, segment, rows, cols) * of_thread,
         )
 
     def working(self, segment: Segment, rows: AxisTiles, cols: AxisTiles) -> memory.Working:
@@ -363,7 +370,8 @@ class _Search:
             size, last = self.graph.spec(ref).nbytes, max(read[ref], default=made[ref])
             for i in range(made[ref], len(segments) if self.request.backward else last + 1):
                 forward[i] += size
-            for i in range(min(read[ref], default=len(segments)), len(segments)):
+            first = made[ref] if recallable(self.graph, segments[made[ref]], {ref}) else min(read[ref], default=last + 1)
+            for i in range(first, len(segments)):
                 backward[i] += size
             if self.graph.nodes[ref.node].needs_grad:
                 for i in range(made[ref], last + 1):
@@ -373,7 +381,7 @@ class _Search:
     def assemble(self, parts: Sequence[SegmentPlan], fused: bool, places: dict[Ref, Placement]) -> Plan:
         graph, request = self.graph, self.request
         segments = tuple(part.segment for part in parts)
-        runs = [self.runs(i, len(parts), fused) for i in range(len(parts))]
+        one_pass = [fused and i == len(parts) - 1 for i in range(len(parts))]
         peak = 0
         forward, backward = self.held(segments, places)
         for i, part in enumerate(parts):
@@ -381,10 +389,13 @@ class _Search:
                 peak = max(peak, forward[i] + part.working.forward)
             if request.backward:
                 peak = max(peak, backward[i] + part.working.backward)
-        pulled = cost.BACKWARD if request.backward else 0.0
-        macs = sum(part.forward_macs * count for part, count in zip(parts, runs, strict=True))
-        seconds = sum(part.seconds * (count + pulled) for part, count in zip(parts, runs, strict=True))
-        final = tuple(replace(part, fused=fused and i == len(parts) - 1) for i, part in enumerate(parts))
+        final = tuple(replace(part, fused=fuse) for part, fuse in zip(parts, one_pass, strict=True))
+        ahead = [part for part in final if not part.fused]
+        macs = sum(part.forward_macs for part in ahead)
+        seconds = sum(part.seconds for part in ahead)
+        if request.backward:
+            macs += sum(part.again_macs for part in final)
+            seconds += sum(part.backward_seconds for part in final)
         return Plan(
             graph=graph,
             segments=final,
@@ -399,12 +410,6 @@ class _Search:
             workers=request.workers,
             spill_dir=request.spill_dir,
         )
-
-    def runs(self, i: int, count: int, fused: bool) -> int:
-        """How often segment ``i`` runs forward in one step."""
-        if not self.request.backward or (fused and i == count - 1):
-            return 1
-        return 2
 
     def disk_seconds(self, places: Mapping[Ref, Placement]) -> float:
         spilled = sum(self.graph.spec(ref).nbytes for ref, place in places.items() if place is Placement.DISK)

@@ -13,7 +13,7 @@ tile runs forward and backward once, in the backward sweep.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from wholegrad.errors import NumericsError
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import READERS, Graph, Kind, Ref, Spec
 from wholegrad.graph.layout import crop, full_box
+from wholegrad.graph.recall import Recall, recall, recallable
 from wholegrad.graph.rules import State
 from wholegrad.graph.rules.reduction import wide
 from wholegrad.graph.segment import Segment, reduction_rule
@@ -248,16 +249,22 @@ class Executor:
         segment = self.plan.segments[i].segment
         pull = self._pull(segment.reductions, self.small.grads)
         if pull.grads or any(ref in self.map_grads for ref in segment.outputs):
-            for _, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, tile, pull, False)):
+            again = recall(self.graph, segment, self.maps.keys())
+            for _, pulled in self._tiles(i, lambda tile: self._pull_tile(again, tile, pull, False)):
                 self._add_grads(pulled)
                 self._tick("backward")
         self._after_backward(i)
 
-    def _pull_tile(self, segment: Segment, tile: Tile, pull: Pull, fused: bool) -> _Pulled:
+    def _pull_tile(self, again: Recall, tile: Tile, pull: Pull, fused: bool) -> _Pulled:
         """Run a tile forward and pull it back; touches nothing that other tiles see."""
-        run = run_tile(self.graph, segment, tile, self._fetch, self.small.leaf, True, self.seed)
-        parts = partials(self.graph, segment, run) if fused else {}
-        return _Pulled(parts, pull_back(self.graph, segment, run, pull, tile), run.boxes)
+
+        def fetch(ref: Ref, box: Box) -> torch.Tensor:
+            return self._fetch(again.original(ref), box)
+
+        graph, segment, tile = again.graph, again.segment, replace(tile, boxes=again.boxes(tile.boxes))
+        run = run_tile(graph, segment, tile, fetch, self.small.leaf, True, self.seed)
+        parts = partials(graph, segment, run) if fused else {}
+        return _Pulled(parts, pull_back(graph, segment, run, pull, tile), run.boxes)
 
     def _add_grads(self, pulled: _Pulled) -> None:
         for ref, grad in pulled.grads.items():
@@ -282,14 +289,17 @@ class Executor:
         for ref in self.plan.segments[i].segment.outputs:
             if ref in self.map_grads:
                 self.map_grads.pop(ref).close()
-        earlier = {ref for part in self.plan.segments[:i] for ref in part.segment.maps}
-        for ref in [ref for ref in self.maps if ref not in earlier]:
+        earlier = [part.segment for part in self.plan.segments[:i]]
+        needed = {ref for segment in earlier for ref in segment.maps}
+        needed.update(ref for segment in earlier for ref in recallable(self.graph, segment, self.maps.keys()))
+        for ref in [ref for ref in self.maps if ref not in needed]:
             self.maps.pop(ref).close()
 
     def _fused_segment(self, i: int) -> None:
         segment = self.plan.segments[i].segment
         pull = self._pull(segment.reductions, self._grads_known_before(i))
-        for tile, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, tile, pull, True)):
+        again = recall(self.graph, segment, frozenset())
+        for tile, pulled in self._tiles(i, lambda tile: self._pull_tile(again, tile, pull, True)):
             self._merge(pulled.parts, tile)
             self._add_grads(pulled)
             self._tick("fused")
