@@ -22,6 +22,7 @@ from wholegrad.plan import memory
 from wholegrad.plan.plan import Placement, Plan, parse_bytes
 from wholegrad.plan.planner import Request, check_elements, make_plan, storable
 from wholegrad.run import process
+from wholegrad.run.blocks import drop_blocks
 from wholegrad.run.executor import Executor, ProgressFn, Sink
 from wholegrad.run.sources import model_dtype
 from wholegrad.run.store import check_space
@@ -63,6 +64,7 @@ def _request(
     backward: bool,
     sinks: tuple[Ref, ...] = (),
 ) -> Request:
+    drop_blocks()
     still_to_load = memory.LIBRARIES // (4 if process.has_run() else 1)
     reserved = process.resident() + still_to_load + inputs.cache_bytes
     return Request(budget_bytes(budget), reserved, backward, default_workers(), sinks)

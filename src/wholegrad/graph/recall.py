@@ -6,8 +6,8 @@ norm) can read it. So in the backward sweep such a convolution takes its values 
 run, a third of its cost, happens once a step.
 
 The store appears in the graph of the backward sweep as one more map that the segment reads, and as one more operand of
-the convolution (:class:`wholegrad.graph.rules.window.Convolution`). Convolutions of few channels and transposed ones are
-computed again: reading would cost as much.
+the convolution (:class:`wholegrad.graph.rules.window.Convolution`). Convolutions of few channels and transposed ones
+are computed again: reading would cost as much.
 """
 
 from __future__ import annotations

@@ -370,7 +370,9 @@ class _Search:
             size, last = self.graph.spec(ref).nbytes, max(read[ref], default=made[ref])
             for i in range(made[ref], len(segments) if self.request.backward else last + 1):
                 forward[i] += size
-            first = made[ref] if recallable(self.graph, segments[made[ref]], {ref}) else min(read[ref], default=last + 1)
+            first = (
+                made[ref] if recallable(self.graph, segments[made[ref]], {ref}) else min(read[ref], default=last + 1)
+            )
             for i in range(first, len(segments)):
                 backward[i] += size
             if self.graph.nodes[ref.node].needs_grad:

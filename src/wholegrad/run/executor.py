@@ -12,7 +12,7 @@ tile runs forward and backward once, in the backward sweep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -29,6 +29,7 @@ from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.plan.plan import Placement, Plan
 from wholegrad.plan.tiles import Tile
 from wholegrad.run import process
+from wholegrad.run.blocks import blocks_of
 from wholegrad.run.small import SmallValues
 from wholegrad.run.sources import Source
 from wholegrad.run.store import DiskStore, HostStore, MapStore
@@ -87,6 +88,7 @@ class Executor:
         self.sources = sources
         self.sinks = dict(sinks or {})
         self.progress = progress
+        self.blocks = blocks_of(plan)
         self.maps: dict[Ref, MapStore] = {}
         self.map_grads: dict[Ref, MapStore] = {}
         self.totals: dict[int, State] = {}
@@ -131,9 +133,9 @@ class Executor:
     def _forward_segment(self, i: int) -> None:
         segment = self.plan.segments[i].segment
         later = {ref for part in self.plan.segments[i + 1 :] for ref in part.segment.maps}
-        for ref in segment.outputs:
-            if ref not in self.sinks or ref in later:
-                self.maps[ref] = self._new_store(ref)
+        kept = [ref for ref in segment.outputs if ref not in self.sinks or ref in later]
+        self._make_room(self.plan.segments[i].working.forward, kept)
+        self.maps.update({ref: self._new_store(ref, zero=False) for ref in kept})
 
         def work(tile: Tile) -> tuple[dict[Ref, torch.Tensor], dict[int, State]]:
             with torch.no_grad():
@@ -149,14 +151,25 @@ class Executor:
         self._finish(segment.reductions)
 
     def _tiles(self, i: int, work: Callable[[Tile], Result]) -> Iterator[tuple[Tile, Result]]:
-        """Every tile of segment ``i`` with what ``work`` made of it, in tile order.
-
-        Tiles of another segment are of other sizes: what this one's left behind would not serve them.
-        """
+        """Every tile of segment ``i`` with what ``work`` made of it, in tile order."""
         tiles = self.plan.grid(i)
         yield from in_order(tiles, len(tiles), work, self.plan.workers)
-        if len(self.plan.segments) > 1:
+
+    def _make_room(self, working: int, new: Iterable[Ref]) -> None:
+        """Return free memory to the system where a segment might else pass the projected peak (rule 7).
+
+        What earlier tiles and boundaries left is quick to use again, but need not be of the sizes that are wanted now.
+
+        Args:
+            working: what the segment's tiles may take.
+            new: maps that are kept from now on.
+        """
+        specs = [self.graph.spec(ref) for ref in new if self._placement(ref) is not Placement.DISK]
+        room = self.plan.projected - working
+        if process.resident() + self.blocks.missing(spec.nbytes for spec in specs) > room:
             process.release_memory()
+        if process.resident() + self.blocks.missing(spec.nbytes for spec in specs) > room:
+            self.blocks.clear()
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
         if ref in self.sinks:
@@ -190,11 +203,14 @@ class Executor:
             )
             self.small.values.update(zip(node.refs, outputs, strict=True))
 
-    def _new_store(self, ref: Ref) -> MapStore:
+    def _placement(self, ref: Ref) -> Placement:
+        return self.plan.placements.get(ref, Placement.HOST)
+
+    def _new_store(self, ref: Ref, zero: bool) -> MapStore:
         spec = self.graph.spec(ref)
-        if self.plan.placements.get(ref) is Placement.DISK:
+        if self._placement(ref) is Placement.DISK:
             return DiskStore(spec, self.plan.spill_dir)
-        return HostStore(spec)
+        return HostStore(spec, self.blocks, zero)
 
     def _fetch(self, ref: Ref, box: Box) -> torch.Tensor:
         node = self.graph.nodes[ref.node]
@@ -250,6 +266,7 @@ class Executor:
         pull = self._pull(segment.reductions, self.small.grads)
         if pull.grads or any(ref in self.map_grads for ref in segment.outputs):
             again = recall(self.graph, segment, self.maps.keys())
+            self._make_room(self.plan.segments[i].working.backward, self._new_grads(segment))
             for _, pulled in self._tiles(i, lambda tile: self._pull_tile(again, tile, pull, False)):
                 self._add_grads(pulled)
                 self._tick("backward")
@@ -279,9 +296,14 @@ class Executor:
     def _map_grad(self, ref: Ref, box: Box) -> torch.Tensor | None:
         return self.map_grads[ref].read(box) if ref in self.map_grads else None
 
+    def _new_grads(self, segment: Segment) -> list[Ref]:
+        """The boundaries that get a gradient when ``segment`` is pulled back, and had none."""
+        fresh = [ref for ref in segment.maps if ref in self.maps and ref not in self.map_grads]
+        return [ref for ref in fresh if self.graph.nodes[ref.node].needs_grad]
+
     def _grad_store(self, ref: Ref) -> MapStore:
         if ref not in self.map_grads:
-            self.map_grads[ref] = self._new_store(ref)
+            self.map_grads[ref] = self._new_store(ref, zero=True)
         return self.map_grads[ref]
 
     def _after_backward(self, i: int) -> None:
@@ -299,6 +321,7 @@ class Executor:
         segment = self.plan.segments[i].segment
         pull = self._pull(segment.reductions, self._grads_known_before(i))
         again = recall(self.graph, segment, frozenset())
+        self._make_room(self.plan.segments[i].working.backward, self._new_grads(segment))
         for tile, pulled in self._tiles(i, lambda tile: self._pull_tile(again, tile, pull, True)):
             self._merge(pulled.parts, tile)
             self._add_grads(pulled)

@@ -80,7 +80,7 @@ def _channel_sums(grad: torch.Tensor) -> torch.Tensor:
     band = max(1, BAND_PIXELS // (grad.shape[0] * grad.shape[3]))
     dtype = torch.promote_types(grad.dtype, torch.float32)
     total = torch.zeros(grad.shape[1], dtype=torch.float64)
-    for rows in grad.split(band, 2):
+    for rows in torch.split(grad, band, 2):
         total += rows.sum((0, 2, 3), dtype=dtype)
     return total
 
