@@ -16,6 +16,8 @@ from wholegrad.plan.tiles import AxisTiles
 
 SECONDS_PER_MAC = 1.8e-11
 SECONDS_PER_BYTE = 1.5e-10  # of what an op makes, or a tile reads
+LARGE = 1 << 25  # bytes of a tensor from which on glibc takes fresh pages for each
+SECONDS_PER_FRESH_BYTE = 1e-9
 SECONDS_PER_CALL = 1e-5  # one op on one tile, whatever its size
 MACS_BACKWARD = 2.2  # pulling back takes so many forwards: of a convolution
 BYTES_BACKWARD = 2.5  # and of anything else
@@ -63,14 +65,17 @@ def _calls(segment: Segment, rows: AxisTiles, cols: AxisTiles) -> float:
 
 
 def _moved(graph: Graph, segment: Segment, rows: AxisTiles, cols: AxisTiles) -> float:
-    """Bytes that all tiles read, write and keep: of every map that is read, made or summed."""
+    """Bytes that all tiles read, write and keep, of every map that is read, made or summed; fresh ones count more."""
     touched = [*segment.nodes, *(ref.node for ref in segment.maps)]
     touched += [ref.node for ref in segment.outputs]
     touched += [graph.nodes[i].operands[0].node for i in segment.reductions]
-    return sum(
-        float(rows.total.get(i, 0) * cols.total.get(i, 0)) * sum(spec.pixel_bytes for spec in graph.nodes[i].outputs)
-        for i in touched
-    )
+    total = 0.0
+    for i in touched:
+        pixel = max(spec.pixel_bytes for spec in graph.nodes[i].outputs)
+        large = rows.largest.get(i, 0) * cols.largest.get(i, 0) * pixel >= LARGE
+        weight = 1 + SECONDS_PER_FRESH_BYTE / SECONDS_PER_BYTE if large else 1.0
+        total += weight * pixel * rows.total.get(i, 0) * cols.total.get(i, 0)
+    return total
 
 
 def whole_macs(graph: Graph) -> float:

@@ -27,6 +27,7 @@ COARSE_EDGES = (64, 256, 512, 1024)  # while boundaries are being chosen
 LOOKED_AT = 8  # boundaries weighed anew at each step
 WORTHWHILE = 0.98  # of the predicted time, to which a change of boundaries must bring it
 FEW = 16  # candidates up to which each is also tried alone for the smallest budget
+HOST_SHARES = (1.5, 1.0, 0.5, 0.0)  # of free memory, for boundaries and gradients as if all were held at once
 MARGIN = 16 << 20  # added to the smallest budget that is reported
 
 
@@ -235,7 +236,7 @@ class _Search:
         plans = []
         for segments, fused in self.variants(boundaries):
             parts = [min((self.part(s, tile) for tile in self.tiles(s)), key=self.needs) for s in segments]
-            places = self.places(segments, boundaries, 0)
+            places = self.places(boundaries, 0)
             plans.append(self.assemble(parts, fused, places))
         return plans
 
@@ -260,12 +261,13 @@ class _Search:
         return min((plan for plan in found if plan is not None), key=lambda plan: plan.seconds, default=None)
 
     def fastest(self, segments: tuple[Segment, ...], fused: bool, boundaries: frozenset[Ref]) -> Plan | None:
-        """The fastest tiles that fit, with some boundaries in host memory or, if nothing fits then, all on disk."""
-        for host in dict.fromkeys((self.request.budget, None if self.request.budget is None else 0)):
-            plan = self.placed(segments, fused, self.places(segments, boundaries, host))
-            if plan is not None:
-                return plan
-        return None
+        """The fastest tiles that fit, with more or less of the memory given to boundaries."""
+        budget = self.request.budget
+        free = None if budget is None else max(budget - self.request.reserved - self.always, 0)
+        rooms = [float("inf")] if free is None else [free * share for share in HOST_SHARES]
+        ways = {tuple(places.items()): places for places in (self.places(boundaries, room) for room in rooms)}
+        found = [self.placed(segments, fused, places) for places in ways.values()]
+        return min((plan for plan in found if plan is not None), key=lambda plan: plan.seconds, default=None)
 
     def placed(self, segments: tuple[Segment, ...], fused: bool, places: dict[Ref, Placement]) -> Plan | None:
         base = self.request.reserved + self.always + memory.leftover(len(segments))
@@ -341,15 +343,12 @@ class _Search:
         side = min(self.request.workers, rows.count * cols.count)
         return memory.Working(side * tile.forward + band, side * tile.backward + band)
 
-    def places(
-        self, segments: tuple[Segment, ...], boundaries: frozenset[Ref], budget: int | None
-    ) -> dict[Ref, Placement]:
-        """Host memory for the smallest boundaries, up to half of the budget; disk for the rest."""
+    def places(self, boundaries: frozenset[Ref], room: float) -> dict[Ref, Placement]:
+        """Host memory for the smallest boundaries and their gradients, up to ``room`` bytes; disk for the rest."""
         kept = sorted(boundaries - set(self.request.sinks), key=lambda ref: self.graph.spec(ref).nbytes)
         wanted = self.request.placement
         if isinstance(wanted, Placement):
             return dict.fromkeys(kept, wanted)
-        room = float("inf") if budget is None else (budget - self.request.reserved) / 2
         result = {}
         for ref in kept:
             room -= 2 * self.graph.spec(ref).nbytes
