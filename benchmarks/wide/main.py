@@ -116,7 +116,8 @@ def wholegrad(args: argparse.Namespace, allowed: int) -> dict[str, Any]:
     from wholegrad.plan.memory import LIBRARIES
 
     net, image, target = problem(args)
-    budget = status("VmRSS") + LIBRARIES + allowed
+    wg.backward(net, binary_cross_entropy_with_logits, image[:, :64, :64], target[..., :64, :64])  # loads libraries
+    budget = status("VmRSS") + LIBRARIES // 4 + allowed
     plan = wg.plan(net, binary_cross_entropy_with_logits, image, target, budget=budget)
     print(plan, file=sys.stderr)
     found = measure(
@@ -144,10 +145,22 @@ def run(args: argparse.Namespace, name: str, child: str, gradients: Path) -> dic
     return found
 
 
-def worst(found: Path, wanted: Path) -> float:
-    """Over all tensors, the largest difference over the largest element."""
+def differences(found: Path, wanted: Path) -> dict[str, float]:
+    """Of each tensor: the largest difference over the largest element."""
     a, b = torch.load(found), torch.load(wanted)
-    return max(((a[name] - b[name]).abs().max() / b[name].abs().max()).item() for name in b if b[name] is not None)
+    return {name: ((a[name] - b[name]).abs().max() / b[name].abs().max()).item() for name in b if b[name] is not None}
+
+
+def worst(row: dict[str, Any], folder: Path, mine: Path) -> None:
+    """Add the largest difference to whole-image PyTorch, and the one between PyTorch's own two layouts.
+
+    Biases before a norm have no gradient but rounding: tensors on which the layouts differ by a tenth are left out.
+    """
+    planar, last = (folder / f"{row['network']}-{layout}.pt" for layout in ("planar", "channels_last"))
+    own, here = differences(last, planar), differences(mine, planar)
+    kept = [name for name, difference in own.items() if difference < 0.1]
+    row["difference"], row["between_layouts"] = max(here[name] for name in kept), max(own[name] for name in kept)
+    row["left_out"] = sorted(set(own) - set(kept))
 
 
 def compare(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
@@ -165,8 +178,8 @@ def compare(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]
     row["bytes_per_pixel"] = activations / pixels
     if best and "error" not in row["wholegrad"]:
         row["ratio"] = row["wholegrad"]["seconds"] / fit[best]["seconds"]
-        row["difference"] = worst(mine, folder / f"{name}-{best}.pt")
-        row["between_layouts"] = worst(*(folder / f"{name}-{layout}.pt" for layout in fit)) if len(fit) == 2 else None
+        if len(fit) == len(layouts) == 2:
+            worst(row, folder, mine)
     return row
 
 
@@ -188,7 +201,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         else:
             cells += [f"{mine['seconds']:.1f}", f"{mine['activations'] / MIB:.0f}"]
             cells.append(f"{mine['activations'] / whole_bytes:.2f}")
-            cells += [f"{row['ratio']:.2f}", f"{row['difference']:.1e}"] if "ratio" in row else ["", ""]
+            cells += (
+                [f"{row['ratio']:.2f}", f"{row.get('difference', float('nan')):.1e}"] if "ratio" in row else ["", ""]
+            )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
