@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 MIB = 1 << 20
+WAYS = ("planar", "channels_last")  # memory layouts of whole-image PyTorch
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
@@ -145,29 +146,31 @@ def run(args: argparse.Namespace, name: str, child: str, gradients: Path) -> dic
     return found
 
 
-def differences(found: Path, wanted: Path) -> dict[str, float]:
-    """Of each tensor: the largest difference over the largest element."""
-    a, b = torch.load(found), torch.load(wanted)
-    return {name: ((a[name] - b[name]).abs().max() / b[name].abs().max()).item() for name in b if b[name] is not None}
+def largest(grads: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: grad.abs().max().item() for name, grad in grads.items()}
 
 
 def worst(row: dict[str, Any], folder: Path, mine: Path) -> None:
-    """Add the largest difference to whole-image PyTorch, and the one between PyTorch's own two layouts.
+    """Add the worst tensor's largest difference over its largest element, of wholegrad and of PyTorch's other layout.
 
-    Biases before a norm have no gradient but rounding: tensors on which the layouts differ by a tenth are left out.
+    A bias before a norm has no gradient but rounding: tensors below 1e-5 of the largest are left out.
     """
-    planar, last = (folder / f"{row['network']}-{layout}.pt" for layout in ("planar", "channels_last"))
-    own, here = differences(last, planar), differences(mine, planar)
-    kept = [name for name, difference in own.items() if difference < 0.1]
-    row["difference"], row["between_layouts"] = max(here[name] for name in kept), max(own[name] for name in kept)
-    row["left_out"] = sorted(set(own) - set(kept))
+    planar, last, here = (torch.load(path) for path in (*(folder / f"{row['network']}-{way}.pt" for way in WAYS), mine))
+    sizes = largest(planar)
+    kept = [name for name, size in sizes.items() if size > 1e-5 * max(sizes.values())]
+
+    def furthest(found: dict[str, torch.Tensor]) -> float:
+        return max((found[name] - planar[name]).abs().max().item() / sizes[name] for name in kept)
+
+    row["difference"], row["between_layouts"] = furthest(here), furthest(last)
+    row["left_out"] = sorted(set(sizes) - set(kept))
 
 
 def compare(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     """One network: whole-image PyTorch in both layouts, then wholegrad with a share of the better one's memory."""
     pixels = int(args.size.split("x")[0]) * int(args.size.split("x")[1])
     layouts = {} if args.activations else {
-        layout: run(args, name, layout, folder / f"{name}-{layout}.pt") for layout in ("planar", "channels_last")
+        layout: run(args, name, layout, folder / f"{name}-{layout}.pt") for layout in WAYS
     }  # fmt: skip
     fit = {layout: found for layout, found in layouts.items() if "error" not in found}
     best = min(fit, key=lambda layout: fit[layout]["seconds"], default=None)
@@ -191,7 +194,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         mine = row["wholegrad"]
-        layouts = [row[layout] for layout in ("planar", "channels_last") if layout in row]
+        layouts = [row[layout] for layout in WAYS if layout in row]
         cells = [row["network"], ", ".join(f"{f['seconds']:.1f}" if "seconds" in f else f["error"] for f in layouts)]
         pixels = int(row["size"].split("x")[0]) * int(row["size"].split("x")[1])
         whole_bytes = row["bytes_per_pixel"] * pixels
