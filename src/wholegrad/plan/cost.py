@@ -1,7 +1,7 @@
 """Predict time: multiply-adds and bytes over all tiles, recomputed halos included, in seconds of one thread.
 
-Rates are those of PyTorch's kernels on one core (AMD EPYC Zen 4 with AVX-512, torch 2.13.0), float32; see
-``benchmarks/wide``. What they leave out (the channels of a convolution, layouts, caches) is less than a factor of two.
+The rates of convolutions and of fresh pages were measured on one core (AMD EPYC Zen 4 with AVX-512, torch 2.13.0,
+float32; see ``benchmarks/wide``); those of bytes and of calls are estimates.
 """
 
 from __future__ import annotations
