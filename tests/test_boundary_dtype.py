@@ -21,6 +21,7 @@ from wholegrad.nets import unet4492
 from wholegrad.plan.plan import Placement
 from wholegrad.plan.storage import NARROW, stored_bytes, stored_dtype
 from wholegrad.proof import errors, random_labels
+from wholegrad.run.blocks import Blocks
 from wholegrad.run.store import DiskStore, HostStore, MapStore, overflows
 from wholegrad.verify import EXACT
 
@@ -137,7 +138,7 @@ def spec(dtype: torch.dtype) -> Spec:
 
 
 def stores(kind: torch.dtype, dtype: torch.dtype, folder: Path) -> list[MapStore]:
-    return [HostStore(spec(kind), dtype), DiskStore(spec(kind), folder, dtype)]
+    return [HostStore(spec(kind), Blocks(), dtype=dtype), DiskStore(spec(kind), folder, dtype)]
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])

@@ -13,7 +13,7 @@ import torch
 import wholegrad as wg
 from oracle import SEED, assert_exact, reference
 from wholegrad.given import given
-from wholegrad.plan.planner import candidates
+from wholegrad.plan.boundaries import candidates
 from wholegrad.run.reference import Reference, whole_image
 from wholegrad.verify import Case, Row, by_chance, errors
 from zoo import Entry

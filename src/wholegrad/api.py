@@ -19,10 +19,12 @@ from wholegrad.graph.graph import Graph, Kind, Ref
 from wholegrad.graph.inputs import Input, Leaf
 from wholegrad.looks import Looks, difference, looks
 from wholegrad.plan import memory
+from wholegrad.plan.boundaries import storable
 from wholegrad.plan.plan import Placement, Plan, parse_bytes
-from wholegrad.plan.planner import Request, check_elements, make_plan, storable
+from wholegrad.plan.planner import Request, check_elements, make_plan
 from wholegrad.plan.storage import NARROW
 from wholegrad.run import process
+from wholegrad.run.blocks import drop_blocks
 from wholegrad.run.executor import Executor, ProgressFn, Sink
 from wholegrad.run.sources import model_dtype, raw_images
 from wholegrad.run.store import check_space
@@ -65,6 +67,7 @@ def _request(
     backward: bool,
     sinks: tuple[Ref, ...] = (),
 ) -> Request:
+    drop_blocks()
     still_to_load = memory.LIBRARIES // (4 if process.has_run() else 1)
     reserved = process.resident() + still_to_load + inputs.cache_bytes
     raw = raw_images(graph, inputs.sources)

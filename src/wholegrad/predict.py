@@ -22,7 +22,7 @@ from wholegrad.errors import ConfigError, ShapeError, SlideError
 from wholegrad.given import given
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Graph, Ref, Spec
-from wholegrad.plan.planner import storable
+from wholegrad.plan.boundaries import storable
 from wholegrad.run.executor import ProgressFn, Sink
 from wholegrad.run.sources import model_dtype
 from wholegrad.slide.write import PyramidWriter

@@ -15,8 +15,8 @@ from wholegrad.given import given, in_dtype
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.rules.reduction import gather
+from wholegrad.plan.boundaries import candidates, storable
 from wholegrad.plan.plan import Plan
-from wholegrad.plan.planner import candidates, storable
 from wholegrad.run.executor import Sink
 from wholegrad.run.reference import Reference, buffers, gradients, named, parts, whole_image
 

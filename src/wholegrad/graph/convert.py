@@ -22,6 +22,7 @@ from wholegrad.graph.tracing import is_ghost
 aten = torch.ops.aten
 _DEVICE_KWARGS = {"device", "layout", "pin_memory", "memory_format", "generator"}
 _SAME = (aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 _RESHAPED = (  # in place, of no memory but of the tensor's own shape
     aten.squeeze_.dim, aten.squeeze_.default, aten.squeeze_.dims, aten.unsqueeze_.default, aten.transpose_.default,
@@ -130,7 +131,10 @@ class Converter:
         values = fx_node.meta["val"]
         outputs = tuple(values) if isinstance(values, tuple | list) else (values,)
         path, grad, draw = note.get("path", ""), note.get("grad", True), note.get("draw", -1)
-        refs = self.build.call(fx_node.name, op, args, kwargs, outputs, path, grad, draw)
+        if op in _VIEWS and isinstance(args[0], Ref) and self.build.spec(args[0]).shape == tuple(outputs[0].shape):
+            refs: tuple[Ref, ...] = (args[0],)  # a view of the shape that was there
+        else:
+            refs = self.build.call(fx_node.name, op, args, kwargs, outputs, path, grad, draw)
         if mutated is not None:
             self.same[fx_node] = mutated
             self.current[mutated] = refs[0]  # from here on the tensor reads as the result

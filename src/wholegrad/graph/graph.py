@@ -28,6 +28,7 @@ class Kind(StrEnum):
     REDUCTION = "reduction"  # a map to a small tensor (rule 3), or to itself held whole (rule 10)
     SMALL = "small"  # small tensors to small tensors, held whole
     SPREAD = "spread"  # a small tensor that runs along the image, read by box like a map
+    KEPT = "kept"  # a boundary's own values, read back by box (only in the graph of a backward sweep)
 
 
 SOURCES = frozenset({Kind.IMAGE, Kind.TARGET, Kind.PARAMETER, Kind.BUFFER, Kind.CONSTANT, Kind.VALUE})

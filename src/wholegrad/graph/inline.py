@@ -9,29 +9,23 @@ that nobody inlines run as chains: one pass forward, one back. Everything else r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from wholegrad.graph.graph import Graph, Node, Ref
-from wholegrad.graph.layout import Role
+from wholegrad.graph.programs import OPS, REALS, Build, Scope, Stop, planar_layout
 from wholegrad.graph.rules.base import bind
 from wholegrad.graph.rules.reduction import SumOrMean
 from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.kernels.choice import THIN, suits
-from wholegrad.kernels.expression import EACH, IDENTITY, MAP, MASKS, ONE, Leaf, Program, Step
+from wholegrad.kernels.expression import IDENTITY, MAP, Leaf
 from wholegrad.kernels.host import host
 from wholegrad.kernels.stage import Part
 
 aten = torch.ops.aten
-REALS = (torch.float32, torch.float64)
-BYTES = (torch.uint8, torch.bool)
-MOST_LEAVES = 8
-DEEPEST = 48  # ops on ops in one program, which are followed by recursion
 CHEAP = 16  # instructions for a vector that may be done again by every kernel that reads
-PLANAR = (Role.PLAIN, Role.PLAIN, Role.ROW, Role.COL)
 
 
 class Reading(NamedTuple):
@@ -74,16 +68,13 @@ def inline(graph: Graph, segment: Segment, raw: frozenset[Ref] = frozenset()) ->
     return _Inliner(graph, segment, raw).run()
 
 
-class _Stop(Exception):  # noqa: N818  no error: another way is taken
-    """This value cannot be computed while it is read."""
-
-
 class _Inliner:
     def __init__(self, graph: Graph, segment: Segment, raw: frozenset[Ref]) -> None:
         self.graph, self.segment, self.raw = graph, segment, raw
-        self.inside = set(segment.nodes)
+        self.inside = frozenset(segment.nodes)
         self.known: dict[int, bool] = {}
-        self.forced = self._forced()
+        self.forced = frozenset(self._forced())
+        self.scope = Scope(graph, self.inside, self.forced, raw)
 
     def run(self) -> Inlined:
         graph = self.graph
@@ -169,22 +160,16 @@ class _Inliner:
             return [ref]
         bound = bind(node.op, node.args, node.kwargs)
         same = {self.graph.spec(piece).dtype for piece in node.operands} == {self.graph.spec(ref).dtype}
-        if bound["dim"] % 4 != 1 or not self._planar_layout(ref) or not same:
+        if bound["dim"] % 4 != 1 or not planar_layout(self.graph.spec(ref)) or not same:
             return [ref]
         return [piece for each in bound["tensors"] for piece in self._pieces(each)]
-
-    def _planar_layout(self, ref: Ref) -> bool:
-        layout = self.graph.spec(ref).layout
-        return len(layout) == 4 and all(
-            len(dim) == 1 and dim[0].role is role for dim, role in zip(layout, PLANAR, strict=True)
-        )
 
     def _piece(self, ref: Ref) -> Reading:
         """One map computed while it is staged, or as it is: one derivative at most, and nothing dear."""
         spec = self.graph.spec(ref)
         try:
-            program, leaves = _Build(self, ref).finish()
-        except _Stop:
+            program, leaves = Build(self.scope, ref).finish()
+        except Stop:
             program, leaves = None, ()
         if program is not None and len(program.wanted) <= 1 and program.cost() <= CHEAP:
             small = [i for i in program.wanted if program.leaves[i].kind != MAP]
@@ -200,8 +185,8 @@ class _Inliner:
             return None
         ref = Ref(node.index)
         try:
-            program, leaves = _Build(self, ref).finish(top=True)
-        except _Stop:
+            program, leaves = Build(self.scope, ref).finish(top=True)
+        except Stop:
             return None
         maps = [leaf for leaf, each in zip(leaves, program.leaves, strict=True) if each.kind == MAP]
         own = ref not in leaves and bool(program.steps) and node.outputs[0].dtype in REALS
@@ -215,11 +200,11 @@ class _Inliner:
         if host() is None or not isinstance(rule, SumOrMean) or math.prod(node.outputs[0].shape) != 1:
             return None
         ref = node.operands[0]
-        if spec.dtype not in REALS or node.outputs[0].dtype != spec.dtype or not self._planar_layout(ref):
+        if spec.dtype not in REALS or node.outputs[0].dtype != spec.dtype or not planar_layout(self.graph.spec(ref)):
             return None
         try:
-            program, leaves = _Build(self, ref).finish(top=ref not in self.forced)
-        except _Stop:
+            program, leaves = Build(self.scope, ref).finish(top=ref not in self.forced)
+        except Stop:
             return None
         if any(program.leaves[i].kind != MAP for i in program.wanted):
             return None
@@ -227,234 +212,3 @@ class _Inliner:
         if not all(self._planar(each) for each in maps):
             return None
         return Reading((Part(program, spec.shape[1]),), leaves)
-
-
-class _Build:
-    """A program in the making, from the value at its end."""
-
-    def __init__(self, inliner: _Inliner, ref: Ref) -> None:
-        self.inliner, self.graph, self.ref = inliner, inliner.graph, ref
-        self.spec = self.graph.spec(ref)
-        if self.spec.dtype not in REALS or not inliner._planar_layout(ref):
-            raise _Stop
-        self.leaves: dict[tuple[Ref, bool], Leaf] = {}
-        self.steps: list[Step] = []  # leaves are numbered -1, -2, .. until all are known
-        self.memory: dict[tuple[Ref, bool], int] = {}
-        self.masks: set[int] = set()
-        self.depth = 0
-
-    def finish(self, top: bool = False) -> tuple[Program, tuple[Ref, ...]]:
-        """The program; with ``top``, of the op itself even where its value must exist."""
-        last = self.value(self.ref, True, top)
-        if last in self.masks:
-            last = self.step("real", last)
-        if len(self.leaves) > MOST_LEAVES or not any(leaf.kind == MAP for leaf in self.leaves.values()):
-            raise _Stop
-        count = len(self.leaves)
-
-        def place(number: int) -> int:
-            return -number - 1 if number < 0 else number + count
-
-        steps = [step._replace(values=tuple(place(i) for i in step.values)) for step in self.steps]
-        if steps and place(last) != count + len(steps) - 1:
-            raise _Stop
-        return Program(tuple(self.leaves.values()), tuple(steps)), tuple(ref for ref, _ in self.leaves)
-
-    def step(self, op: str, *values: int, numbers: tuple[float, ...] = ()) -> int:
-        self.steps.append(Step(op, values, numbers))
-        if op in MASKS:
-            self.masks.add(len(self.steps) - 1)
-        return len(self.steps) - 1
-
-    def real(self, arg: Any, grad: bool) -> int:
-        """An argument as a real number."""
-        if not isinstance(arg, Ref):
-            return self.step("constant", numbers=(float(arg),))
-        found = self.value(arg, grad)
-        return self.step("real", found) if found in self.masks else found
-
-    def mask(self, arg: Any) -> int:
-        """An argument as a mask."""
-        found = self.value(arg, False)
-        return found if found in self.masks else self.step("ne", found, numbers=(0.0,))
-
-    def value(self, ref: Ref, grad: bool, top: bool = False) -> int:
-        node = self.graph.nodes[ref.node]
-        grad = grad and node.needs_grad
-        if (ref, grad) in self.memory:
-            return self.memory[ref, grad]
-        may = ref.node in self.inliner.inside and node.op in OPS and self.depth < DEEPEST
-        found = self._inner(node, grad) if may and (top or ref not in self.inliner.forced) else None
-        if found is None:
-            found = self._leaf(ref, grad)
-        self.memory[ref, grad] = found
-        return found
-
-    def _inner(self, node: Node, grad: bool) -> int | None:
-        """The op's steps; None if it must be a leaf instead."""
-        spec = node.outputs[0]
-        before = len(self.steps), dict(self.leaves), dict(self.memory), set(self.masks)
-        self.depth += 1
-        try:
-            if spec.dtype not in (self.spec.dtype, torch.bool) or spec.shape != self.spec.shape:
-                raise _Stop
-            found = OPS[node.op](self, bind(node.op, node.args, node.kwargs), grad)
-            if spec.dtype == torch.bool and found not in self.masks:  # true plus true is true
-                found = self.step("ne", found, numbers=(0.0,))
-            return found
-        except _Stop:
-            del self.steps[before[0] :]
-            self.leaves, self.memory, self.masks = before[1:]
-            return None
-        finally:
-            self.depth -= 1
-
-    def _leaf(self, ref: Ref, grad: bool) -> int:
-        spec, real = self.graph.spec(ref), self.spec.dtype
-        if spec.is_map:
-            if spec.layout != self.spec.layout or spec.dtype not in (real, *BYTES):
-                raise _Stop
-            raw = ref in self.inliner.raw
-            leaf = Leaf(MAP, int(raw or spec.dtype in BYTES), grad and spec.dtype == real)
-        else:
-            leaf = Leaf(self._small(spec.shape), 0, grad)
-            if spec.dtype != real:
-                raise _Stop
-        self.leaves[ref, grad] = leaf
-        number = -1 - list(self.leaves).index((ref, grad))
-        return self.step("u8", number) if spec.is_map and ref in self.inliner.raw else number
-
-    def _small(self, shape: Sequence[int]) -> str:
-        if math.prod(shape) == 1:
-            return ONE
-        channels = self.spec.shape[1]
-        if len(shape) in (3, 4) and math.prod(shape) == channels and shape[-3] == channels:
-            return EACH
-        raise _Stop
-
-
-Writer = Callable[[_Build, dict[str, Any], bool], int]
-
-
-def _unary(op: str, *names: str) -> Writer:
-    """An op of one value, with numbers from arguments of these names."""
-
-    def write(build: _Build, bound: dict[str, Any], grad: bool) -> int:
-        numbers = tuple(float(bound[name]) for name in names)
-        return build.step(op, build.real(bound.get("self", bound.get("input")), grad), numbers=numbers)
-
-    return write
-
-
-def _binary(op: str, reverse: bool = False) -> Writer:
-    def write(build: _Build, bound: dict[str, Any], grad: bool) -> int:
-        a, b = (build.real(bound[name], grad) for name in ("self", "other"))
-        a, b = (b, a) if reverse else (a, b)
-        alpha = bound.get("alpha", 1)
-        return build.step(op, a, b, numbers=(float(alpha),) if alpha != 1 else ())
-
-    return write
-
-
-def _compare(op: str) -> Writer:
-    def write(build: _Build, bound: dict[str, Any], grad: bool) -> int:
-        a, other = build.real(bound["self"], False), bound["other"]
-        if isinstance(other, Ref):
-            return build.step(op, a, build.real(other, False))
-        if isinstance(other, int) and not 0 <= other < 256 and build.graph.spec(bound["self"]).dtype == torch.uint8:
-            raise _Stop  # PyTorch compares with what is left of it in 8 bits
-        return build.step(op, a, numbers=(float(other),))
-
-    return write
-
-
-def _logic(op: str) -> Writer:
-    def write(build: _Build, bound: dict[str, Any], grad: bool) -> int:
-        return build.step(op, *(build.mask(bound[name]) for name in ("self", "other") if name in bound))
-
-    return write
-
-
-def _clamp(op: str, low: str, high: str) -> Writer:
-    def write(build: _Build, bound: dict[str, Any], grad: bool) -> int:
-        ends = [bound[name] for name in (low, high)]
-        if any(isinstance(end, Ref) or (end is not None and math.isnan(end)) for end in ends):
-            raise _Stop
-        numbers = tuple(
-            float(end) if end is not None else sign * math.inf for end, sign in zip(ends, (-1, 1), strict=True)
-        )
-        return build.step(op, build.real(bound["self"], grad), numbers=numbers)
-
-    return write
-
-
-def _same(build: _Build, bound: dict[str, Any], grad: bool) -> int:
-    """A copy, perhaps of masks or bytes to real numbers, or to masks."""
-    dtype = bound.get("dtype")
-    if dtype == torch.bool:
-        return build.mask(bound["self"])
-    if dtype not in (None, build.spec.dtype):
-        raise _Stop
-    return build.value(bound["self"], grad) if dtype is None else build.real(bound["self"], grad)
-
-
-def _where(build: _Build, bound: dict[str, Any], grad: bool) -> int:
-    mask = build.mask(bound["condition"])
-    return build.step("where", mask, build.real(bound["self"], grad), build.real(bound["other"], grad))
-
-
-def _power(build: _Build, bound: dict[str, Any], grad: bool) -> int:
-    if bound["exponent"] != 2:
-        raise _Stop
-    return build.step("square", build.real(bound["self"], grad))
-
-
-def _bce(build: _Build, bound: dict[str, Any], grad: bool) -> int:
-    truth = bound["target"]
-    plain = bound["weight"] is None and bound["pos_weight"] is None and bound["reduction"] == 0
-    if not plain or (grad and build.graph.nodes[truth.node].needs_grad):
-        raise _Stop
-    return build.step("bce", build.real(bound["self"], grad), build.real(truth, False))
-
-
-OPS: dict[Any, Writer] = {
-    aten.add.Tensor: _binary("add"),
-    aten.add.Scalar: _binary("add"),
-    aten.sub.Tensor: _binary("sub"),
-    aten.sub.Scalar: _binary("sub"),
-    aten.rsub.Tensor: _binary("sub", reverse=True),
-    aten.rsub.Scalar: _binary("sub", reverse=True),
-    aten.mul.Tensor: _binary("mul"),
-    aten.mul.Scalar: _binary("mul"),
-    aten.div.Tensor: _binary("div"),
-    aten.div.Scalar: _binary("div"),
-    aten.neg.default: _unary("neg"),
-    aten.leaky_relu.default: _unary("leaky", "negative_slope"),
-    aten.relu.default: _unary("relu"),
-    aten.hardtanh.default: _clamp("hardtanh", "min_val", "max_val"),
-    aten.clamp.default: _clamp("clamp", "min", "max"),
-    aten.abs.default: _unary("abs"),
-    aten.square.default: _unary("square"),
-    aten.pow.Tensor_Scalar: _power,
-    aten.exp.default: _unary("exp"),
-    aten.sigmoid.default: _unary("sigmoid"),
-    aten.silu.default: _unary("silu"),
-    aten.binary_cross_entropy_with_logits.default: _bce,
-    aten.where.self: _where,
-    aten.where.ScalarOther: _where,
-    aten.where.ScalarSelf: _where,
-    aten._to_copy.default: _same,
-    aten.clone.default: _same,
-    aten.alias.default: _same,
-    aten.logical_and.default: _logic("and"),
-    aten.logical_or.default: _logic("or"),
-    aten.logical_not.default: _logic("not"),
-    aten.bitwise_and.Tensor: _logic("and"),
-    aten.bitwise_or.Tensor: _logic("or"),
-    aten.bitwise_not.default: _logic("not"),
-    **{
-        op: _compare(name)
-        for name in ("eq", "ne", "lt", "le", "gt", "ge")
-        for op in (getattr(aten, name).Scalar, getattr(aten, name).Tensor)
-    },
-}

@@ -44,18 +44,23 @@ class Segment:
         return tuple(dict.fromkeys([*self.outputs, *(graph.nodes[i].operands[0] for i in self.reductions)]))
 
 
-def stages(graph: Graph, boundaries: frozenset[Ref], early: frozenset[int] = frozenset()) -> dict[int, int]:
+def stages(
+    graph: Graph, boundaries: frozenset[Ref], early: frozenset[int] = frozenset(), apart: bool = False
+) -> dict[int, int]:
     """For each node the number of segments that must have run before its value can be had.
 
-    A boundary's or reduction's value is there one stage after the stage in which it is computed.
+    A boundary's or reduction's value is there one stage after the stage in which it is computed. A reduction that sums
+    a boundary is taken in the pass that computes the boundary.
 
     Args:
         early: reductions to be finished before any other output of the same stage starts.
+        apart: whether reductions over boundaries are taken later instead, from what was stored.
     """
     available: dict[int, int] = {}
     kept = {ref.node for ref in boundaries}
     for node in graph.nodes:
-        start = max((available[ref.node] for ref in node.operands), default=0)
+        summed = kept if node.kind is Kind.REDUCTION and not apart else ()
+        start = max((available[ref.node] - (ref.node in summed) for ref in node.operands), default=0)
         if node.kind in SOURCES:
             start = 0
         elif node.kind is Kind.REDUCTION or node.index in kept:
@@ -65,9 +70,11 @@ def stages(graph: Graph, boundaries: frozenset[Ref], early: frozenset[int] = fro
     return available
 
 
-def cut(graph: Graph, boundaries: frozenset[Ref], early: frozenset[int] = frozenset()) -> tuple[Segment, ...]:
-    """The segments that these boundaries make, in the order in which they run."""
-    available = stages(graph, boundaries, early)
+def cut(
+    graph: Graph, boundaries: frozenset[Ref], early: frozenset[int] = frozenset(), apart: bool = False
+) -> tuple[Segment, ...]:
+    """The segments that these boundaries make, in the order in which they run; see :func:`stages`."""
+    available = stages(graph, boundaries, early, apart)
     kept = {ref.node for ref in boundaries}
     groups: dict[int, tuple[list[Ref], list[int]]] = {}
     for node in graph.nodes:

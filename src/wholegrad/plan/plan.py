@@ -67,7 +67,9 @@ class SegmentPlan:
         fused: forward and backward in one pass, in the backward sweep (rule 4).
         working: bytes of the largest tiles that run side by side.
         forward_macs: multiply-adds of one forward run over all tiles.
+        again_macs: multiply-adds of running forward again in the backward sweep.
         seconds: predicted seconds of one forward run over all tiles.
+        backward_seconds: predicted seconds of running all tiles again and pulling them back.
     """
 
     segment: Segment
@@ -76,7 +78,9 @@ class SegmentPlan:
     fused: bool
     working: Working
     forward_macs: float
+    again_macs: float
     seconds: float
+    backward_seconds: float
 
 
 @dataclass(frozen=True, eq=False)

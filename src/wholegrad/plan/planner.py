@@ -15,11 +15,13 @@ import torch
 
 from wholegrad.errors import BudgetError, PlanError
 from wholegrad.graph import fusion
-from wholegrad.graph.graph import Graph, Kind, Node, Ref, Spec
+from wholegrad.graph.graph import Graph, Kind, Node, Ref
 from wholegrad.graph.inline import Inlined, inline
-from wholegrad.graph.layout import Role, map_layout
+from wholegrad.graph.layout import Role
+from wholegrad.graph.recall import recallable
 from wholegrad.graph.segment import Segment, cut
 from wholegrad.plan import cost, memory
+from wholegrad.plan.boundaries import candidates, summed
 from wholegrad.plan.plan import Placement, Plan, SegmentPlan, show_bytes
 from wholegrad.plan.storage import stored_bytes
 from wholegrad.plan.tiles import AxisTiles, axis_tiles
@@ -31,6 +33,7 @@ COARSE_EDGES = (64, 256, 512, 1024)  # while boundaries are being chosen
 LOOKED_AT = 8  # boundaries weighed anew at each step
 WORTHWHILE = 0.98  # of the predicted time, to which a change of boundaries must bring it
 FEW = 16  # candidates up to which each is also tried alone for the smallest budget
+HOST_SHARES = (1.5, 1.0, 0.5, 0.0)  # of free memory, for boundaries and gradients as if all were held at once
 MARGIN = 16 << 20  # added to the smallest budget that is reported
 
 
@@ -115,49 +118,6 @@ def _best(graph: Graph, request: Request) -> Plan | None:
     return None
 
 
-def candidates(graph: Graph) -> list[Ref]:
-    """Maps worth keeping: one after each chain of ops, of those on a path from image to loss or output."""
-    roots = [ref.node for ref in graph.outputs] if graph.loss is None else [graph.loss.node]
-    alive = graph.ancestors(roots)
-    return [
-        Ref(node.index)
-        for node in graph.of_kind(Kind.MAP)
-        if node.index in alive and len(node.outputs) == 1 and _worth_keeping(graph, node)
-    ]
-
-
-def _summed(graph: Graph, pool: list[Ref]) -> frozenset[Ref]:
-    """Of these maps, those that a reduction sums while other maps depend on the sum: inputs of norms."""
-    back = [
-        node
-        for node in graph.of_kind(Kind.REDUCTION)
-        if any(graph.nodes[i].kind is Kind.MAP for i in graph.descendants([node.index]))
-    ]
-    summed = {ref.node for node in back for ref in node.operands}
-    near = summed | {ref.node for index in summed for ref in graph.nodes[index].operands}
-    return frozenset(ref for ref in pool if ref.node in near)
-
-
-def storable(spec: Spec) -> bool:
-    """Whether a map can be a boundary: its last two dimensions are rows and columns."""
-    return spec.is_map and len(spec.shape) >= 2 and spec.layout == map_layout(spec.shape)
-
-
-def _worth_keeping(graph: Graph, node: Node) -> bool:
-    spec = node.outputs[0]
-    if not storable(spec) or not spec.dtype.is_floating_point or (not node.needs_grad and graph.loss is not None):
-        return False
-    readers = [graph.nodes[i] for i in graph.consumers(node.index)]
-    if len(readers) == 1 and readers[0].kind is Kind.MAP:
-        after = readers[0].outputs[0]
-        return not (len(readers[0].outputs) == 1 and after.nbytes <= spec.nbytes and _single_input(readers[0]))
-    return True
-
-
-def _single_input(node: Node) -> bool:
-    return len(node.operands) == 1
-
-
 class _Search:
     """One search; remembers segments' spans, which many sets of boundaries share."""
 
@@ -170,6 +130,7 @@ class _Search:
         self.whole = max(cost.whole_macs(graph), 1.0)
         self.axes: dict[tuple[Segment, Role, int], AxisTiles] = {}
         self.inlined: dict[Segment, Inlined] = {}
+        self.apart = request.boundary_dtype is not None  # sums see boundaries as they are stored
         self.measured: dict[tuple[Segment, tuple[int, int]], SegmentPlan] = {}
         self.tried: dict[frozenset[Ref], float] = {}
 
@@ -200,7 +161,7 @@ class _Search:
 
     def starts(self, fixed: frozenset[Ref], pool: list[Ref]) -> list[frozenset[Ref]]:
         """No boundary, those that reductions sum, and every candidate."""
-        return list(dict.fromkeys([fixed, fixed | _summed(self.graph, pool), fixed | frozenset(pool)]))
+        return list(dict.fromkeys([fixed, fixed | summed(self.graph, pool), fixed | frozenset(pool)]))
 
     def grown(self, best: float, chosen: frozenset[Ref], pool: list[Ref]) -> tuple[float, frozenset[Ref]]:
         """Add boundaries greedily. A saving rarely grows as others are added, so the last ones known bound the next."""
@@ -243,7 +204,7 @@ class _Search:
         plans = []
         for segments, fused in self.variants(boundaries):
             parts = [min((self.part(s, tile) for tile in self.tiles(s)), key=self.needs) for s in segments]
-            places = self.places(segments, boundaries, 0)
+            places = self.places(boundaries, 0)
             plans.append(self.assemble(parts, fused, places))
         return plans
 
@@ -251,7 +212,7 @@ class _Search:
 
     def variants(self, boundaries: frozenset[Ref]) -> list[tuple[tuple[Segment, ...], bool]]:
         """Ways to cut, each with whether its last segment may run in one pass."""
-        plain = cut(self.graph, boundaries)
+        plain = cut(self.graph, boundaries, apart=self.apart)
         if not self.request.backward or not plain:
             return [(plain, False)]
         last = plain[-1]
@@ -260,7 +221,7 @@ class _Search:
         free = fusion.free_reductions(self.graph, last.reductions)
         rest = tuple(index for index in last.reductions if index not in free)
         if free and rest and not last.outputs and len(plain) == 1 and fusion.known_before(self.graph, rest):
-            return [(cut(self.graph, boundaries, free), True), (plain, False)]
+            return [(cut(self.graph, boundaries, free, apart=self.apart), True), (plain, False)]
         return [(plain, False)]
 
     def plan(self, boundaries: frozenset[Ref]) -> Plan | None:
@@ -268,12 +229,13 @@ class _Search:
         return min((plan for plan in found if plan is not None), key=lambda plan: plan.seconds, default=None)
 
     def fastest(self, segments: tuple[Segment, ...], fused: bool, boundaries: frozenset[Ref]) -> Plan | None:
-        """The fastest tiles that fit, with some boundaries in host memory or, if nothing fits then, all on disk."""
-        for host in dict.fromkeys((self.request.budget, None if self.request.budget is None else 0)):
-            plan = self.placed(segments, fused, self.places(segments, boundaries, host))
-            if plan is not None:
-                return plan
-        return None
+        """The fastest tiles that fit, with more or less of the memory given to boundaries."""
+        budget = self.request.budget
+        free = None if budget is None else max(budget - self.request.reserved - self.always, 0)
+        rooms = [float("inf")] if free is None else [free * share for share in HOST_SHARES]
+        ways = {tuple(places.items()): places for places in (self.places(boundaries, room) for room in rooms)}
+        found = [self.placed(segments, fused, places) for places in ways.values()]
+        return min((plan for plan in found if plan is not None), key=lambda plan: plan.seconds, default=None)
 
     def placed(self, segments: tuple[Segment, ...], fused: bool, places: dict[Ref, Placement]) -> Plan | None:
         base = self.request.reserved + self.always + memory.leftover(len(segments))
@@ -286,10 +248,13 @@ class _Search:
             fitting = [part for part in options if room is None or self.needs(part) <= room]
             if not fitting:
                 return None
-            parts.append(min(fitting, key=lambda part: part.seconds))
+            parts.append(min(fitting, key=self.total_seconds))
         plan = self.assemble(parts, fused, places)
         fits = self.request.budget is None or plan.projected <= self.request.budget
         return plan if fits else None
+
+    def total_seconds(self, part: SegmentPlan) -> float:
+        return part.seconds + part.backward_seconds if self.request.backward else part.seconds
 
     def needs(self, part: SegmentPlan) -> int:
         return part.working.backward if self.request.backward else part.working.forward
@@ -330,6 +295,7 @@ class _Search:
     def weighed(self, segment: Segment, tile: tuple[int, int], rows: AxisTiles, cols: AxisTiles) -> SegmentPlan:
         tiles = rows.count * cols.count
         rounds = -(-tiles // self.request.workers)  # an idle worker is time lost
+        of_thread = rounds / tiles
         return SegmentPlan(
             segment,
             tile,
@@ -337,7 +303,9 @@ class _Search:
             False,
             self.working(segment, rows, cols),
             cost.forward_macs(self.macs, segment, rows, cols),
-            cost.forward_seconds(self.graph, self.macs, segment, self.how(segment), rows, cols) / tiles * rounds,
+            cost.again_macs(self.graph, self.macs, segment, rows, cols),
+            cost.forward_seconds(self.graph, self.macs, segment, self.how(segment), rows, cols) * of_thread,
+            cost.backward_seconds(self.graph, self.macs, segment, self.how(segment), rows, cols) * of_thread,
         )
 
     def working(self, segment: Segment, rows: AxisTiles, cols: AxisTiles) -> memory.Working:
@@ -348,15 +316,12 @@ class _Search:
         side = min(self.request.workers, rows.count * cols.count)
         return memory.Working(side * tile.forward + band, side * tile.backward + band)
 
-    def places(
-        self, segments: tuple[Segment, ...], boundaries: frozenset[Ref], budget: int | None
-    ) -> dict[Ref, Placement]:
-        """Host memory for the smallest boundaries, up to half of the budget; disk for the rest."""
+    def places(self, boundaries: frozenset[Ref], room: float) -> dict[Ref, Placement]:
+        """Host memory for the smallest boundaries and their gradients, up to ``room`` bytes; disk for the rest."""
         kept = sorted(boundaries - set(self.request.sinks), key=self.stored)
         wanted = self.request.placement
         if isinstance(wanted, Placement):
             return dict.fromkeys(kept, wanted)
-        room = float("inf") if budget is None else (budget - self.request.reserved) / 2
         result = {}
         for ref in kept:
             room -= self.with_gradient(ref)
@@ -385,7 +350,10 @@ class _Search:
             size, last = self.stored(ref), max(read[ref], default=made[ref])
             for i in range(made[ref], len(segments) if self.request.backward else last + 1):
                 forward[i] += size
-            for i in range(min(read[ref], default=len(segments)), len(segments)):
+            first = (
+                made[ref] if recallable(self.graph, segments[made[ref]], {ref}) else min(read[ref], default=last + 1)
+            )
+            for i in range(first, len(segments)):
                 backward[i] += size
             if self.graph.nodes[ref.node].needs_grad:
                 for i in range(made[ref], last + 1):
@@ -395,7 +363,7 @@ class _Search:
     def assemble(self, parts: Sequence[SegmentPlan], fused: bool, places: dict[Ref, Placement]) -> Plan:
         graph, request = self.graph, self.request
         segments = tuple(part.segment for part in parts)
-        runs = [self.runs(i, len(parts), fused) for i in range(len(parts))]
+        one_pass = [fused and i == len(parts) - 1 for i in range(len(parts))]
         peak = 0
         forward, backward = self.held(segments, places)
         for i, part in enumerate(parts):
@@ -403,10 +371,13 @@ class _Search:
                 peak = max(peak, forward[i] + part.working.forward)
             if request.backward:
                 peak = max(peak, backward[i] + part.working.backward)
-        pulled = cost.BACKWARD if request.backward else 0.0
-        macs = sum(part.forward_macs * count for part, count in zip(parts, runs, strict=True))
-        seconds = sum(part.seconds * (count + pulled) for part, count in zip(parts, runs, strict=True))
-        final = tuple(replace(part, fused=fused and i == len(parts) - 1) for i, part in enumerate(parts))
+        final = tuple(replace(part, fused=fuse) for part, fuse in zip(parts, one_pass, strict=True))
+        ahead = [part for part in final if not part.fused]
+        macs = sum(part.forward_macs for part in ahead)
+        seconds = sum(part.seconds for part in ahead)
+        if request.backward:
+            macs += sum(part.again_macs for part in final)
+            seconds += sum(part.backward_seconds for part in final)
         return Plan(
             graph=graph,
             segments=final,
@@ -422,12 +393,6 @@ class _Search:
             spill_dir=request.spill_dir,
             boundary_dtype=request.boundary_dtype,
         )
-
-    def runs(self, i: int, count: int, fused: bool) -> int:
-        """How often segment ``i`` runs forward in one step."""
-        if not self.request.backward or (fused and i == count - 1):
-            return 1
-        return 2
 
     def disk_seconds(self, places: Mapping[Ref, Placement]) -> float:
         spilled = sum(self.with_gradient(ref) for ref, place in places.items() if place is Placement.DISK)

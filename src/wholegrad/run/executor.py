@@ -13,7 +13,7 @@ tile runs forward and backward once, in the backward sweep.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -23,13 +23,15 @@ from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import READERS, Graph, Kind, Ref, Spec
 from wholegrad.graph.inline import Inlined, inline
 from wholegrad.graph.layout import crop, full_box
+from wholegrad.graph.recall import Recall, recall, recallable
 from wholegrad.graph.rules import State
 from wholegrad.graph.rules.reduction import wide
 from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.plan.plan import Placement, Plan
-from wholegrad.plan.storage import dtype_name
+from wholegrad.plan.storage import dtype_name, stored_bytes
 from wholegrad.plan.tiles import Tile
 from wholegrad.run import process
+from wholegrad.run.blocks import blocks_of
 from wholegrad.run.small import SmallValues
 from wholegrad.run.sources import Source, raw_images
 from wholegrad.run.store import DiskStore, HostStore, MapStore, overflows
@@ -88,6 +90,7 @@ class Executor:
         self.sources = sources
         self.sinks = dict(sinks or {})
         self.progress = progress
+        self.blocks = blocks_of(plan)
         self.maps: dict[Ref, MapStore] = {}
         self.map_grads: dict[Ref, MapStore] = {}
         self.totals: dict[int, State] = {}
@@ -132,11 +135,11 @@ class Executor:
     def _forward_segment(self, i: int) -> None:
         segment = self.plan.segments[i].segment
         later = {ref for part in self.plan.segments[i + 1 :] for ref in part.segment.maps}
-        for ref in segment.outputs:
-            if ref not in self.sinks or ref in later:
-                self.maps[ref] = self._new_store(ref, self.plan.stored_dtype(ref))
-
-        how = self._how(segment)
+        kept = [ref for ref in segment.outputs if ref not in self.sinks or ref in later]
+        sizes = {ref: stored_bytes(self.graph.spec(ref), self.plan.boundary_dtype) for ref in kept}
+        self._make_room(self.plan.segments[i].working.forward, sizes)
+        self.maps.update({ref: self._new_store(ref, self.plan.stored_dtype(ref), zero=False) for ref in kept})
+        how = self._how(self.graph, segment)
 
         def work(tile: Tile) -> tuple[dict[Ref, torch.Tensor], dict[int, State]]:
             with torch.no_grad():
@@ -152,14 +155,25 @@ class Executor:
         self._finish(segment.reductions)
 
     def _tiles(self, i: int, work: Callable[[Tile], Result]) -> Iterator[tuple[Tile, Result]]:
-        """Every tile of segment ``i`` with what ``work`` made of it, in tile order.
-
-        Tiles of another segment are of other sizes: what this one's left behind would not serve them.
-        """
+        """Every tile of segment ``i`` with what ``work`` made of it, in tile order."""
         tiles = self.plan.grid(i)
         yield from in_order(tiles, len(tiles), work, self.plan.workers)
-        if len(self.plan.segments) > 1:
+
+    def _make_room(self, working: int, new: Mapping[Ref, int]) -> None:
+        """Return free memory to the system where a segment might else pass the projected peak (rule 7).
+
+        What earlier tiles and boundaries left is quick to use again, but need not be of the sizes that are wanted now.
+
+        Args:
+            working: what the segment's tiles may take.
+            new: bytes of maps that are kept from now on.
+        """
+        sizes = [size for ref, size in new.items() if self._placement(ref) is not Placement.DISK]
+        room = self.plan.projected - working
+        if process.resident() + self.blocks.missing(sizes) > room:
             process.release_memory()
+        if process.resident() + self.blocks.missing(sizes) > room:
+            self.blocks.clear()
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
         if ref in self.sinks:
@@ -205,11 +219,14 @@ class Executor:
             )
             self.small.values.update(zip(node.refs, outputs, strict=True))
 
-    def _new_store(self, ref: Ref, dtype: torch.dtype) -> MapStore:
+    def _placement(self, ref: Ref) -> Placement:
+        return self.plan.placements.get(ref, Placement.HOST)
+
+    def _new_store(self, ref: Ref, dtype: torch.dtype, zero: bool) -> MapStore:
         spec = self.graph.spec(ref)
-        if self.plan.placements.get(ref) is Placement.DISK:
+        if self._placement(ref) is Placement.DISK:
             return DiskStore(spec, self.plan.spill_dir, dtype)
-        return HostStore(spec, dtype)
+        return HostStore(spec, self.blocks, zero, dtype)
 
     def _fetch(self, ref: Ref, box: Box, raw: bool = False) -> torch.Tensor:
         node = self.graph.nodes[ref.node]
@@ -265,22 +282,28 @@ class Executor:
         segment = self.plan.segments[i].segment
         pull = self._pull(segment.reductions, self.small.grads)
         if pull.grads or any(ref in self.map_grads for ref in segment.outputs):
-            how = self._how(segment)
-            for _, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, how, tile, pull, False)):
+            again = recall(self.graph, segment, self.maps.keys())
+            how = self._how(again.graph, again.segment)
+            self._make_room(self.plan.segments[i].working.backward, self._new_grads(segment))
+            for _, pulled in self._tiles(i, lambda tile: self._pull_tile(again, how, tile, pull, False)):
                 self._add_grads(pulled)
                 self._tick("backward")
         self._after_backward(i)
 
-    def _how(self, segment: Segment) -> Inlined:
+    def _how(self, graph: Graph, segment: Segment) -> Inlined:
         """What of a segment is computed where it is read."""
-        return inline(self.graph, segment, raw_images(self.graph, self.sources))
+        return inline(graph, segment, raw_images(graph, self.sources))
 
-    def _pull_tile(self, segment: Segment, how: Inlined, tile: Tile, pull: Pull, fused: bool) -> _Pulled:
+    def _pull_tile(self, again: Recall, how: Inlined, tile: Tile, pull: Pull, fused: bool) -> _Pulled:
         """Run a tile forward and pull it back; touches nothing that other tiles see."""
-        small, shares = self.small.leaf, pull.grads
-        run = run_tile(self.graph, segment, tile, self._fetch, small, True, self.seed, how, shares)
-        parts = partials(self.graph, segment, run) if fused else {}
-        return _Pulled(parts, pull_back(self.graph, segment, run, pull, tile), run.boxes)
+
+        def fetch(ref: Ref, box: Box, raw: bool = False) -> torch.Tensor:
+            return self._fetch(again.original(ref), box, raw)
+
+        graph, segment, tile = again.graph, again.segment, replace(tile, boxes=again.boxes(tile.boxes))
+        run = run_tile(graph, segment, tile, fetch, self.small.leaf, True, self.seed, how, pull.grads)
+        parts = partials(graph, segment, run) if fused else {}
+        return _Pulled(parts, pull_back(graph, segment, run, pull, tile), run.boxes)
 
     def _add_grads(self, pulled: _Pulled) -> None:
         for ref, grad in pulled.grads.items():
@@ -295,9 +318,14 @@ class Executor:
     def _map_grad(self, ref: Ref, box: Box) -> torch.Tensor | None:
         return self.map_grads[ref].read(box) if ref in self.map_grads else None
 
+    def _new_grads(self, segment: Segment) -> dict[Ref, int]:
+        """The boundaries that get a gradient when ``segment`` is pulled back, and had none, and its bytes."""
+        fresh = [ref for ref in segment.maps if ref in self.maps and ref not in self.map_grads]
+        return {ref: self.graph.spec(ref).nbytes for ref in fresh if self.graph.nodes[ref.node].needs_grad}
+
     def _grad_store(self, ref: Ref) -> MapStore:
         if ref not in self.map_grads:
-            self.map_grads[ref] = self._new_store(ref, self.graph.spec(ref).dtype)
+            self.map_grads[ref] = self._new_store(ref, self.graph.spec(ref).dtype, zero=True)
         return self.map_grads[ref]
 
     def _after_backward(self, i: int) -> None:
@@ -305,15 +333,19 @@ class Executor:
         for ref in self.plan.segments[i].segment.outputs:
             if ref in self.map_grads:
                 self.map_grads.pop(ref).close()
-        earlier = {ref for part in self.plan.segments[:i] for ref in part.segment.maps}
-        for ref in [ref for ref in self.maps if ref not in earlier]:
+        earlier = [part.segment for part in self.plan.segments[:i]]
+        needed = {ref for segment in earlier for ref in segment.maps}
+        needed.update(ref for segment in earlier for ref in recallable(self.graph, segment, self.maps.keys()))
+        for ref in [ref for ref in self.maps if ref not in needed]:
             self.maps.pop(ref).close()
 
     def _fused_segment(self, i: int) -> None:
         segment = self.plan.segments[i].segment
         pull = self._pull(segment.reductions, self._grads_known_before(i))
-        how = self._how(segment)
-        for tile, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, how, tile, pull, True)):
+        again = recall(self.graph, segment, frozenset())
+        how = self._how(again.graph, again.segment)
+        self._make_room(self.plan.segments[i].working.backward, self._new_grads(segment))
+        for tile, pulled in self._tiles(i, lambda tile: self._pull_tile(again, how, tile, pull, True)):
             self._merge(pulled.parts, tile)
             self._add_grads(pulled)
             self._tick("fused")

@@ -1,7 +1,7 @@
 """Where boundary maps live between segments: anonymous memory or a file, written and read by box.
 
 Both keep pixels interleaved, ``(N, H, W, C)``, so that a tile comes back in the layout that convolutions prefer and a
-row of a box is one contiguous read. Memory comes from ``mmap``: zero when new, and returned to the system on close.
+row of a box is one contiguous read. Memory comes from :mod:`wholegrad.run.blocks`.
 
 A map may be stored in a narrower dtype than the graph's: it is rounded once, when written, and every read of it, in the
 forward sweep and in the backward, gives the same rounded values in the graph's dtype.
@@ -10,7 +10,6 @@ forward sweep and in the backward, gives the same rounded values in the graph's 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import shutil
 import tempfile
@@ -25,12 +24,13 @@ import torch
 from wholegrad.errors import PlanError
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Spec
+from wholegrad.run.blocks import Blocks
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class MapStore(ABC):
-    """A map of a Spec's shape whose last two dimensions are rows and columns; new ones hold zeros.
+    """A map of a Spec's shape whose last two dimensions are rows and columns.
 
     Args:
         dtype: in which elements are stored; None for the Spec's own, in which they are read and written.
@@ -102,12 +102,18 @@ def check_space(needed: int, folder: Path | None) -> None:
 
 
 class HostStore(MapStore):
-    """A map in anonymous memory."""
+    """A map in a block of anonymous memory.
 
-    def __init__(self, spec: Spec, dtype: torch.dtype | None = None) -> None:
+    Args:
+        blocks: where the block comes from, and goes back to.
+        zero: whether a new map holds zeros: for sums. Else all of it must be written before it is read.
+    """
+
+    def __init__(self, spec: Spec, blocks: Blocks, zero: bool = True, dtype: torch.dtype | None = None) -> None:
         super().__init__(spec, dtype)
-        self._memory = mmap.mmap(-1, max(self.nbytes, 1))
-        flat = torch.frombuffer(self._memory, dtype=self.dtype, count=prod(self.shape))
+        self._blocks = blocks
+        self._block = blocks.take(max(self.nbytes, 1), zero)
+        flat = self._block[: self.nbytes].view(self.dtype)
         self._map: torch.Tensor | None = flat.view(self.stored)
 
     def _box(self, box: Box) -> torch.Tensor:
@@ -126,11 +132,9 @@ class HostStore(MapStore):
         self._box(box).add_(self._pixels(tile))
 
     def close(self) -> None:
-        self._map = None
-        try:
-            self._memory.close()
-        except BufferError:  # a view is still held somewhere; the memory goes with it
-            del self._memory
+        if self._map is not None:
+            self._map = None
+            self._blocks.give(self._block)
 
 
 class DiskStore(MapStore):

@@ -76,18 +76,33 @@ def _weight_gradient(sat: torch.Tensor, read: torch.Tensor, weight: torch.Tensor
     return result
 
 
+def _channel_sums(grad: torch.Tensor) -> torch.Tensor:
+    """Sums of ``(N, C, H, W)`` over all but channels: bands in their own precision, which is fast, bands in float64."""
+    band = max(1, BAND_PIXELS // (grad.shape[0] * grad.shape[3]))
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    total = torch.zeros(grad.shape[1], dtype=torch.float64)
+    for rows in torch.split(grad, band, 2):
+        total += rows.sum((0, 2, 3), dtype=dtype)
+    return total
+
+
 class Convolve(torch.autograd.Function):
-    """``apply(x, weight, bias, settings)`` with bias possibly None."""
+    """``apply(x, weight, bias, settings, known)`` with bias possibly None; ``known`` is the output, or None."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: Settings
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        settings: Settings,
+        known: torch.Tensor | None,
     ) -> torch.Tensor:
         x = interleaved(x)
         ctx.save_for_backward(x, weight)
         ctx.settings = settings
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return interleaved(aten.convolution(x, weight, bias, *settings))
+        return interleaved(aten.convolution(x, weight, bias, *settings)) if known is None else known
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
@@ -102,8 +117,8 @@ class Convolve(torch.autograd.Function):
             sat, read = (x, grad) if settings.transposed else (grad, x)
             of_weight = weight_gradient(sat, read, weight, settings).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            of_bias = grad.sum((0, 2, 3), dtype=torch.float64).to(ctx.bias_dtype)
-        return of_x, of_weight, of_bias, None
+            of_bias = _channel_sums(grad).to(ctx.bias_dtype)
+        return of_x, of_weight, of_bias, None, None
 
 
 def convolve(
@@ -115,6 +130,7 @@ def convolve(
     dilation: list[int],
     transposed: bool,
     groups: int,
+    known: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``aten.convolution`` with padding of its own for each side, differentiable once.
 
@@ -122,6 +138,7 @@ def convolve(
         x: computed as it is read where the thin kernels serve the convolution.
         padding: rows of zeros above and below ``x``, columns left and right of it; negative numbers crop. Transposed:
             what is cropped off the output; negative numbers add pixels that no input reaches.
+        known: the output, if it need not be computed; not of a transposed convolution.
     """
     steps, gaps = _pair(stride), _pair(dilation)
     if isinstance(x, Mixed) or serves(x, weight, steps, groups):
@@ -147,13 +164,19 @@ def convolve(
     inside = (top, left)
     if not (top == bottom >= 0 and left == right >= 0):
         x, inside = F.pad(x, (left, right, top, bottom)), (0, 0)
-    return _convolve(x, weight, bias, Settings(steps, inside, gaps, False, (0, 0), groups))
+    return _convolve(x, weight, bias, Settings(steps, inside, gaps, False, (0, 0), groups), known)
 
 
 def _pair(values: list[int]) -> tuple[int, int]:
     return values[0], values[-1]
 
 
-def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: Settings) -> torch.Tensor:
-    result: torch.Tensor = Convolve.apply(x, weight, bias, settings)  # type: ignore[no-untyped-call]
+def _convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    settings: Settings,
+    known: torch.Tensor | None = None,
+) -> torch.Tensor:
+    result: torch.Tensor = Convolve.apply(x, weight, bias, settings, known)  # type: ignore[no-untyped-call]
     return result

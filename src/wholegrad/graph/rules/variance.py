@@ -22,7 +22,16 @@ from wholegrad.graph.rules.base import State, bind, register
 from wholegrad.graph.rules.reduction import OverDims, node_dims, unsqueezed
 
 aten = torch.ops.aten
-BAND = 1 << 18  # elements that are looked at at once: they stay in the cache, and temporaries stay small
+BAND = 1 << 17  # elements that are looked at at once: they stay in the cache, and temporaries stay small
+
+
+def _summed(band: torch.Tensor, dims: list[int]) -> torch.Tensor:
+    """A band's sum in float64, of sums in its own precision, which is a tenth of the time of float64 throughout.
+
+    PyTorch sums in cascades, so that over a band they lose next to nothing.
+    """
+    half = band.dtype in (torch.bfloat16, torch.float16)
+    return band.sum(dims, keepdim=True, dtype=torch.float32 if half else None).double()
 
 
 def _state(band: torch.Tensor, dims: list[int]) -> State:
@@ -30,8 +39,8 @@ def _state(band: torch.Tensor, dims: list[int]) -> State:
     count = prod(band.shape[dim] for dim in dims)
     near = band.mean(dims, keepdim=True)  # in the band's dtype; its rounding is made good below
     apart = band - near
-    rest = apart.sum(dims, keepdim=True, dtype=torch.float64) / count
-    m2 = (apart * apart).sum(dims, keepdim=True, dtype=torch.float64) - count * rest * rest
+    rest = _summed(apart, dims) / count
+    m2 = _summed(apart * apart, dims) - count * rest * rest
     return torch.tensor(float(count), dtype=torch.float64), near + rest, m2
 
 

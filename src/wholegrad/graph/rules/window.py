@@ -45,7 +45,10 @@ def reach(inputs: Interval, kernel: int, stride: int, pad: int, dilation: int) -
 
 @register(aten.convolution.default)
 class Convolution(MapRule):
-    """``convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)`` in 2-d."""
+    """``convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)`` in 2-d.
+
+    An operand beyond these is the output itself, known from before (:mod:`wholegrad.graph.recall`); not if transposed.
+    """
 
     copies = (1, 0)  # and one of the output if transposed
 
@@ -63,7 +66,13 @@ class Convolution(MapRule):
         stride, pad, dilation = (values[i % len(values)] for values in node.args[3:6])
         return specs[1].shape[2 + i], stride, pad, dilation
 
+    def _known(self, node: Node) -> int:
+        """Which operand is the output itself, if there is one."""
+        return 2 if node.args[2] is None else 3
+
     def needs(self, node: Node, specs: Sequence[Spec], operand: int, role: Role, out: Interval) -> Interval:
+        if operand == self._known(node):
+            return out
         axis = self._axis(node, specs, role)
         size = specs[0].rows if role is Role.ROW else specs[0].cols
         return clip(sources(out, *axis) if node.args[6] else window(out, *axis), size)
@@ -78,18 +87,26 @@ class Convolution(MapRule):
     def run(self, node: Node, tensors: Sequence[torch.Tensor], tile: Tile) -> tuple[torch.Tensor, ...]:
         x, weight = tensors[0], tensors[1]
         bias = tensors[2] if node.args[2] is not None else None
-        run = self._transposed if node.args[6] else self._plain
-        return (run(node, x, weight, bias, tile),)
+        if node.args[6]:
+            return (self._transposed(node, x, weight, bias, tile),)
+        known = tensors[self._known(node) :]
+        return (self._plain(node, x, weight, bias, tile, known[0] if known else None),)
 
     def _plain(
-        self, node: Node, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile
+        self,
+        node: Node,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        tile: Tile,
+        known: torch.Tensor | None,
     ) -> torch.Tensor:
         stride, _, dilation, groups = node.args[3], node.args[4], node.args[5], node.args[8]
         have = boxes(tile, 0)
         rows = window(tile.box.rows, *self._axis(node, tile.specs, Role.ROW))
         cols = window(tile.box.cols, *self._axis(node, tile.specs, Role.COL))
         edges = (have.y0 - rows.lo, rows.hi - have.y1, have.x0 - cols.lo, cols.hi - have.x1)
-        return convolve(x, weight, bias, stride, edges, dilation, False, groups)
+        return convolve(x, weight, bias, stride, edges, dilation, False, groups, known)
 
     def _transposed(
         self, node: Node, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile

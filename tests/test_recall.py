@@ -1,0 +1,67 @@
+"""Boundaries that convolutions make are read back in the backward sweep, not computed again; gradients stay exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from oracle import assert_exact, captured
+from wholegrad.graph.graph import Kind, Ref
+from wholegrad.graph.recall import recall, recallable
+from wholegrad.graph.segment import cut
+
+BOUNDARIES = ["first", "second", "third"]
+
+
+class Wide(nn.Module):
+    """Convolutions of 16 channels with a stride, dilation and a skip; norms over the map in between."""
+
+    def __init__(self, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.second = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.third = nn.Conv2d(16, 16, (3, 2), padding=(2, 1), dilation=2)
+        self.norms = nn.ModuleList(norm(16, affine=True) for _ in range(3))
+        self.head = nn.Conv2d(16, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.leaky_relu(self.norms[0](self.first(x)), 0.1)
+        y = self.second(x)
+        x = nn.functional.leaky_relu(self.norms[1](y), 0.1)
+        x = torch.tanh(self.norms[2](self.third(x)))
+        return self.head(x) + y.mean(1, keepdim=True)[..., : x.shape[-2], : x.shape[-1]]
+
+
+def mean_square(output: torch.Tensor, target: None) -> torch.Tensor:
+    return (output**2).mean()
+
+
+def wide(norm: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(3)
+    return Wide(norm).double().train()
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, nn.BatchNorm2d])
+@pytest.mark.parametrize("placement", ["host", "disk"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_are_exact(norm: type[nn.Module], placement: str, batch: int) -> None:
+    image = torch.rand(batch, 3, 37, 42, dtype=torch.float64)
+    assert_exact(wide(norm), mean_square, image, None, tile=(9, 11), boundaries=BOUNDARIES, placement=placement)
+
+
+def test_a_boundary_is_read_back_where_a_convolution_of_many_channels_makes_it() -> None:
+    graph = captured(wide(nn.BatchNorm2d), (1, 3, 37, 42))
+    made = {node.path: Ref(node.index) for node in graph.of_kind(Kind.MAP) if node.path in BOUNDARIES}
+    segments = cut(graph, frozenset(made.values()))
+    found = {ref for segment in segments for ref in recallable(graph, segment, set(made.values()))}
+    assert found == {made["second"], made["third"]}  # the first reads three channels: computed again
+    again = recall(graph, next(s for s in segments if made["second"] in s.outputs), set(made.values()))
+    assert [again.original(ref) for ref in again.segment.maps][-1] == made["second"]
+
+
+def test_statistics_are_taken_in_the_pass_that_makes_the_map() -> None:
+    graph = captured(wide(nn.BatchNorm2d), (1, 3, 37, 42))
+    made = {Ref(node.index) for node in graph.of_kind(Kind.MAP) if node.path in BOUNDARIES}
+    summing = [segment for segment in cut(graph, frozenset(made)) if segment.reductions]
+    assert len(summing) == 3 and all(segment.outputs for segment in summing)
