@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 
+from wholegrad import clock
 from wholegrad.errors import NumericsError
 from wholegrad.graph.geometry import Box
-from wholegrad.graph.graph import READERS, Graph, Kind, Ref, Spec
+from wholegrad.graph.graph import READERS, Graph, Kind, Node, Ref, Spec
 from wholegrad.graph.inline import Inlined, inline
 from wholegrad.graph.layout import crop, full_box
 from wholegrad.graph.rules import State
@@ -144,30 +146,42 @@ class Executor:
                 outputs = {ref: run.owned[ref] for ref in segment.outputs if ref in run.owned}
                 return outputs, partials(self.graph, segment, run)
 
-        for tile, (outputs, parts) in self._tiles(i, work):
+        for tile, (outputs, parts) in self._tiles(i, work, clock.FORWARD):
             for ref, value in outputs.items():
                 self._keep(ref, tile.owned[ref], value)
             self._merge(parts, tile)
             self._tick("forward")
         self._finish(segment.reductions)
 
-    def _tiles(self, i: int, work: Callable[[Tile], Result]) -> Iterator[tuple[Tile, Result]]:
+    def _tiles(self, i: int, work: Callable[[Tile], Result], sweep: str) -> Iterator[tuple[Tile, Result]]:
         """Every tile of segment ``i`` with what ``work`` made of it, in tile order.
 
         Tiles of another segment are of other sizes: what this one's left behind would not serve them.
         """
-        tiles = self.plan.grid(i)
-        yield from in_order(tiles, len(tiles), work, self.plan.workers)
+        clock.expect(self.plan.workers)
+        with clock.span("preparing", "tiles"):
+            tiles = self.plan.grid(i)
+
+        def counted(tile: Tile) -> Result:
+            with clock.span("between ops", sweep):
+                return work(tile)
+
+        yield from in_order(tiles, len(tiles), counted, self.plan.workers)
         if len(self.plan.segments) > 1:
             process.release_memory()
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
+        path = self.graph.nodes[ref.node].path
         if ref in self.sinks:
-            self.sinks[ref](box, value)
+            with clock.span("writing", "output", path) as span:
+                span.moved(value)
+                self.sinks[ref](box, value)
         if ref in self.maps:
             if overflows(value, self.maps[ref].dtype):
                 self._too_large(ref, box, value)
-            self.maps[ref].write(box, value)
+            with clock.span("writing", "boundary", path) as span:
+                span.moved(value)
+                self.maps[ref].write(box, value)
 
     def _merge(self, found: Mapping[int, State], tile: Tile) -> None:
         """Merge a tile's partial results into the totals, in tile order."""
@@ -176,7 +190,8 @@ class Executor:
             if rule.sums and not all(torch.isfinite(value).all() for value in part if value.is_floating_point()):
                 self._not_finite(index, tile)
             spec, box = self.graph.spec(node.operands[0]), tile.owned[node.operands[0]]
-            self.totals[index] = rule.merge(node, spec, self.totals.get(index), part, box)
+            with clock.span("merging", "sums"):
+                self.totals[index] = rule.merge(node, spec, self.totals.get(index), part, box)
 
     def _not_finite(self, index: int, tile: Tile) -> None:
         node = self.graph.nodes[index]
@@ -213,6 +228,13 @@ class Executor:
 
     def _fetch(self, ref: Ref, box: Box, raw: bool = False) -> torch.Tensor:
         node = self.graph.nodes[ref.node]
+        inside = node.kind in READERS or node.kind is Kind.SPREAD
+        with clock.span("reading", node.kind.value if inside else "boundary", "" if inside else node.path) as span:
+            found = self._read(node, ref, box, raw)
+            span.moved(found, found)
+        return found
+
+    def _read(self, node: Node, ref: Ref, box: Box, raw: bool) -> torch.Tensor:
         if node.kind in READERS:
             source = self.sources[node.name]
             return source.read_raw(box) if raw else source.read(box)
@@ -266,16 +288,17 @@ class Executor:
         pull = self._pull(segment.reductions, self.small.grads)
         if pull.grads or any(ref in self.map_grads for ref in segment.outputs):
             how = self._how(segment)
-            for _, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, how, tile, pull, False)):
+            for _, pulled in self._tiles(i, partial(self._pull_tile, segment, how, pull, False), clock.BACKWARD):
                 self._add_grads(pulled)
                 self._tick("backward")
         self._after_backward(i)
 
     def _how(self, segment: Segment) -> Inlined:
         """What of a segment is computed where it is read."""
-        return inline(self.graph, segment, raw_images(self.graph, self.sources))
+        with clock.span("preparing", "what is read as it is computed"):
+            return inline(self.graph, segment, raw_images(self.graph, self.sources))
 
-    def _pull_tile(self, segment: Segment, how: Inlined, tile: Tile, pull: Pull, fused: bool) -> _Pulled:
+    def _pull_tile(self, segment: Segment, how: Inlined, pull: Pull, fused: bool, tile: Tile) -> _Pulled:
         """Run a tile forward and pull it back; touches nothing that other tiles see."""
         small, shares = self.small.leaf, pull.grads
         run = run_tile(self.graph, segment, tile, self._fetch, small, True, self.seed, how, shares)
@@ -288,12 +311,20 @@ class Executor:
             if node.kind is Kind.SPREAD:
                 self.small.add_grad_on(node.operands[0], node.outputs[0].layout, pulled.boxes[ref], grad)
             elif ref in pulled.boxes:
-                self._grad_store(ref).add(pulled.boxes[ref], grad)
+                with clock.span("writing", "boundary's gradient", node.path) as span:
+                    span.moved(grad, grad, grad)  # read twice, written once
+                    self._grad_store(ref).add(pulled.boxes[ref], grad)
             else:
-                self.small.add_grad(ref, grad)
+                with clock.span("merging", "gradients"):
+                    self.small.add_grad(ref, grad)
 
     def _map_grad(self, ref: Ref, box: Box) -> torch.Tensor | None:
-        return self.map_grads[ref].read(box) if ref in self.map_grads else None
+        if ref not in self.map_grads:
+            return None
+        with clock.span("reading", "boundary's gradient", self.graph.nodes[ref.node].path) as span:
+            grad = self.map_grads[ref].read(box)
+            span.moved(grad, grad)
+        return grad
 
     def _grad_store(self, ref: Ref) -> MapStore:
         if ref not in self.map_grads:
@@ -313,7 +344,7 @@ class Executor:
         segment = self.plan.segments[i].segment
         pull = self._pull(segment.reductions, self._grads_known_before(i))
         how = self._how(segment)
-        for tile, pulled in self._tiles(i, lambda tile: self._pull_tile(segment, how, tile, pull, True)):
+        for tile, pulled in self._tiles(i, partial(self._pull_tile, segment, how, pull, True), clock.FUSED):
             self._merge(pulled.parts, tile)
             self._add_grads(pulled)
             self._tick("fused")
