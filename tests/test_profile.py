@@ -133,7 +133,7 @@ def test_every_convolution_shows_up_with_its_multiply_adds(name: str, kept: bool
     of_inputs = {path: macs * shares.get(path, 1.0) for path, macs in gradients.items()}
     assert counted(profile, "input gradient") == pytest.approx({path: macs for path, macs in of_inputs.items() if macs})
     bias = {entry.where for entry in profile.entries() if entry.stage == "bias gradient"}
-    assert bias == paths
+    assert bias == paths if name == "wide" else bias <= paths, "thin kernels sum it beside the weight's gradient"
     if name == "wide" or choice.host() is not None:
         assert {entry.op for entry in profile.entries() if entry.macs} == kernels
 

@@ -16,8 +16,8 @@ from wholegrad.kernels.emit import Code, Value
 from wholegrad.kernels.host import Host
 from wholegrad.kernels.taps import Axis, axis
 
-# sizes, leaves of input and gradient, totals, scratch of the input, scratch of the gradient, notes for fetching
-POINTERS = 7
+# sizes, leaves of input and gradient, totals, sums, scratch of the input, scratch of the gradient, notes for fetching
+POINTERS = 8
 SIZES = (
     "height", "width", "top", "left",  # of the input, and where its scratch starts
     "grad_height", "grad_width",  # of the gradient
@@ -29,7 +29,7 @@ MOST_WEIGHTS = 640  # unrolled
 
 
 class Shape(NamedTuple):
-    """What a kernel is compiled for."""
+    """What a kernel is compiled for; ``summed`` is whose channels are summed on the way: x, g or neither."""
 
     inputs: int
     outputs: int
@@ -39,6 +39,7 @@ class Shape(NamedTuple):
     real: str
     parts: tuple[stage.Part, ...] = ()
     grad_parts: tuple[stage.Part, ...] = ()
+    summed: str = ""
 
     def axes(self) -> tuple[Axis, Axis]:
         rows, cols = (axis(self.kernel[i], self.stride[i], self.dilation[i], False, 0) for i in (0, 1))
@@ -99,10 +100,12 @@ def write(shape: Shape, host: Host) -> str:
         count = code.least(arg["band"], code.sub(arg["rows"], band.index))
         first, deep = code.add(arg["top"], code.mul(band.index, step)), code.mul(count, step)
         area = stage.Area(first, deep, arg["height"], arg["width"], arg["left"], arg["places"])
-        stage.fill(code, parts, "x", "%leaves", area, ("%scratch", arg["scratch_channel"]))
+        sums: tuple[str, Value] | None = ("%sums", 0) if shape.summed == "x" else None
+        stage.fill(code, parts, "x", "%leaves", area, ("%scratch", arg["scratch_channel"]), sums)
         above = code.sub(band.index, reach)
         area = stage.Area(above, code.add(count, reach), arg["grad_height"], arg["grad_width"], 0, arg["grad_places"])
-        stage.fill(code, grad_parts, "g", "%grad_leaves", area, ("%grad_scratch", arg["grad_scratch_channel"]))
+        sums = ("%sums", reach) if shape.summed == "g" else None  # the rows above came with the band before
+        stage.fill(code, grad_parts, "g", "%grad_leaves", area, ("%grad_scratch", arg["grad_scratch_channel"]), sums)
         stage.note(code, parts, "%leaves", "%notes", code.add(first, deep), arg["left"])
         with code.loop(0, count, arg["run"]) as run:
             end = code.least(code.add(run.index, arg["run"]), count)
@@ -125,9 +128,12 @@ def write(shape: Shape, host: Host) -> str:
                     for number, (some, other) in enumerate(blocks):
                         mine = lines[number :: len(blocks)]
                         _block(code, shape, arg, (x, g, totals), run.index, end, phase, some, other, (i.index, mine))
-    arguments = "ptr %sizes, ptr %leaves, ptr %grad_leaves, ptr %totals, ptr %scratch, ptr %grad_scratch, ptr %notes"
+    arguments = (
+        "ptr %sizes, ptr %leaves, ptr %grad_leaves, ptr %totals, ptr %sums, ptr %scratch, ptr %grad_scratch, ptr %notes"
+    )
     body = code.function("correlate", arguments)
-    staging = stage.stages(shape.real, n, phases, parts, "x") + stage.stages(shape.real, n, 1, grad_parts, "g")
+    staging = stage.stages(shape.real, n, phases, parts, "x", shape.summed == "x")
+    staging += stage.stages(shape.real, n, 1, grad_parts, "g", shape.summed == "g")
     return stage.declarations(shape.real, n) + staging + body
 
 

@@ -14,10 +14,12 @@ from wholegrad.kernels.emit import Code, Value
 from wholegrad.kernels.expression import EACH, IDENTITY, MAP, ONE, Leaf, Program, evaluate
 
 ARGUMENTS = (
-    "ptr %to, ptr %leaves, i64 %channel, i64 %first, i64 %rows, i64 %height, i64 %width, i64 %column, i64 %places"
+    "ptr %to, ptr %leaves, ptr %sums, i64 %skip, "
+    "i64 %channel, i64 %first, i64 %rows, i64 %height, i64 %width, i64 %column, i64 %places"
 )
 """Rows ``[first, first + rows)`` of a channel of a map ``height`` x ``width`` go to ``to``: ``stride`` phases of
-``places`` elements a row (a multiple of the lanes). Column ``column`` goes to place 0 of phase 0."""
+``places`` elements a row (a multiple of the lanes). Column ``column`` goes to place 0 of phase 0. A function that sums
+adds all but the first ``skip`` rows to a vector of float64 at ``sums``."""
 
 LEAF = 3  # 64-bit integers that say where a leaf is: address, elements from channel to channel, and from row to row
 
@@ -45,20 +47,38 @@ def parts_of(parts: Sequence[Part], channels: int) -> tuple[Part, ...]:
     return tuple(parts) or (Part(IDENTITY, channels),)
 
 
-def stages(real: str, lanes: int, stride: int, parts: Sequence[Part], name: str) -> str:
+def stages(real: str, lanes: int, stride: int, parts: Sequence[Part], name: str, summed: bool = False) -> str:
     """The text of the functions that :func:`fill` calls: one a part."""
-    return "".join(stage(f"stage_{name}{i}", Code(real, lanes), stride, part.program) for i, part in enumerate(parts))
+    return "".join(
+        stage(f"stage_{name}{i}", Code(real, lanes), stride, part.program, summed) for i, part in enumerate(parts)
+    )
 
 
-def fill(code: Code, parts: Sequence[Part], name: str, leaves: str, area: Area, scratch: tuple[str, Value]) -> None:
-    """Stage an area of every channel; ``scratch`` is where, and how many elements a channel takes there."""
+def fill(
+    code: Code,
+    parts: Sequence[Part],
+    name: str,
+    leaves: str,
+    area: Area,
+    scratch: tuple[str, Value],
+    sums: tuple[str, Value] | None = None,
+) -> None:
+    """Stage an area of every channel.
+
+    Args:
+        scratch: where, and how many elements a channel takes there.
+        sums: where each channel's sum is kept, and how many rows do not count, if the functions sum.
+    """
     before = 0
     for i, part in enumerate(parts):
         table = code.at(leaves, LEAF * sum(len(each.program.leaves) for each in parts[:i]), "i64")
         with code.loop(0, part.channels) as channel:
             to = code.at(scratch[0], code.mul(code.add(channel.index, before), scratch[1]))
             values = ", ".join(f"i64 {value}" for value in (channel.index, *area))
-            code.do(f"call void @stage_{name}{i}(ptr {to}, ptr {table}, {values})")
+            place, skip = "null", sums[1] if sums else 0
+            if sums:
+                place = code.at(sums[0], code.mul(code.add(channel.index, before), code.lanes), "double")
+            code.do(f"call void @stage_{name}{i}(ptr {to}, ptr {table}, ptr {place}, i64 {skip}, {values})")
         before += part.channels
 
 
@@ -121,7 +141,7 @@ class Note:
 LINE = 64  # bytes of a cache line
 
 
-def stage(name: str, code: Code, stride: int, program: Program) -> str:
+def stage(name: str, code: Code, stride: int, program: Program, summed: bool) -> str:
     """The text of function ``name``; ``code`` is empty yet."""
     reach = stride * code.lanes  # columns that fill one vector of every phase
     before = code.set(f"sdiv i64 {code.sub(reach - 1, '%column')}, {reach}")
@@ -138,14 +158,41 @@ def stage(name: str, code: Code, stride: int, program: Program) -> str:
             code.store("zeroinitializer", code.at(to, loop.index))
         with code.when(inside):
             line = reader.row(y, "%column")
-            for low, high in ((0, before), (after, "%places")):
-                with code.loop(low, high, code.lanes) as loop:
-                    _edge(code, line, phases, loop.index)
-            with code.loop(before, after, code.lanes) as loop:
-                start = code.mul(loop.index, stride)
-                vectors = [line.read(code.add(start, k * code.lanes)) for k in range(stride)]
-                _put(code, vectors, phases, loop.index)
+            sums = ["zeroinitializer"] * summed
+            for low, high, edge in ((0, before, True), (after, "%places", True), (before, after, False)):
+                with code.loop(low, high, code.lanes, sums) as loop:
+                    vectors = (_edge if edge else _inner)(code, line, stride, loop.index)
+                    for phase, each in zip(phases, code.part(vectors), strict=True):
+                        code.store(each, code.at(phase, loop.index))
+                    loop.after = [_added(code, loop.values[0], vectors)] if summed else []
+                sums = loop.values
+            if summed:
+                with code.when(code.set(f"icmp sge i64 {row.index}, %skip")):
+                    code.add_wide("%sums", sums[0])
     return code.function(name, ARGUMENTS, internal=True)
+
+
+def _inner(code: Code, line: Line, stride: int, place: str) -> list[str]:
+    """The vectors that fill one place of every phase, all columns of the map."""
+    start = code.mul(place, stride)
+    return [line.read(code.add(start, k * code.lanes)) for k in range(stride)]
+
+
+def _edge(code: Code, line: Line, stride: int, place: str) -> list[str]:
+    """The same where not every column is of the map: zeros elsewhere."""
+    lanes, offset = code.lanes, code.mul(place, stride)
+    x = code.add("%column", offset)
+    vectors = []
+    for k in range(stride):
+        mask = code.lanes_within(code.sub(-k * lanes, x), code.sub(code.sub("%width", x), k * lanes))
+        vectors.append(line.read(code.add(offset, k * lanes), mask))
+    return vectors
+
+
+def _added(code: Code, total: str, vectors: Sequence[str]) -> str:
+    for each in vectors:
+        total = code.real2("fadd", total, each)
+    return total
 
 
 class Leaves:
@@ -204,27 +251,6 @@ class Line:
         code, program = self.leaves.code, self.leaves.program
         value = evaluate(code, program, self.vectors(place, mask)).value
         return code.select(mask, value, "zeroinitializer") if mask and not program.plain else value
-
-
-def _put(code: Code, vectors: list[str], phases: list[str], place: str) -> None:
-    for phase, each in zip(phases, code.part(vectors), strict=True):
-        code.store(each, code.at(phase, place))
-
-
-def _edge(code: Code, line: Line, phases: list[str], place: str) -> None:
-    """A vector of each phase where not every column is of the map."""
-    stride, lanes = len(phases), code.lanes
-    offset = code.mul(place, stride)
-    x = code.add("%column", offset)
-    some = code.both(code.less(-stride * lanes, x), code.less(x, "%width"))
-    with code.when(some):
-        vectors = []
-        for k in range(stride):
-            mask = code.lanes_within(code.sub(-k * lanes, x), code.sub(code.sub("%width", x), k * lanes))
-            vectors.append(line.read(code.add(offset, k * lanes), mask))
-        _put(code, vectors, phases, place)
-    with code.unless(some):
-        _put(code, ["zeroinitializer"] * stride, phases, place)
 
 
 def declarations(real: str, lanes: int) -> str:

@@ -140,31 +140,54 @@ def weight_gradient(
     stride: Pair,
     padding: Padding,
     dilation: Pair,
+    sums: ChannelSums | None = None,
 ) -> torch.Tensor:
     """The gradient ``(O, I, *kernel)`` of :func:`forward`'s weight, in float64.
 
     Args:
         grad: ``(N, O, h, w)``, of the output.
         x: ``(N, I, H, W)``, the input.
+        sums: sums to take on the way.
     """
     dtype = grad.dtype if grad.dtype in REAL else x.dtype
     grad, x = _mixed(grad), _mixed(x)
     outputs, inputs = grad.shape[1], x.shape[1]
     shape = correlate.Shape(
-        inputs, outputs, kernel, stride, dilation, REAL[dtype], _kernel_parts(x), _kernel_parts(grad)
-    )
+        inputs, outputs, kernel, stride, dilation, REAL[dtype], _kernel_parts(x), _kernel_parts(grad),
+        "" if sums is None else sums.of,
+    )  # fmt: skip
     kernel_found = _correlate_kernel(shape)
     totals = torch.zeros((outputs, inputs, *kernel, kernel_found.lanes), dtype=torch.float64)
+    added = torch.zeros((max(outputs, inputs), kernel_found.lanes), dtype=torch.float64)
     if prod(grad.shape) and prod(x.shape):
         plan = _correlate_plan(shape, x.shape[2:], grad.shape[2:], padding)
         memory = _scratch(plan.bytes)
         of_x, of_grad = x.table, grad.table
         for n in range(x.shape[0]):
             kernel_found.call(
-                plan.sizes, of_x.of(n), of_grad.of(n), totals.data_ptr(),
+                plan.sizes, of_x.of(n), of_grad.of(n), totals.data_ptr(), added.data_ptr(),
                 memory + plan.starts[0], memory + plan.starts[1], memory,
             )  # fmt: skip
+    if sums is not None:
+        sums.found = added[: inputs if sums.of == "x" else outputs].sum(-1)
     return totals.sum(-1)
+
+
+class ChannelSums:
+    """Sums over each channel of the output's gradient (``of`` g) or of the input (x), float64, once ``found``.
+
+    The gradient of a bias: :func:`weight_gradient` reads that map anyway. Of the input only where :meth:`all_read`.
+    """
+
+    def __init__(self, of: str) -> None:
+        self.of = of
+        self.found: torch.Tensor | None = None
+
+    @staticmethod
+    def all_read(x: Pair, grad: Pair, kernel: Pair, stride: Pair, padding: Padding, dilation: Pair) -> bool:
+        """Whether the windows that sit on a map of size ``grad`` reach every row and column of ``x``."""
+        ends = [(grad[i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 - padding[2 * i] for i in (0, 1)]
+        return min(padding[0], padding[2]) >= 0 and ends[0] >= x[0] and ends[1] >= x[1]
 
 
 class Table:

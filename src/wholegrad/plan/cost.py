@@ -21,6 +21,8 @@ SECONDS_PER_CALL = 3e-5  # one op on one tile, whatever its size
 THIN_SECONDS_PER_MAC = 2.7e-11
 THIN_SECONDS_PER_BYTE = 1e-10
 SECONDS_PER_ROW = 8e-7  # of one channel of an image or target, one system call
+KEPT = 32 << 20  # bytes of a tensor beyond which the C library does not keep its memory for the next tile
+SECONDS_PER_FRESH_BYTE = 8e-10  # first touch
 BACKWARD = 2.5  # pulling back costs this many forwards
 
 
@@ -50,6 +52,8 @@ def forward_seconds(
         area = float(rows.total.get(index, 0) * cols.total.get(index, 0))
         total += area * macs[index] * (THIN_SECONDS_PER_MAC if own else SECONDS_PER_MAC)
         total += area * _pixel_bytes(graph, index) * (THIN_SECONDS_PER_BYTE if own else SECONDS_PER_BYTE)
+        if rows.largest.get(index, 0) * cols.largest.get(index, 0) * _pixel_bytes(graph, index) > KEPT:
+            total += area * _pixel_bytes(graph, index) * SECONDS_PER_FRESH_BYTE
     for ref in segment.maps:
         area = float(rows.total.get(ref.node, 0) * cols.total.get(ref.node, 0))
         size = graph.spec(ref).pixel_bytes

@@ -41,9 +41,14 @@ def torch_dtype(dtype: np.dtype[np.generic]) -> torch.dtype:
 _ONE_AT_A_TIME = threading.Lock()  # readers that do not say they are concurrent may reuse one buffer
 
 
-def _read(reader: MapReader, box: Box) -> np.ndarray:
+def _read_into(reader: MapReader, box: Box, tile: torch.Tensor) -> None:
+    """Fill ``tile`` with the pixels on ``box``, straight from the file where the reader can and types agree."""
+    straight = getattr(reader, "read_into", None)
     try:
-        return reader.read(box)
+        if straight and tile.is_contiguous() and (out := tile.numpy()).dtype == reader.dtype:
+            straight(box, out)
+        else:
+            tile.copy_(torch.from_numpy(_plain(reader.read(box))))
     except OSError as error:
         cause = f"cannot be read on {tuple(box)}: {error.strerror or error}"
         raise SlideError(reader.name, cause, "check the file and the disk") from error
@@ -97,7 +102,7 @@ class Source:
     def _fill(self, tile: torch.Tensor, box: Box) -> None:
         for i, reader in enumerate(self.readers):
             with nullcontext() if getattr(reader, "concurrent", False) else _ONE_AT_A_TIME:
-                tile[i].copy_(torch.from_numpy(_plain(_read(reader, box))))
+                _read_into(reader, box, tile[i])
 
     @property
     def raw(self) -> bool:

@@ -134,13 +134,18 @@ class RawReader:
         """
         check_box(self.name, self.shape, box)
         out = self._buffer.take((self.shape[0], box.height, box.width), self.dtype)
+        self.read_into(box, out)
+        return out
+
+    def read_into(self, box: Box, out: npt.NDArray[np.generic]) -> None:
+        """Fill a C-contiguous ``(C, h, w)`` of the map's dtype with the pixels of ``box``; errors as for ``read``."""
+        check_box(self.name, self.shape, box)
         for channel in range(self.shape[0]):
             if box.width == self.shape[2]:
                 self._file.read_into(self._position(channel, box.y0, 0), _bytes(out[channel]))
             else:
                 step = self.shape[2] * self.dtype.itemsize
                 self._file.read_rows(self._position(channel, box.y0, box.x0), step, out[channel].view(np.uint8))
-        return out
 
     def _position(self, channel: int, y: int, x: int) -> int:
         _, height, width = self.shape

@@ -51,14 +51,23 @@ class ThinConvolve(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             sat, read = (grad, x) if size is None else (x, grad)
             kernel = (weight.shape[2], weight.shape[3])
+            sums = None
+            if ctx.needs_input_grad[1] and (size is None or _all_read(grad, x, kernel, ctx.window)):
+                sums = thin.ChannelSums("g" if size is None else "x")
             with clock.gradient_span(ctx.label, "weight gradient", "correlate", 1.0) as span:
                 span.moved(*leaves, grad)
-                of_weight = thin.weight_gradient(sat, read, kernel, stride, padding, dilation).to(weight.dtype)
-        if ctx.needs_input_grad[1]:
+                of_weight = thin.weight_gradient(sat, read, kernel, stride, padding, dilation, sums).to(weight.dtype)
+            of_bias = sums.found.to(grad.dtype) if sums is not None and sums.found is not None else None
+        if ctx.needs_input_grad[1] and of_bias is None:
             with clock.gradient_span(ctx.label, "bias gradient", "sum") as span:
                 span.moved(grad)
                 of_bias = _channel_sums(grad).to(grad.dtype)
         return of_weight, of_bias, None, None, *_leaf_gradients(ctx, x, grad, weight)
+
+
+def _all_read(grad: torch.Tensor, x: Mixed, kernel: tuple[int, int], window: Window) -> bool:
+    read, sat = (grad.shape[2], grad.shape[3]), (x.shape[2], x.shape[3])
+    return thin.ChannelSums.all_read(read, sat, kernel, window.stride, window.padding, window.dilation)
 
 
 def _channel_sums(grad: torch.Tensor) -> torch.Tensor:
