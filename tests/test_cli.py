@@ -146,6 +146,18 @@ def test_train_with_flags_on_top(config: Path, capsys: pytest.CaptureFixture[str
     assert "already holds a run" in refused(capsys, *argv, "--out", str(out))
 
 
+def test_a_profile_says_where_the_time_went(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", str(config), "--steps", "2", "--set", "train.panels=false"]
+    assert main([*argv, "--profile"]) == 0
+    said = capsys.readouterr().out
+    assert "of roofline" in said and "weight gradient" in said and "profile.json" in said.replace("\n", "")
+    found = json.loads((config.parent / "out/profile.json").read_text())
+    assert (found["steps"], found["workers"]) == (2, 2)
+    assert {"fuse1", "down1", "head"} <= {row["where"] for row in found["rows"] if row["macs"]}
+    assert main([*argv, "--out", str(config.parent / "other")]) == 0
+    assert not (config.parent / "other/profile.json").exists()
+
+
 def test_a_trained_network_predicts_and_draws(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(config), "--steps", "1"]) == 0
     folder = config.parent

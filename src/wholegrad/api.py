@@ -11,6 +11,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
+from wholegrad import clock
 from wholegrad.cache import cached
 from wholegrad.errors import CaptureError, NumericsError, PlanError, ShapeError
 from wholegrad.given import Given, given
@@ -301,7 +302,8 @@ def backward(
     inputs = given(image, target, model_dtype(model))
     made = plan if plan is not None else _plan(model, loss_fn, image, target, budget=budget, metrics=metrics)
     tensors = joint_tensors(model, loss_fn, metrics)
-    _check_plan(made, _signature(model, loss_fn, inputs, metrics), tensors)
+    with clock.span("preparing", "checks of the plan"):
+        _check_plan(made, _signature(model, loss_fn, inputs, metrics), tensors)
     executor = _executor(made, tensors, inputs, progress=progress, seed=seed)
     try:
         with _as_captured(), torch.enable_grad():

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_command
+from wholegrad.run.profile import Profile
+from wholegrad.run.roofline import measure
 from wholegrad.train.config import Config, load_config
 from wholegrad.train.loop import Outcome, train
 from wholegrad.train.progress import display, score_table
@@ -21,6 +25,7 @@ EXAMPLES = """\
   wholegrad train examples/real_slides.toml
   wholegrad train run.toml --steps 500 --lr 0.003 --budget 2GiB --out out/second
   wholegrad train run.toml --set data.mpp=4 --set train.schedule=constant
+  wholegrad train run.toml --steps 3 --profile --out out/profiled
   wholegrad train run.toml --resume"""
 
 FLAGS = {"steps": int, "lr": float, "budget": str, "boundary_dtype": str, "seed": int}
@@ -34,12 +39,18 @@ def add(commands: Commands) -> None:
     parser.add_argument("--out", type=Path, help="folder of the run, in place of train.out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key: data.mpp=2")
     parser.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")
+    help_text = "print where the steps' time went, by op and stage, and write it to profile.json"
+    parser.add_argument("--profile", action="store_true", help=help_text)
 
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, overrides(args))
+    profile = Profile(measure(config.train.threads or torch.get_num_threads())) if args.profile else None
     with display(NOTES) as shown:
-        outcome = train(config, shown.watch(), resume=args.resume)
+        outcome = train(config, shown.watch(), resume=args.resume, profile=profile)
+    if profile is not None and profile.steps:
+        CONSOLE.print(profile.table(), markup=False)  # not a rich table, which cuts cells off where it is narrow
+        CONSOLE.print(f"profile: {config.out / 'profile.json'}")
     return tell(config, outcome)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from wholegrad import clock
 from wholegrad.kernels import stage
 from wholegrad.kernels.compile import function
 from wholegrad.kernels.emit import Code
@@ -110,6 +111,7 @@ def write(shape: Shape, machine: Host) -> str:
 
 
 @cache
+@clock.timed("preparing", "machine code")
 def _kernel(shape: Shape) -> Callable[..., None]:
     machine = host()
     assert machine is not None

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from wholegrad import clock
 from wholegrad.kernels import correlate, slide
 from wholegrad.kernels.compile import function
 from wholegrad.kernels.expression import EACH, IDENTITY, MAP, Leaf, Program
@@ -253,6 +254,7 @@ class _CorrelateKernel(NamedTuple):
 
 
 @cache
+@clock.timed("preparing", "machine code")
 def _slide_kernel(shape: slide.Shape) -> _SlideKernel:
     machine = _machine()
     call = function(slide.write(shape, machine), "slide", slide.POINTERS)
@@ -260,6 +262,7 @@ def _slide_kernel(shape: slide.Shape) -> _SlideKernel:
 
 
 @cache
+@clock.timed("preparing", "machine code")
 def _correlate_kernel(shape: correlate.Shape) -> _CorrelateKernel:
     machine = _machine()
     call = function(correlate.write(shape, machine), "correlate", correlate.POINTERS)

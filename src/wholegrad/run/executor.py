@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 
+from wholegrad import clock
 from wholegrad.errors import NumericsError
 from wholegrad.graph.geometry import Box
-from wholegrad.graph.graph import READERS, Graph, Kind, Ref, Spec
+from wholegrad.graph.graph import READERS, Graph, Kind, Node, Ref, Spec
 from wholegrad.graph.inline import Inlined, inline
 from wholegrad.graph.layout import crop, full_box
 from wholegrad.graph.recall import Recall, recall, recallable
@@ -147,17 +149,24 @@ class Executor:
                 outputs = {ref: run.owned[ref] for ref in segment.outputs if ref in run.owned}
                 return outputs, partials(self.graph, segment, run)
 
-        for tile, (outputs, parts) in self._tiles(i, work):
+        for tile, (outputs, parts) in self._tiles(i, work, clock.FORWARD):
             for ref, value in outputs.items():
                 self._keep(ref, tile.owned[ref], value)
             self._merge(parts, tile)
             self._tick("forward")
         self._finish(segment.reductions)
 
-    def _tiles(self, i: int, work: Callable[[Tile], Result]) -> Iterator[tuple[Tile, Result]]:
+    def _tiles(self, i: int, work: Callable[[Tile], Result], sweep: str) -> Iterator[tuple[Tile, Result]]:
         """Every tile of segment ``i`` with what ``work`` made of it, in tile order."""
-        tiles = self.plan.grid(i)
-        yield from in_order(tiles, len(tiles), work, self.plan.workers)
+        clock.expect(self.plan.workers)
+        with clock.span("preparing", "tiles"):
+            tiles = self.plan.grid(i)
+
+        def counted(tile: Tile) -> Result:
+            with clock.span("between ops", sweep):
+                return work(tile)
+
+        yield from in_order(tiles, len(tiles), counted, self.plan.workers)
 
     def _make_room(self, working: int, new: Mapping[Ref, int]) -> None:
         """Return free memory to the system where a segment might else pass the projected peak (rule 7).
@@ -176,12 +185,17 @@ class Executor:
             self.blocks.clear()
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
+        path = self.graph.nodes[ref.node].path
         if ref in self.sinks:
-            self.sinks[ref](box, value)
+            with clock.span("writing", "output", path) as span:
+                span.moved(value)
+                self.sinks[ref](box, value)
         if ref in self.maps:
             if overflows(value, self.maps[ref].dtype):
                 self._too_large(ref, box, value)
-            self.maps[ref].write(box, value)
+            with clock.span("writing", "boundary", path) as span:
+                span.moved(value)
+                self.maps[ref].write(box, value)
 
     def _merge(self, found: Mapping[int, State], tile: Tile) -> None:
         """Merge a tile's partial results into the totals, in tile order."""
@@ -190,7 +204,8 @@ class Executor:
             if rule.sums and not all(torch.isfinite(value).all() for value in part if value.is_floating_point()):
                 self._not_finite(index, tile)
             spec, box = self.graph.spec(node.operands[0]), tile.owned[node.operands[0]]
-            self.totals[index] = rule.merge(node, spec, self.totals.get(index), part, box)
+            with clock.span("merging", "sums"):
+                self.totals[index] = rule.merge(node, spec, self.totals.get(index), part, box)
 
     def _not_finite(self, index: int, tile: Tile) -> None:
         node = self.graph.nodes[index]
@@ -230,6 +245,13 @@ class Executor:
 
     def _fetch(self, ref: Ref, box: Box, raw: bool = False) -> torch.Tensor:
         node = self.graph.nodes[ref.node]
+        inside = node.kind in READERS or node.kind is Kind.SPREAD
+        with clock.span("reading", node.kind.value if inside else "boundary", "" if inside else node.path) as span:
+            found = self._read(node, ref, box, raw)
+            span.moved(found, found)
+        return found
+
+    def _read(self, node: Node, ref: Ref, box: Box, raw: bool) -> torch.Tensor:
         if node.kind in READERS:
             source = self.sources[node.name]
             return source.read_raw(box) if raw else source.read(box)
@@ -285,16 +307,17 @@ class Executor:
             again = recall(self.graph, segment, self.maps.keys())
             how = self._how(again.graph, again.segment)
             self._make_room(self.plan.segments[i].working.backward, self._new_grads(segment))
-            for _, pulled in self._tiles(i, lambda tile: self._pull_tile(again, how, tile, pull, False)):
+            for _, pulled in self._tiles(i, partial(self._pull_tile, again, how, pull, False), clock.BACKWARD):
                 self._add_grads(pulled)
                 self._tick("backward")
         self._after_backward(i)
 
     def _how(self, graph: Graph, segment: Segment) -> Inlined:
         """What of a segment is computed where it is read."""
-        return inline(graph, segment, raw_images(graph, self.sources))
+        with clock.span("preparing", "what is read as it is computed"):
+            return inline(graph, segment, raw_images(graph, self.sources))
 
-    def _pull_tile(self, again: Recall, how: Inlined, tile: Tile, pull: Pull, fused: bool) -> _Pulled:
+    def _pull_tile(self, again: Recall, how: Inlined, pull: Pull, fused: bool, tile: Tile) -> _Pulled:
         """Run a tile forward and pull it back; touches nothing that other tiles see."""
 
         def fetch(ref: Ref, box: Box, raw: bool = False) -> torch.Tensor:
@@ -311,12 +334,20 @@ class Executor:
             if node.kind is Kind.SPREAD:
                 self.small.add_grad_on(node.operands[0], node.outputs[0].layout, pulled.boxes[ref], grad)
             elif ref in pulled.boxes:
-                self._grad_store(ref).add(pulled.boxes[ref], grad)
+                with clock.span("writing", "boundary's gradient", node.path) as span:
+                    span.moved(grad, grad, grad)  # read twice, written once
+                    self._grad_store(ref).add(pulled.boxes[ref], grad)
             else:
-                self.small.add_grad(ref, grad)
+                with clock.span("merging", "gradients"):
+                    self.small.add_grad(ref, grad)
 
     def _map_grad(self, ref: Ref, box: Box) -> torch.Tensor | None:
-        return self.map_grads[ref].read(box) if ref in self.map_grads else None
+        if ref not in self.map_grads:
+            return None
+        with clock.span("reading", "boundary's gradient", self.graph.nodes[ref.node].path) as span:
+            grad = self.map_grads[ref].read(box)
+            span.moved(grad, grad)
+        return grad
 
     def _new_grads(self, segment: Segment) -> dict[Ref, int]:
         """The boundaries that get a gradient when ``segment`` is pulled back, and had none, and its bytes."""
@@ -345,7 +376,7 @@ class Executor:
         again = recall(self.graph, segment, frozenset())
         how = self._how(again.graph, again.segment)
         self._make_room(self.plan.segments[i].working.backward, self._new_grads(segment))
-        for tile, pulled in self._tiles(i, lambda tile: self._pull_tile(again, how, tile, pull, True)):
+        for tile, pulled in self._tiles(i, partial(self._pull_tile, again, how, pull, True), clock.FUSED):
             self._merge(pulled.parts, tile)
             self._add_grads(pulled)
             self._tick("fused")

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from wholegrad import clock
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _WHILE_RUNNING = {_M_MMAP_THRESHOLD: 1 << 25, _M_TRIM_THRESHOLD: 1 << 30, _M_TOP_PAD: 1 << 26}  # glibc takes no more
 _GLIBC_DEFAULTS = {_M_MMAP_THRESHOLD: 1 << 17, _M_TRIM_THRESHOLD: 1 << 17, _M_TOP_PAD: 1 << 17}
@@ -85,6 +87,7 @@ def _set(library: ctypes.CDLL | None, settings: dict[int, int]) -> None:
             library.mallopt(parameter, value)
 
 
+@clock.timed("memory", "given back")
 def release_memory() -> None:
     """Return free blocks to the system."""
     library = _glibc()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from wholegrad import clock
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Graph, Kind, Node, Ref
 from wholegrad.graph.layout import Layout, on_box, unflattened
@@ -43,6 +44,7 @@ class SmallValues:
         for node in graph.of_kind(Kind.CONSTANT):
             self.values[Ref(node.index)] = graph.constants[node.name]
 
+    @clock.timed("small values", "forward")
     def settle(self) -> None:
         """Compute every small node whose operands are known."""
         for node in self.graph.of_kind(Kind.SMALL):
@@ -117,6 +119,7 @@ class SmallValues:
         dtype = self.graph.spec(ref).dtype
         return self.graph.nodes[ref.node].needs_grad and (dtype.is_floating_point or dtype.is_complex)
 
+    @clock.timed("small values", "backward")
     def pull_back(self, index: int, grads: dict[Ref, torch.Tensor]) -> dict[Ref, torch.Tensor]:
         """Gradients of a small node's operands, given those of its outputs in ``grads``."""
         node = self.graph.nodes[index]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from wholegrad import clock
 from wholegrad.graph.geometry import Box, Interval
 from wholegrad.graph.graph import Graph, Node, Ref
 from wholegrad.graph.inline import Inlined, Reading, inline
@@ -18,6 +19,7 @@ from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.kernels import pointwise
 from wholegrad.kernels.thin import Mixed
 from wholegrad.plan.tiles import Tile
+from wholegrad.run.spans import node_span, op_name
 
 
 @dataclass
@@ -89,7 +91,8 @@ class _TileRunner:
             if index not in self.tile.boxes:
                 continue
             node = self.graph.nodes[index]
-            with torch.set_grad_enabled(self.grad and node.needs_grad):
+            span = node_span(self.graph, self.how, node, self.tile.boxes[index], operand_boxes)
+            with torch.set_grad_enabled(self.grad and node.needs_grad), span:
                 for i, out in enumerate(self._run_node(node)):
                     self.env[Ref(index, i)] = out
                     self._own(Ref(index, i))
@@ -173,8 +176,9 @@ class _TileRunner:
             share = rule.pull(node, spec, one, box, (), grads).reshape(())
         with torch.set_grad_enabled(self.grad):
             x = self._mixed(reading, box)
-        with torch.no_grad():
+        with torch.no_grad(), clock.span("sums", op_name(node), node.path or "loss") as span:
             found = pointwise.total(x, spec.dtype, share)
+            span.moved(*x.leaves, *found.grads.values())
             assert found.total is not None
             self.result.parts[index] = (found.total.sum().reshape(node.outputs[0].shape),)
         self.result.roots += [(x.leaves[i], grad) for i, grad in found.grads.items() if x.leaves[i].requires_grad]
@@ -207,7 +211,8 @@ def partials(graph: Graph, segment: Segment, run: TileRun) -> dict[int, State]:
     for index in segment.reductions:
         node = graph.nodes[index]
         if index not in result and node.operands[0] in run.owned:
-            with torch.no_grad():
+            with torch.no_grad(), clock.span("sums", op_name(node), node.path or "loss") as span:
+                span.moved(run.owned[node.operands[0]])
                 result[index] = reduction_rule(graph, index).partial(node, run.owned[node.operands[0]].detach())
     return result
 
@@ -243,12 +248,13 @@ def pull_back(graph: Graph, segment: Segment, run: TileRun, pull: Pull, tile: Ti
         if ref not in run.owned or not run.owned[ref].requires_grad:
             continue
         mine, box, rule = run.owned[ref], tile.owned[ref], reduction_rule(graph, index)
-        with torch.no_grad():
+        with torch.no_grad(), clock.span("sums", op_name(node), node.path or "loss"):
             found = rule.pull(node, graph.spec(ref), mine.detach(), box, pull.totals.get(index, ()), given)
         grads[ref] = grads[ref] + found if ref in grads else found
     if not (grads or run.roots) or not run.leaves:
         return {}
     roots = [run.owned[ref] for ref in grads] + [root for root, _ in run.roots]
     given_grads = list(grads.values()) + [grad for _, grad in run.roots]
-    found_grads = torch.autograd.grad(roots, list(run.leaves.values()), given_grads, allow_unused=True)
+    with clock.span("backward", "PyTorch's own"):  # what our own functions do not count themselves
+        found_grads = torch.autograd.grad(roots, list(run.leaves.values()), given_grads, allow_unused=True)
     return {ref: grad for ref, grad in zip(run.leaves, found_grads, strict=True) if grad is not None}

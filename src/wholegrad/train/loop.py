@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from wholegrad.errors import ConfigError, NumericsError, WholegradError
 from wholegrad.losses import LOSSES, Loss, dice_from_counts
 from wholegrad.plan.storage import NARROW
 from wholegrad.run.process import peak_resident, resident
+from wholegrad.run.profile import Profile
 from wholegrad.train.cases import Case, Readers, open_cases
 from wholegrad.train.config import Config, TrainConfig
 from wholegrad.train.interrupt import Interrupt
@@ -84,13 +86,15 @@ def train(
     watch: Watch | None = None,
     resume: bool = False,
     enough: Callable[[Step], bool] = lambda step: False,
+    profile: Profile | None = None,
 ) -> Outcome:
     """Train as ``config`` says, then score the test slides; everything goes into ``config.out``.
 
-    ``enough`` is asked after each step and may end the training early.
+    ``enough`` is asked after each step and may end the training early; ``profile`` records where steps' time goes.
 
     Writes ``log.jsonl`` (a line a step), ``checkpoint.safetensors`` (now and then, at the end, on Ctrl-C and
-    before an error), ``weights.safetensors`` with ``weights.json``, and ``test.json``.
+    before an error), ``weights.safetensors`` with ``weights.json``, ``test.json``, and ``profile.json`` if there is a
+    profile.
 
     Raises:
         ConfigError: the configuration does not fit its files, or ``config.out`` holds another run.
@@ -98,11 +102,14 @@ def train(
         BudgetError: a slide does not fit the budget.
         NumericsError: loss or gradients are not finite; the checkpoint before is kept.
     """
-    run = Run(config, watch or Watch())
+    run = Run(config, watch or Watch(), profile)
     run.open(resume)
     with Interrupt() as interrupt:
         try:
-            run.learn(interrupt, enough)
+            try:
+                run.learn(interrupt, enough)
+            finally:
+                run.write_profile()
             scores = run.test(interrupt)
             pictures = run.draw(scores, interrupt)
         except KeyboardInterrupt:
@@ -144,8 +151,8 @@ def build_loss(train: TrainConfig) -> Loss:
 class Run:
     """A run's moving parts; ``train`` is its only caller."""
 
-    def __init__(self, config: Config, watch: Watch) -> None:
-        self.config, self.watch = config, watch
+    def __init__(self, config: Config, watch: Watch, profile: Profile | None = None) -> None:
+        self.config, self.watch, self.profile = config, watch, profile
         self.step = 0
         self.total = config.total_steps
         self.scores: list[Score] = []
@@ -187,6 +194,12 @@ class Run:
                     break
                 if time.monotonic() - self.saved > 60 * self.config.train.checkpoint_minutes:
                     self.checkpoint()
+
+    def write_profile(self) -> None:
+        """Write where the time of the steps that were taken went."""
+        if self.profile is not None and self.profile.steps:
+            text = json.dumps(self.profile.as_dict(), indent=2) + "\n"
+            write_whole(self.config.out / "profile.json", text.encode())
 
     def test(self, interrupt: Interrupt) -> list[Score]:
         """Scores on the test slides, after a checkpoint, so that nothing here can lose the training."""
@@ -273,16 +286,17 @@ class Run:
         """Loss and Dice of a case, its gradients left in the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            loss, values = wg.backward(
-                self.model,
-                self.loss_fn,
-                readers.slide,
-                readers.mask,
-                plan=plan,
-                metrics=METRICS,
-                progress=self._progress(interrupt),
-                seed=draw_seed(self.config.train.seed, self.step),
-            )
+            with nullcontext() if self.profile is None else self.profile.step():
+                loss, values = wg.backward(
+                    self.model,
+                    self.loss_fn,
+                    readers.slide,
+                    readers.mask,
+                    plan=plan,
+                    metrics=METRICS,
+                    progress=self._progress(interrupt),
+                    seed=draw_seed(self.config.train.seed, self.step),
+                )
         except NumericsError as error:
             raise self._ruined(name, f"{error.where} {error.cause}") from error
         if not math.isfinite(loss):

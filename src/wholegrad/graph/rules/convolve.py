@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from wholegrad import clock
 from wholegrad.graph.rules import thin
 from wholegrad.kernels.choice import serves
 from wholegrad.kernels.thin import Mixed
@@ -100,7 +101,7 @@ class Convolve(torch.autograd.Function):
     ) -> torch.Tensor:
         x = interleaved(x)
         ctx.save_for_backward(x, weight)
-        ctx.settings = settings
+        ctx.settings, ctx.label = settings, clock.label("PyTorch convolution")
         ctx.bias_dtype = None if bias is None else bias.dtype
         return interleaved(aten.convolution(x, weight, bias, *settings)) if known is None else known
 
@@ -112,12 +113,18 @@ class Convolve(torch.autograd.Function):
         of_x, of_weight, of_bias = None, None, None
         if ctx.needs_input_grad[0]:
             mask = [True, False, False]
-            of_x, _, _ = aten.convolution_backward(grad, x, weight, None, *settings, mask)
+            with clock.gradient_span(ctx.label, "input gradient", "PyTorch convolution", 1.0) as span:
+                of_x, _, _ = aten.convolution_backward(grad, x, weight, None, *settings, mask)
+                span.moved(grad, of_x)
         if ctx.needs_input_grad[1]:
             sat, read = (x, grad) if settings.transposed else (grad, x)
-            of_weight = weight_gradient(sat, read, weight, settings).to(weight.dtype)
+            with clock.gradient_span(ctx.label, "weight gradient", "PyTorch convolution", 1.0) as span:
+                span.moved(x, grad)
+                of_weight = weight_gradient(sat, read, weight, settings).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            of_bias = _channel_sums(grad).to(ctx.bias_dtype)
+            with clock.gradient_span(ctx.label, "bias gradient", "sum") as span:
+                span.moved(grad)
+                of_bias = _channel_sums(grad).to(ctx.bias_dtype)
         return of_x, of_weight, of_bias, None, None
 
 

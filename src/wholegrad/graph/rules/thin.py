@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from wholegrad import clock
 from wholegrad.kernels import pointwise, thin
 from wholegrad.kernels.expression import IDENTITY, Leaf, Program
 from wholegrad.kernels.stage import Part
@@ -34,7 +35,7 @@ class ThinConvolve(torch.autograd.Function):
         *leaves: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(weight, *leaves)
-        ctx.window, ctx.parts = window, parts
+        ctx.window, ctx.parts, ctx.label = window, parts, clock.label("slide")
         x = Mixed(parts, leaves)
         stride, padding, dilation, size = window
         if size is None:
@@ -53,10 +54,14 @@ class ThinConvolve(torch.autograd.Function):
             sums = None
             if ctx.needs_input_grad[1] and (size is None or _all_read(grad, x, kernel, ctx.window)):
                 sums = thin.ChannelSums("g" if size is None else "x")
-            of_weight = thin.weight_gradient(sat, read, kernel, stride, padding, dilation, sums).to(weight.dtype)
+            with clock.gradient_span(ctx.label, "weight gradient", "correlate", 1.0) as span:
+                span.moved(*leaves, grad)
+                of_weight = thin.weight_gradient(sat, read, kernel, stride, padding, dilation, sums).to(weight.dtype)
             of_bias = sums.found.to(grad.dtype) if sums is not None and sums.found is not None else None
         if ctx.needs_input_grad[1] and of_bias is None:
-            of_bias = _channel_sums(grad).to(grad.dtype)
+            with clock.gradient_span(ctx.label, "bias gradient", "sum") as span:
+                span.moved(grad)
+                of_bias = _channel_sums(grad).to(grad.dtype)
         return of_weight, of_bias, None, None, *_leaf_gradients(ctx, x, grad, weight)
 
 
@@ -84,12 +89,14 @@ def _leaf_gradients(ctx: Any, x: Mixed, grad: torch.Tensor, weight: torch.Tensor
         if wanted and ctx.needs_input_grad[4 + len(result) + wanted[0]]:
             factor = x.part(number) if part.program.steps else None
             mine = slice(before, before + part.channels)
-            if size is None:
-                given = thin.input_gradient(
-                    grad, weight[:, mine], x.shape[2:], stride, padding, dilation, factor=factor
-                )
-            else:
-                given = thin.forward(grad, weight[mine], None, stride, padding, dilation, factor=factor)
+            with clock.gradient_span(ctx.label, "input gradient", "slide", part.channels / x.shape[1]) as span:
+                if size is None:
+                    given = thin.input_gradient(
+                        grad, weight[:, mine], x.shape[2:], stride, padding, dilation, factor=factor
+                    )
+                else:
+                    given = thin.forward(grad, weight[mine], None, stride, padding, dilation, factor=factor)
+                span.moved(grad, given, *(factor.leaves if factor else ()))
         result.extend(given if i in wanted else None for i in range(len(part.program.leaves)))
         before += part.channels
     return result
@@ -109,7 +116,7 @@ class Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Part, dtype: torch.dtype, *leaves: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*leaves)
-        ctx.part = part
+        ctx.part, ctx.label = part, clock.label("chain")
         return pointwise.values(Mixed((part,), leaves), dtype)
 
     @staticmethod
@@ -118,7 +125,9 @@ class Chain(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[2 + i] and leaf.grad for i, leaf in enumerate(ctx.part.program.leaves)]
         marked = tuple(leaf._replace(grad=want) for leaf, want in zip(ctx.part.program.leaves, wanted, strict=True))
         part = ctx.part._replace(program=ctx.part.program._replace(leaves=marked))
-        found = pointwise.pull(Mixed((part,), leaves), grad) if any(wanted) else {}
+        with clock.gradient_span(ctx.label, "backward", "chain") as span:
+            found = pointwise.pull(Mixed((part,), leaves), grad) if any(wanted) else {}
+            span.moved(*leaves, grad, *found.values())
         grads = [found[i].reshape(leaf.shape).to(leaf.dtype) if i in found else None for i, leaf in enumerate(leaves)]
         return None, None, *grads
 
