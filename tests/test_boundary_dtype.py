@@ -248,11 +248,10 @@ def test_a_plan_counts_half_the_bytes_and_prints_them() -> None:
 
 @pytest.mark.usefixtures("_a_fresh_process")
 def test_boundaries_move_from_disk_to_host_memory() -> None:
-    """One map of full resolution and its gradient: 4 + 4 bytes a value do not fit into half of the rest, 2 + 4 do."""
-    fixed: dict[str, Any] = {"boundaries": ["fuse1"]}
-    size = planned(**fixed, budget="8GiB").graph.spec(next(iter(planned(**fixed).boundaries))).nbytes
-    reserved = planned(**fixed, budget="8GiB").reserved
-    budget = reserved + 2 * int(1.75 * size)
+    """One map of full resolution and its gradient: 4 + 4 bytes a value do not fit into what is left, 2 + 4 do."""
+    fixed: dict[str, Any] = {"boundaries": ["fuse1"], "tile": (256, 512)}
+    narrow = planned(**fixed, budget="8GiB", placement="host", boundary_dtype=torch.float16)
+    budget = narrow.projected + narrow.graph.spec(next(iter(narrow.boundaries))).nbytes // 4
     plain, narrow = planned(**fixed, budget=budget), planned(**fixed, budget=budget, boundary_dtype=torch.float16)
     assert set(plain.placements.values()) == {Placement.DISK}
     assert set(narrow.placements.values()) == {Placement.HOST}

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import math
+import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +18,8 @@ import torch
 import wholegrad as wg
 from wholegrad.errors import ConfigError, SlideError
 from wholegrad.nets import unet4492
+from wholegrad.predict import decide
+from wholegrad.slide import bigtiff
 
 
 def whole(model: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
@@ -47,6 +55,58 @@ def test_masks_and_probabilities_reach_files(tmp_path: Path) -> None:
     np.testing.assert_allclose(probability, torch.sigmoid(truth), atol=1e-6)
     np.testing.assert_allclose(tifffile.imread(tmp_path / "p.ome.tif") / 255, torch.sigmoid(truth)[0], atol=3e-3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.tif", "p.npy", "p.ome.tif"]
+
+
+def test_a_mask_compares_as_torch_does() -> None:
+    logits = torch.tensor([[[-1.0, 0.0, 1e-30, float("nan"), float("inf"), math.log(3)]]])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for threshold in (0.5, 0.75):
+            edge = math.log(threshold / (1 - threshold))
+            want = (logits.to(dtype) > edge).to(torch.uint8)
+            torch.testing.assert_close(decide(logits.to(dtype), "mask", threshold), want)
+
+
+@pytest.mark.parametrize("name", ["mask.npy", "mask.tif"])
+def test_a_full_disk_is_a_plain_error_and_leaves_no_file(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, image = unet4492(seed=0), torch.rand(3, 200, 100)
+    (tmp_path / name).write_bytes(b"as it was")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(bigtiff.os, "fsync", full)
+    with pytest.raises(SlideError, match="No space left on device"):
+        wg.predict(model, image, out=tmp_path / name, tile=(40, 40))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"as it was"
+
+
+def test_a_file_that_cannot_grow_is_a_plain_error(tmp_path: Path) -> None:
+    file = bigtiff.PartialFile(tmp_path / "a.npy")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(SlideError, match="free disk space"):
+            file.patch(0, memoryview(bytes(1 << 20)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+        file.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_run_leaves_no_file_of_that_name(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, torch, wholegrad as wg; from wholegrad.nets import unet4492\n"
+        "stop = lambda seen: os._exit(9) if seen.done == seen.total - 1 else None\n"
+        "wg.predict(unet4492(seed=0), torch.rand(3, 300, 200), out=sys.argv[1], tile=(64, 64), progress=stop)"
+    )
+    for name in ("mask.npy", "mask.tif"):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=False)
+        assert done.returncode == 9 and not (tmp_path / name).exists()
 
 
 class Fails:

@@ -25,6 +25,7 @@ otherwise."""
 EXAMPLES = """\
   wholegrad predict case.svs --weights out/train --out mask.tif
   wholegrad predict case.svs --weights weights.safetensors --out p.ome.tif --kind probability
+  wholegrad predict case.svs --weights out/train --out mask.npy
   wholegrad predict case.svs --weights out/train --out mask.tif --overlay mask.png --budget 1GiB"""
 
 
@@ -32,7 +33,12 @@ def add(commands: Commands) -> None:
     parser = add_command(commands, "predict", run, "predict a slide's mask", TEXT, EXAMPLES)
     parser.add_argument("slide", type=Path, metavar="SLIDE", help="SVS or TIFF")
     parser.add_argument("--weights", required=True, help="weights file, or folder of a run")
-    parser.add_argument("--out", type=Path, required=True, help="file to write: .tif, .ome.tif or .npy")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="file to write: .tif or .ome.tif (8 bits, pyramid), or .npy (C, H, W), quickest",
+    )
     parser.add_argument("--kind", choices=("mask", "probability", "logits"), default="mask")
     parser.add_argument("--threshold", type=float, default=0.5, help="probability from which it is tissue (0.5)")
     parser.add_argument("--overlay", type=Path, metavar="PNG", help="also draw the mask on the slide")

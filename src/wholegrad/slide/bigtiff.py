@@ -49,11 +49,14 @@ class PartialFile:
         self.end += len(data)
         return self.end - len(data)
 
-    def patch(self, offset: int, data: bytes) -> None:
-        """Overwrite bytes that were written before."""
-        self._file.seek(offset)
-        self._file.write(data)
-        self._file.seek(self.end)
+    def patch(self, offset: int, data: bytes | memoryview) -> None:
+        """Write at a position, over bytes that were there or beyond the end; ``append`` goes on where it was."""
+        try:
+            self._file.seek(offset)
+            self._file.write(data)
+            self._file.seek(self.end)
+        except OSError as error:
+            raise SlideError(str(self.path), f"cannot be written ({error.strerror})", "free disk space") from error
 
     def commit(self) -> None:
         """Sync, and give the file its name."""
