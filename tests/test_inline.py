@@ -25,7 +25,7 @@ from wholegrad.kernels.emit import Code, Value
 from wholegrad.kernels.expression import evaluate
 from wholegrad.kernels.host import host
 from wholegrad.kernels.stage import Line
-from wholegrad.losses import LOSSES
+from wholegrad.losses import LOSSES, dice_counts
 from wholegrad.nets import unet4492
 from wholegrad.run import tile as tiling
 from wholegrad.run.sources import Source
@@ -275,6 +275,27 @@ def test_two_images_of_unlike_dtypes() -> None:
     net = Net(lambda net, x, y: logits(net, torch.cat([x, 1 - y], 1)) + y.mean(), 4).double()
     assert_exact(net, bce, (pixels(), fractions().numpy()), fractions(), tile=TILE)
     assert_exact(net, bce, (pixels(), pixels(1)), fractions(), tile=TILE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_counts_are_taken_where_their_maps_are_read(dtype: torch.dtype) -> None:
+    net, image = unet4492(seed=0).to(dtype), pixels(size=(64, 80))
+    target = labels(1, 64, 80, ignored=True)
+    metrics = {
+        "kinds": dice_counts,
+        "hits": lambda o, t: ((o > 0) == (t == 1)).sum(),
+        "labels": lambda o, t: (t == 1).sum(),
+        "whole": lambda o, t: (o * 4).sum(dtype=torch.int64),
+    }
+    plan = wg.plan(net, LOSSES["bce"], image, target, tile=(27, 40), metrics=metrics)
+    last = plan.segments[-1].segment
+    summed = inline(plan.graph, last, frozenset({Ref(plan.graph.image.index)})).sums
+    cut = {i for i in last.reductions if plan.graph.nodes[i].outputs[0].dtype == torch.int64} - set(summed)
+    assert set(last.reductions) - set(summed) == cut and len(cut) == 1, "all but the terms cut to whole numbers"
+    _, found = wg.backward(net, LOSSES["bce"], image, target, plan=plan, metrics=metrics)
+    output = net(torch.from_numpy(image)[None].to(dtype) / 255).detach()
+    for name, metric in metrics.items():
+        assert torch.equal(found[name], metric(output, target[None])), name
 
 
 def test_metrics_beside_the_loss() -> None:

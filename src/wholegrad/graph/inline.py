@@ -199,11 +199,23 @@ class _Inliner:
         rule, spec = reduction_rule(self.graph, node.index), self.graph.spec(node.operands[0])
         if host() is None or not isinstance(rule, SumOrMean) or math.prod(node.outputs[0].shape) != 1:
             return None
-        ref = node.operands[0]
-        if spec.dtype not in REALS or node.outputs[0].dtype != spec.dtype or not planar_layout(self.graph.spec(ref)):
+        made = node.outputs[0].dtype
+        whole = spec.dtype.is_floating_point and not made.is_floating_point  # each term is cut to a whole number first
+        if not planar_layout(spec) or whole or (node.needs_grad and made != spec.dtype):
+            return None
+        for real in (spec.dtype,) if node.needs_grad else REALS:  # a count is the same in any
+            found = self._terms(node.operands[0], real)
+            if found is not None:
+                return found
+        return None
+
+    def _terms(self, ref: Ref, real: torch.dtype) -> Reading | None:
+        """The terms of a sum over ``ref``, computed in this precision."""
+        spec = self.graph.spec(ref)
+        if spec.dtype not in (real, torch.bool):
             return None
         try:
-            program, leaves = Build(self.scope, ref).finish(top=ref not in self.forced)
+            program, leaves = Build(self.scope, ref, real).finish(top=ref not in self.forced)
         except Stop:
             return None
         if any(program.leaves[i].kind != MAP for i in program.wanted):

@@ -50,10 +50,11 @@ def planar_layout(spec: Spec) -> bool:
 class Build:
     """A program in the making, from the value at its end."""
 
-    def __init__(self, scope: Scope, ref: Ref) -> None:
+    def __init__(self, scope: Scope, ref: Ref, real: torch.dtype | None = None) -> None:
         self.scope, self.graph, self.ref = scope, scope.graph, ref
         self.spec = self.graph.spec(ref)
-        if self.spec.dtype not in REALS or not planar_layout(self.spec):
+        self.dtype = real or self.spec.dtype
+        if self.dtype not in REALS or not planar_layout(self.spec):
             raise Stop
         self.leaves: dict[tuple[Ref, bool], Leaf] = {}
         self.steps: list[Step] = []  # leaves are numbered -1, -2, .. until all are known
@@ -114,7 +115,7 @@ class Build:
         before = len(self.steps), dict(self.leaves), dict(self.memory), set(self.masks)
         self.depth += 1
         try:
-            if spec.dtype not in (self.spec.dtype, torch.bool) or spec.shape != self.spec.shape:
+            if spec.dtype not in (self.dtype, torch.bool) or spec.shape != self.spec.shape:
                 raise Stop
             found = OPS[node.op](self, bind(node.op, node.args, node.kwargs), grad)
             if spec.dtype == torch.bool and found not in self.masks:  # true plus true is true
@@ -128,7 +129,7 @@ class Build:
             self.depth -= 1
 
     def _leaf(self, ref: Ref, grad: bool) -> int:
-        spec, real = self.graph.spec(ref), self.spec.dtype
+        spec, real = self.graph.spec(ref), self.dtype
         if spec.is_map:
             if spec.layout != self.spec.layout or spec.dtype not in (real, *BYTES):
                 raise Stop
@@ -211,7 +212,7 @@ def _same(build: Build, bound: dict[str, Any], grad: bool) -> int:
     dtype = bound.get("dtype")
     if dtype == torch.bool:
         return build.mask(bound["self"])
-    if dtype not in (None, build.spec.dtype):
+    if dtype not in (None, build.dtype):
         raise Stop
     return build.value(bound["self"], grad) if dtype is None else build.real(bound["self"], grad)
 

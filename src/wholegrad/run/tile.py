@@ -15,9 +15,10 @@ from wholegrad.graph.inline import Inlined, Reading, inline
 from wholegrad.graph.layout import Role, crop
 from wholegrad.graph.rules import MapRule, State, rule_for, thin
 from wholegrad.graph.rules import Tile as Place
+from wholegrad.graph.rules.reduction import wide
 from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.kernels import pointwise
-from wholegrad.kernels.thin import Mixed
+from wholegrad.kernels.thin import REAL, Mixed
 from wholegrad.plan.tiles import Tile
 from wholegrad.run.spans import node_span, op_name
 
@@ -177,10 +178,12 @@ class _TileRunner:
         with torch.set_grad_enabled(self.grad):
             x = self._mixed(reading, box)
         with torch.no_grad(), clock.span("sums", op_name(node), node.path or "loss") as span:
-            found = pointwise.total(x, spec.dtype, share)
+            real = spec.dtype if spec.dtype.is_floating_point else x.dtype
+            found = pointwise.total(x, real if real in REAL else torch.float32, share)
             span.moved(*x.leaves, *found.grads.values())
             assert found.total is not None
-            self.result.parts[index] = (found.total.sum().reshape(node.outputs[0].shape),)
+            total = found.total.sum().to(wide(node.outputs[0].dtype))
+            self.result.parts[index] = (total.reshape(node.outputs[0].shape),)
         self.result.roots += [(x.leaves[i], grad) for i, grad in found.grads.items() if x.leaves[i].requires_grad]
 
 
