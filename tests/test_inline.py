@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import wholegrad as wg
 from oracle import assert_exact, errors
+from wholegrad.errors import PlanError
 from wholegrad.graph import inline as inlining
 from wholegrad.graph.graph import Graph, Kind, Ref
 from wholegrad.graph.inline import Inlined, _Inliner, inline
@@ -448,3 +449,26 @@ def test_the_oracle_notices(name: str, monkeypatch: pytest.MonkeyPatch, fresh_ke
     monkeypatch.setattr(where, attribute, mutant)
     found = errors(Net(forward).double(), squares, pixels(), None, tile=TILE)
     assert max(found.values()) > 1e-3
+
+
+def test_a_plan_for_bytes_is_not_one_for_floats() -> None:
+    """Floats take more memory than the bytes that the plan counted on."""
+    net = Net(lambda net, x: net.last(F.relu(net.first(x))))
+    plan = wg.plan(net, bce, pixels(), fractions(1, *SIZE).float())
+    with pytest.raises(PlanError, match="8-bit"):
+        wg.backward(net, bce, pixels().astype(np.float32), fractions(1, *SIZE).float(), plan=plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_map_of_one_channel_is_read_from_its_file_in_any_dtype(dtype: torch.dtype, tmp_path: Any) -> None:
+    np.save(tmp_path / "i.npy", fractions(1, *SIZE).float().numpy())
+    image = np.load(tmp_path / "i.npy", mmap_mode="r")
+    net = nn.Conv2d(1, 1, 3, padding=1).to(dtype)
+    target = torch.zeros(1, *SIZE)
+
+    def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (output.float() - target).square().mean()
+
+    found = wg.backward(net, loss_fn, image, target)
+    wanted = loss_fn(net(torch.from_numpy(np.array(image))[None].to(dtype)), target[None])
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-2 if dtype == torch.bfloat16 else 1e-6)

@@ -452,3 +452,11 @@ def test_the_oracle_fails_on_a_halo_one_short(monkeypatch: pytest.MonkeyPatch, n
     except (RuntimeError, IndexError):
         wrong = True
     assert wrong
+
+
+@pytest.mark.parametrize("channels", [4, 64])
+def test_tiles_that_see_nothing_but_padding(channels: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, channels, 3, padding=50), nn.ReLU(), nn.Conv2d(channels, 1, 1)).double()
+    image = torch.rand(1, 3, 30, 40, dtype=torch.float64)
+    found = errors(model, lambda output, target: output.square().mean(), image, None, tile=(32, 32))
+    assert max(found.values()) <= 1e-12, found

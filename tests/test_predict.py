@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import wholegrad as wg
+from wholegrad import api
 from wholegrad.errors import ConfigError, SlideError
 from wholegrad.nets import unet4492
+from wholegrad.plan import planner
 from wholegrad.predict import decide
 from wholegrad.slide import bigtiff
 
@@ -150,3 +153,38 @@ def test_what_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) 
     for name in ("a.npy", "a.tif"):
         with pytest.raises(SlideError, match="cannot be"):
             wg.predict(model, image, out=Path("/proc/nowhere") / name)
+
+
+@pytest.mark.parametrize("kind", ["mask", "probability", "logits"])
+def test_a_network_in_bfloat16_predicts(kind: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Conv2d(1, 1, 3, padding=1).bfloat16()
+    image = np.random.default_rng(0).random((1, 40, 60), dtype=np.float32)
+    found = wg.predict(net, image, kind=kind, tile=(13, 17))
+    logits = net(torch.from_numpy(image)[None].bfloat16()).detach().float()[0]
+    wanted = {"mask": (logits > 0).float(), "probability": torch.sigmoid(logits), "logits": logits}[kind]
+    close = torch.from_numpy(np.asarray(found)).float() - wanted
+    assert close.abs().mean() < 0.01
+
+
+def test_an_output_that_is_read_again_counts_as_kept() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(1, 16, 1)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = self.a(x)
+            return y, torch.relu(y).mean()
+
+    graph_plans: list[Any] = []
+    true = planner.make_plan
+
+    def made(*args: Any) -> Any:
+        graph_plans.append(true(*args))
+        return graph_plans[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "make_plan", made)
+        wg.predict(Twice(), np.zeros((1, 100, 150), np.float32), kind="logits", tile=(64, 64))
+    assert len(graph_plans[0].placements) == 1

@@ -177,6 +177,7 @@ class _Signature:
     tensors: tuple[tuple[str, tuple[int, ...], torch.dtype, bool], ...]
     metrics: tuple[str, ...]
     autocast: torch.dtype | None
+    bytes: tuple[bool, ...]
     looks: Looks
 
     def difference(self, other: _Signature) -> str | None:
@@ -188,6 +189,7 @@ class _Signature:
             "tensors": "other parameters (names, shapes, dtypes, or which are trained)",
             "metrics": "the metrics {}",
             "autocast": "autocast to {}",
+            "bytes": "images of 8-bit pixels or not: {}",
         }
         for name, text in words.items():
             mine = getattr(self, name)
@@ -210,6 +212,7 @@ def _signature(model: nn.Module, loss_fn: Any, inputs: Given, metrics: Mapping[s
         tensors=tuple((name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in tensors.items()),
         metrics=tuple(metrics or {}),
         autocast=torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
+        bytes=tuple(source.raw for source in inputs.sources.values()),
         looks=looks(model=model, loss=loss_fn, metrics=dict(metrics or {})),
     )
 

@@ -131,7 +131,8 @@ recorder: Recorder | None = None  # set by run/profile while it records
 
 def span(stage: str, op: str, path: str = "", size: float = 0.0) -> Off:
     """A span that moves ``size`` bytes."""
-    return OFF if recorder is None else Span(recorder, Key(stage, op, path), 0.0, False, size, None)
+    by = recorder  # once: another thread may end the recording meanwhile
+    return OFF if by is None else Span(by, Key(stage, op, path), 0.0, False, size, None)
 
 
 def node_span(by: Recorder, op: str, label: Label, size: float) -> Off:
@@ -147,7 +148,8 @@ FORWARD, BACKWARD, FUSED = "forward", "backward", "fused"  # sweeps, as the span
 
 def label(op: str) -> Label | None:
     """The label of the node that runs here, which is ``op`` from now on; None while nobody records."""
-    top = None if recorder is None else recorder.thread().top
+    by = recorder
+    top = None if by is None else by.thread().top
     if top is None or top.label is None:
         return None
     top.key = top.key._replace(op=op)
@@ -156,15 +158,17 @@ def label(op: str) -> Label | None:
 
 def gradient_span(of: Label | None, stage: str, op: str, share: float = 0.0) -> Off:
     """A span of a gradient that takes a share of the multiply-adds of the node ``of``."""
-    if recorder is None or of is None:
+    by = recorder
+    if by is None or of is None:
         return OFF
-    return Span(recorder, Key(stage, op, of.path), share * of.macs, of.wide, 0.0, None)
+    return Span(by, Key(stage, op, of.path), share * of.macs, of.wide, 0.0, None)
 
 
 def expect(workers: int) -> None:
     """Say how many threads run tiles."""
-    if recorder is not None:
-        recorder.workers = max(recorder.workers, workers)
+    by = recorder
+    if by is not None:
+        by.workers = max(by.workers, workers)
 
 
 P = ParamSpec("P")

@@ -203,7 +203,12 @@ def _as_array(writer: _Bands, value: torch.Tensor, kind: Kind, threshold: float)
     found = decide(value[0], kind, threshold)
     if writer.dtype == np.uint8 and kind == "probability":
         found = (found * 255).round().to(torch.uint8)
-    return found.numpy()
+    return (found.float() if found.dtype == torch.bfloat16 else found).numpy()
+
+
+def _numpy_dtype(dtype: torch.dtype) -> Any:
+    """What logits are written in: their own dtype, float32 for bfloat16, which NumPy does not have."""
+    return np.float32 if dtype == torch.bfloat16 else torch.empty(0, dtype=dtype).numpy().dtype
 
 
 def _writer(
@@ -218,12 +223,7 @@ def _writer(
         raise ShapeError("model", f"returns shape {shape}", "predict needs a map of logits (1, C, H, W)")
     channels = 1 if kind == "mask" else shape[1]
     full = (channels, shape[2], shape[3])
-    dtypes: dict[str, np.dtype[Any]] = {
-        "mask": np.dtype(np.uint8),
-        "probability": np.dtype(np.float32),
-        "logits": torch.empty(0, dtype=spec.dtype).numpy().dtype,
-    }
-    dtype = dtypes[kind]
+    dtype = np.dtype({"mask": np.uint8, "probability": np.float32, "logits": _numpy_dtype(spec.dtype)}[kind])
     if path is None:
         return _Memory(full, dtype)
     if path.suffix.lower() == ".npy":

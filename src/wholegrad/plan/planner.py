@@ -318,7 +318,8 @@ class _Search:
 
     def places(self, boundaries: frozenset[Ref], room: float) -> dict[Ref, Placement]:
         """Host memory for the smallest boundaries and their gradients, up to ``room`` bytes; disk for the rest."""
-        kept = sorted(boundaries - set(self.request.sinks), key=self.stored)
+        written = {ref for ref in self.request.sinks if not self.graph.consumers(ref.node)}  # and read no more
+        kept = sorted(boundaries - written, key=self.stored)
         wanted = self.request.placement
         if isinstance(wanted, Placement):
             return dict.fromkeys(kept, wanted)

@@ -45,13 +45,17 @@ def _read_into(reader: MapReader, box: Box, tile: torch.Tensor) -> None:
     """Fill ``tile`` with the pixels on ``box``, straight from the file where the reader can and types agree."""
     straight = getattr(reader, "read_into", None)
     try:
-        if straight and tile.is_contiguous() and (out := tile.numpy()).dtype == reader.dtype:
-            straight(box, out)
+        if straight and tile.is_contiguous() and _stored_as(tile.dtype, reader.dtype):
+            straight(box, tile.numpy())
         else:
             tile.copy_(torch.from_numpy(_plain(reader.read(box))))
     except OSError as error:
         cause = f"cannot be read on {tuple(box)}: {error.strerror or error}"
         raise SlideError(reader.name, cause, "check the file and the disk") from error
+
+
+def _stored_as(dtype: torch.dtype, stored: np.dtype[np.generic]) -> bool:
+    return stored.isnative and torch_dtype(stored) == dtype
 
 
 def _plain(pixels: np.ndarray) -> np.ndarray:

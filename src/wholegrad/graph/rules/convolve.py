@@ -166,12 +166,22 @@ def convolve(
         )
         if min(padding) >= 0:
             return whole[:, :, top : whole.shape[2] - bottom, left : whole.shape[3] - right]
-        whole = F.pad(whole, (-left, -right, -top, -bottom))
+        whole = padded(whole, (-top, -bottom, -left, -right))
         return whole if bias is None else whole + bias.view(1, -1, 1, 1)
     inside = (top, left)
     if not (top == bottom >= 0 and left == right >= 0):
-        x, inside = F.pad(x, (left, right, top, bottom)), (0, 0)
+        x, inside = padded(x, padding), (0, 0)
     return _convolve(x, weight, bias, Settings(steps, inside, gaps, False, (0, 0), groups), known)
+
+
+def padded(x: torch.Tensor, edges: tuple[int, int, int, int]) -> torch.Tensor:
+    """Zeros above, below, left and right of ``x``; negative numbers crop, zeros too where ``x`` is not enough."""
+    top, bottom, left, right = edges
+    kept = [x.shape[2] + min(top, 0) + min(bottom, 0), x.shape[3] + min(left, 0) + min(right, 0)]
+    if min(kept) >= 0:
+        return F.pad(x, (left, right, top, bottom))
+    x = F.pad(x, [max(edge, 0) for edge in (left, right, top, bottom)])
+    return F.pad(x, [min(edge, 0) for edge in (left, right, top, bottom)])
 
 
 def _pair(values: list[int]) -> tuple[int, int]:
