@@ -30,6 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--source", default="raw", choices=["raw", "jpeg"])
     parser.add_argument("--scale", type=float, default=1, help="each edge of the image, times the slide's")
     parser.add_argument("--data", type=Path, help="real slides, for tilings")
+    parser.add_argument("--suffix", default=".npy", choices=[".npy", ".ome.tif"], help="of the predicted mask")
     return parser.parse_args()
 
 
@@ -64,10 +65,10 @@ def step(args: argparse.Namespace) -> None:
 
 
 def predict(args: argparse.Namespace) -> None:
-    """Forward only: the mask of the whole slide as a pyramidal TIFF on disk, planning included."""
+    """Forward only: the mask of the whole slide as a file on disk, planning included."""
     image, _ = open_inputs(args.folder, args.size, args.source, args.scale)
     model = unet4492(seed=0)
-    out = args.folder / "predicted.ome.tif"
+    out = args.folder / f"predicted{args.suffix}"
 
     def one() -> float:
         wg.predict(model, image, out=out, budget=args.budget)

@@ -98,7 +98,10 @@ def jpeg(settings: Settings) -> list[Run]:
 
 
 def predict(settings: Settings) -> list[Run]:
-    return [_ours(settings, "predict", "predict", BUDGET, files=settings.raw[:1])]
+    return [
+        _ours(settings, name, "predict", BUDGET, "--suffix", suffix, files=settings.raw[:1])
+        for name, suffix in (("predict", ".npy"), ("predict-tiff", ".ome.tif"))
+    ]
 
 
 def scaled(settings: Settings) -> list[Run]:

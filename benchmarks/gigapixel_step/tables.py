@@ -20,7 +20,8 @@ OURS = {
     "step": "training step, uncompressed files",
     "budget": "the same within less",
     "jpeg": "the same from JPEG tiles",
-    "predict": "forward only, mask to a pyramidal TIFF",
+    "predict": "forward only, mask to an array file",
+    "predict-tiff": "forward only, mask to a compressed pyramidal TIFF",
 }
 PEERS = {"keras": "TensorFlow/Keras", "pytorch": "PyTorch, channels last"}
 
