@@ -71,11 +71,17 @@ class Repeated:
 
     def read(self, box: Box) -> np.ndarray:
         """The pixels of ``box``, valid until this thread's next read."""
+        out = self._buffer.take((self.shape[0], box.height, box.width), self.dtype)
+        self.read_into(box, out)
+        return out
+
+    def read_into(self, box: Box, out: np.ndarray) -> None:
+        """Fill ``out`` with the pixels of ``box``."""
         rows = list(_pieces(box.y0, box.y1, self._reader.shape[1]))
         cols = list(_pieces(box.x0, box.x1, self._reader.shape[2]))
-        if len(rows) == len(cols) == 1:
-            return self._reader.read(Box(*rows[0], *cols[0]))
-        out = self._buffer.take((self.shape[0], box.height, box.width), self.dtype)
+        straight = getattr(self._reader, "read_into", None)
+        if straight and len(rows) == len(cols) == 1:
+            return straight(Box(*rows[0], *cols[0]), out)
         y = 0
         for y0, y1 in rows:
             x = 0
@@ -83,7 +89,7 @@ class Repeated:
                 out[:, y : y + y1 - y0, x : x + x1 - x0] = self._reader.read(Box(y0, y1, x0, x1))
                 x += x1 - x0
             y += y1 - y0
-        return out
+        return None
 
 
 def _pieces(start: int, stop: int, period: int) -> list[tuple[int, int]]:
