@@ -17,6 +17,7 @@ import wholegrad as wg
 from wholegrad.losses import bce_loss
 from wholegrad.nets import unet4492
 from wholegrad.plan.plan import Plan, parse_bytes
+from wholegrad.run.profile import recording
 from wholegrad.run.reader import MapReader
 
 
@@ -30,6 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--source", default="raw", choices=["raw", "jpeg"])
     parser.add_argument("--scale", type=float, default=1, help="each edge of the image, times the slide's")
     parser.add_argument("--data", type=Path, help="real slides, for tilings")
+    parser.add_argument("--profile", action="store_true", help="one more step, whose ops and stages are printed")
     parser.add_argument("--suffix", default=".npy", choices=[".npy", ".ome.tif"], help="of the predicted mask")
     return parser.parse_args()
 
@@ -61,7 +63,12 @@ def step(args: argparse.Namespace) -> None:
         return loss.item()
 
     about = describe(plan, image)
-    report(**about, **timed(one, args.steps))
+    found = timed(one, args.steps)
+    if args.profile:
+        with recording() as profile:
+            wg.backward(model, bce_loss, image, target, plan=plan)
+        print(profile.table(), file=sys.stderr)
+    report(**about, **found)
 
 
 def predict(args: argparse.Namespace) -> None:
