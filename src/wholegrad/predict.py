@@ -152,7 +152,7 @@ def predict(
         model: its first output is a map of logits ``(1, C, h, w)``; run in the mode that it is in.
         image: ``(C, H, W)`` as :func:`wholegrad.backward` takes it.
         out: ``.tif`` or ``.ome.tif`` for a tiled pyramid of 8-bit labels or probabilities (times 255), ``.npy`` for
-            an array file ``(C, h, w)``, which is quickest; None to return the array.
+            an array file ``(C, h, w)``; None to return the array.
         kind: ``"mask"`` (uint8 labels), ``"probability"`` or ``"logits"``.
         threshold: probability above which a pixel of a one-channel output is labelled 1.
         budget: the whole process's peak, as for :func:`wholegrad.plan`.

@@ -37,7 +37,7 @@ def add(commands: Commands) -> None:
         "--out",
         type=Path,
         required=True,
-        help="file to write: .tif or .ome.tif (8 bits, pyramid), or .npy (C, H, W), quickest",
+        help="file to write: .tif or .ome.tif (8 bits, pyramid), or .npy (C, H, W)",
     )
     parser.add_argument("--kind", choices=("mask", "probability", "logits"), default="mask")
     parser.add_argument("--threshold", type=float, default=0.5, help="probability from which it is tissue (0.5)")
