@@ -65,3 +65,26 @@ def test_statistics_are_taken_in_the_pass_that_makes_the_map() -> None:
     made = {Ref(node.index) for node in graph.of_kind(Kind.MAP) if node.path in BOUNDARIES}
     summing = [segment for segment in cut(graph, frozenset(made)) if segment.reductions]
     assert len(summing) == 3 and all(segment.outputs for segment in summing)
+
+
+class Viewed(nn.Module):
+    """A view of the shape that was there, taken without gradient or written through."""
+
+    def __init__(self, written: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.written = nn.Conv2d(3, 4, 3, padding=1), written
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        with torch.set_grad_enabled(self.written):
+            y = x.view(x.shape)
+        if self.written:
+            y.add_(1.0)
+        return x * y
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_view_that_changes_nothing_still_cuts_gradients_and_shares_memory(written: bool) -> None:
+    image = torch.rand(1, 3, 20, 30, dtype=torch.float64)
+    assert_exact(Viewed(written).double(), lambda o, t: o.square().mean(), image, None, tile=(9, 11))

@@ -131,8 +131,9 @@ class Converter:
         values = fx_node.meta["val"]
         outputs = tuple(values) if isinstance(values, tuple | list) else (values,)
         path, grad, draw = note.get("path", ""), note.get("grad", True), note.get("draw", -1)
-        if op in _VIEWS and isinstance(args[0], Ref) and self.build.spec(args[0]).shape == tuple(outputs[0].shape):
-            refs: tuple[Ref, ...] = (args[0],)  # a view of the shape that was there
+        same = op in _VIEWS and isinstance(args[0], Ref) and self.build.spec(args[0]).shape == tuple(outputs[0].shape)
+        if same and grad:
+            refs: tuple[Ref, ...] = (args[0],)  # a view of the shape that was there; without gradient it cuts that off
         else:
             refs = self.build.call(fx_node.name, op, args, kwargs, outputs, path, grad, draw)
         if mutated is not None:
