@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
 import torch
 from hypothesis import settings
+
+from wholegrad.kernels import pointwise, thin
+from wholegrad.kernels.host import Host, host
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 
@@ -65,3 +69,34 @@ def write_case() -> Callable[..., None]:
         tifffile.imwrite(root / "masks" / f"{name}.mask.tif", tissue.astype(np.uint8), tile=(64, 64), **resolution)
 
     return write
+
+
+@pytest.fixture
+def fresh_kernels() -> Iterator[Callable[[], None]]:
+    """Kernels are written anew in the test, which changes how, and again after it; call it to forget them once more."""
+    kept: tuple[Any, ...] = (
+        thin._slide_kernel, thin._slide_plan, thin._correlate_kernel, thin._correlate_plan, pointwise._kernel
+    )  # fmt: skip
+
+    def forget() -> None:
+        for each in kept:
+            each.cache_clear()
+
+    forget()
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def narrow(fresh_kernels: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Host], None]:
+    """Gives kernels the vectors of another processor; this one can run them if its own are not narrower."""
+
+    def use(machine: Host) -> None:
+        own = host()
+        assert own is not None, "only for tests that kernels are there for"
+        if machine.width > own.width:
+            pytest.skip("wider than this processor's vectors")
+        monkeypatch.setattr(thin, "_machine", lambda: machine)
+        monkeypatch.setattr(pointwise, "host", lambda: machine)
+
+    return use

@@ -6,7 +6,7 @@ and that where there are no kernels nothing of it does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -392,19 +392,6 @@ def test_nothing_is_inlined_without_kernels(name: str, monkeypatch: pytest.Monke
 
 # Mutants: break one thing, and the oracle must say so.
 
-KERNELS: tuple[Any, ...] = (
-    thin._slide_kernel, thin._slide_plan, thin._correlate_kernel, thin._correlate_plan, pointwise._kernel
-)  # fmt: skip
-
-
-@pytest.fixture
-def fresh_kernels() -> Iterator[None]:
-    for each in KERNELS:
-        each.cache_clear()
-    yield
-    for each in KERNELS:
-        each.cache_clear()
-
 
 def misplaced(
     code: Code, parts: Any, name: str, leaves: str, area: Any, scratch: tuple[str, Value], *sums: Any
@@ -436,15 +423,14 @@ LEAKY = expression._OPS["leaky"]
 
 
 @pytest.mark.parametrize("name", list(MUTANTS))
-def test_the_oracle_notices(name: str, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None) -> None:
+def test_the_oracle_notices(name: str, monkeypatch: pytest.MonkeyPatch, fresh_kernels: Callable[[], None]) -> None:
     def forward(net: Net, x: torch.Tensor) -> torch.Tensor:
         y = net.first(1 - x)
         result: torch.Tensor = net.wide(torch.cat([F.leaky_relu(y), 1 - y], 1))
         return result
 
     assert_exact(Net(forward).double(), squares, pixels(), None, tile=TILE)
-    for each in KERNELS:
-        each.cache_clear()
+    fresh_kernels()
     where, attribute, mutant = MUTANTS[name]
     monkeypatch.setattr(where, attribute, mutant)
     found = errors(Net(forward).double(), squares, pixels(), None, tile=TILE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from wholegrad.graph.rules import thin as rules
 from wholegrad.graph.rules.convolve import convolve
 from wholegrad.kernels import compile as compiling
-from wholegrad.kernels import correlate, pointwise, rows, slide, taps, thin
+from wholegrad.kernels import correlate, rows, slide, taps, thin
 from wholegrad.kernels.choice import THICK, THIN, serves
 from wholegrad.kernels.expression import EACH, MAP, ONE, Leaf, Program, Step
 from wholegrad.kernels.host import Host, host
@@ -294,10 +294,8 @@ def test_inputs_computed_while_staged(name: str) -> None:
 
 
 @pytest.mark.parametrize("machine", [Host(16, 32, ""), Host(32, 16, "")])
-def test_inputs_computed_in_narrower_vectors(
-    machine: Host, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None
-) -> None:
-    narrow(machine, monkeypatch)
+def test_inputs_computed_in_narrower_vectors(machine: Host, narrow: Callable[[Host], None]) -> None:
+    narrow(machine)
     for window in (MIXED_WINDOWS["stride four"], MIXED_WINDOWS["transposed"]):
         found, wanted = (mixed_results(window, torch.float64, kernels) for kernels in (True, False))
         assert all(error(a, b) <= EXACT for a, b in zip(found, wanted, strict=True))
@@ -344,20 +342,6 @@ def shifted(axis: taps.Axis) -> taps.Axis:
     return axis._replace(taps=(*axis.taps[:-1], axis.taps[-1]._replace(shift=axis.taps[-1].shift + 1)))
 
 
-KERNELS: tuple[Any, ...] = (
-    thin._slide_kernel, thin._slide_plan, thin._correlate_kernel, thin._correlate_plan, pointwise._kernel
-)  # fmt: skip
-
-
-@pytest.fixture
-def fresh_kernels() -> Iterator[None]:
-    for each in KERNELS:
-        each.cache_clear()
-    yield
-    for each in KERNELS:
-        each.cache_clear()
-
-
 @pytest.mark.parametrize("where", [slide, correlate])
 def test_a_tap_out_of_place_is_noticed(where: Any, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None) -> None:
     window = Window(2, 2, (3, 3), (2, 2), (1, 1), (1, 1, 1, 1), (21, 43), 1)
@@ -369,18 +353,9 @@ def test_a_tap_out_of_place_is_noticed(where: Any, monkeypatch: pytest.MonkeyPat
     assert wrong == (["forward", "input"] if where is slide else ["weight"])
 
 
-def narrow(machine: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Vectors as other processors have them; this one can run them too if its own are not narrower."""
-    own = host()
-    if own is None or machine.width > own.width:
-        pytest.skip("wider than this processor's vectors")
-    monkeypatch.setattr(thin, "_machine", lambda: machine)
-    monkeypatch.setattr(pointwise, "host", lambda: machine)
-
-
 @pytest.mark.parametrize("machine", [Host(16, 32, ""), Host(32, 16, "")])
-def test_narrower_vectors_are_exact(machine: Host, monkeypatch: pytest.MonkeyPatch, fresh_kernels: None) -> None:
-    narrow(machine, monkeypatch)
+def test_narrower_vectors_are_exact(machine: Host, narrow: Callable[[Host], None]) -> None:
+    narrow(machine)
     for window in (
         Window(3, 3, (8, 8), (4, 4), (1, 1), (2, 2, 2, 2), (37, 61), 1),
         Window(5, 7, (3, 2), (3, 2), (1, 2), (1, 0, -1, 3), (20, 45), 2),
