@@ -1,0 +1,129 @@
+"""Evens out what differs from scanner to scanner and stain to stain before a network sees it: glass and ink.
+
+Light follows Beer-Lambert: a pixel is ``glass * exp(-density)``. From a small picture of the whole slide come the
+colour of its bare glass and how much ink is typical; a table a channel then turns every value ``v`` into
+``WHITE * (v / glass) ** gain``: glass has one colour, and faint stains are as dense as others. A table works on
+single values, so that a balanced slide is the same whatever the boxes it is read by (rule 6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from wholegrad.errors import ShapeError
+from wholegrad.graph.geometry import Box
+from wholegrad.slide.buffers import ReusedBuffer
+from wholegrad.slide.reader import MapReader
+
+Pixels = npt.NDArray[np.uint8]
+
+WHITE = 240  # the value that glass gets
+INK = 0.4  # the density that typical ink gets
+GAINS = (0.6, 5.0)  # the least and most that densities are multiplied by
+FAINTEST = 0.04  # density from which a pixel is not bare glass
+BRIGHTEST, DARKEST = 254, 2  # from here on all channels: fill where nothing was scanned
+PEAK_SHARE = 0.01  # of the pixels that a peak of brightness must hold to be glass
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How a slide is evened out.
+
+    Attributes:
+        glass: RGB of bare glass, 0 to 255.
+        gain: what densities are multiplied by.
+    """
+
+    glass: tuple[float, float, float]
+    gain: float
+
+    def table(self) -> Pixels:
+        """``(3, 256)``: what each value of each channel becomes."""
+        share = np.arange(256) / np.array(self.glass)[:, None]
+        evened = WHITE * np.clip(share, 0, 1.06) ** self.gain
+        values: Pixels = np.clip(np.round(evened), 0, 255).astype(np.uint8)
+        return values
+
+
+def find_balance(picture: Pixels) -> Balance:
+    """The balance of a slide, from a small picture ``(h, w, 3)`` of all of it.
+
+    Glass is the brightest colour that many pixels share; exact white and black, with which scanners fill what they
+    did not scan, do not count. Typical ink is the upper quartile of the densities of what is not glass.
+    """
+    pixels = picture.reshape(-1, 3).astype(np.int64)
+    filled = (pixels >= BRIGHTEST).all(axis=1) | (pixels <= DARKEST).all(axis=1)
+    if (~filled).sum() > 100:
+        pixels = pixels[~filled]
+    glass = _glass(pixels)
+    density = -np.log(np.clip(pixels / glass, 1 / 255, 1)).mean(axis=1)
+    ink = density[density > FAINTEST]
+    gain = 1.0 if len(ink) < 50 else float(np.clip(INK / np.percentile(ink, 75), *GAINS))
+    return Balance((float(glass[0]), float(glass[1]), float(glass[2])), gain)
+
+
+def _glass(pixels: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """The median colour of the brightest peak of brightness that holds enough pixels."""
+    brightness = pixels.sum(axis=1) // 3
+    counts = np.convolve(np.bincount(brightness, minlength=256), np.ones(5), "same")
+    for value in range(253, 80, -1):
+        if counts[value] >= PEAK_SHARE * len(pixels) and counts[value] == counts[value - 6 : value + 7].max():
+            break
+    else:
+        value = int(np.percentile(brightness, 99))
+    glass: npt.NDArray[np.float64] = np.median(pixels[np.abs(brightness - value) <= 4], axis=0)
+    return glass.clip(1)
+
+
+class Balanced:
+    """A slide seen through its :class:`Balance`: ``(3, H, W)`` uint8."""
+
+    def __init__(self, reader: MapReader, balance: Balance) -> None:
+        if reader.shape[0] != 3 or reader.dtype != np.uint8:
+            cause = f"has {reader.shape[0]} channels of {reader.dtype}"
+            raise ShapeError(reader.name, cause, "balance slides of three channels of uint8")
+        self._reader, self.balance = reader, balance
+        self._table, self._out = balance.table(), ReusedBuffer()
+        self.concurrent = bool(getattr(reader, "concurrent", False))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._reader, name)  # mpp, size, levels
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self._reader.shape
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        return self._reader.dtype
+
+    @property
+    def name(self) -> str:
+        return self._reader.name
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the slide beneath holds. A box's pixels as stored come on top, once more."""
+        return self._reader.cache_bytes
+
+    def read(self, box: Box) -> Pixels:
+        """Pixels of ``box`` as ``(3, h, w)``, valid until this thread's next read; errors as the slide's own."""
+        stored = np.asarray(self._reader.read(box), np.uint8)
+        out = self._out.take(stored.shape).view(np.uint8)
+        _look_up(self._table, stored, out)
+        return out
+
+
+@njit(nogil=True, cache=True)
+def _look_up(table, stored, out):  # type: ignore[no-untyped-def]
+    for c in range(stored.shape[0]):
+        for y in range(stored.shape[1]):
+            for x in range(stored.shape[2]):
+                out[c, y, x] = table[c, stored[c, y, x]]
