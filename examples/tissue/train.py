@@ -1,0 +1,139 @@
+"""Trains the tissue network that ships with wholegrad, or cross-validates it by slide.
+
+    WHOLEGRAD_DATA=... python examples/tissue/train.py --out out/tissue             # on every slide
+    WHOLEGRAD_DATA=... python examples/tissue/train.py --out out/tissue --fold 0    # holds two slides back
+
+WHOLEGRAD_DATA is a folder with ``slides/NAME.tif`` or ``.svs`` and ``masks/NAME.mask.tif``; synthetic slides are
+painted first. Writes ``weights.safetensors`` with its card, or ``fold-K.json`` with the scores of the slides held back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from samples import Section, sample
+from torch import nn
+
+import wholegrad as wg
+from wholegrad.graph.geometry import Box
+from wholegrad.losses import LOSSES
+from wholegrad.nets import unet4492
+from wholegrad.slide.balance import Balanced, find_balance
+from wholegrad.slide.synth import synthesize
+from wholegrad.slide.thumbnail import thumbnail
+from wholegrad.train.metrics import METRICS, score
+
+MPP = 4.0
+FOLDS = 5
+PICTURE = 2048  # longer side of the picture that a slide is evened out by
+
+
+def main() -> None:
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    paths = slides(Path(os.environ["WHOLEGRAD_DATA"]))
+    held = [] if args.fold is None else [paths[i] for i in fold_of(len(paths), args.fold)]
+    real = [section(slide, mask) for slide, mask in paths if (slide, mask) not in held]
+    painted = synthetic(args.out, args.synthetic)
+    model = learn(args, real, painted)
+    if held:
+        scores = {slide.stem: dice(model, slide, mask) for slide, mask in held}
+        (args.out / f"fold-{args.fold}.json").write_text(json.dumps(scores, indent=2) + "\n")
+        print(scores)
+    name = "weights" if args.fold is None else f"fold-{args.fold}"
+    torch.save(model.state_dict(), args.out / f"{name}.pt")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--fold", type=int, choices=range(FOLDS))
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--side", type=int, default=384, help="of a crop, pixels")
+    parser.add_argument("--batch", type=int, default=6, help="crops a step")
+    parser.add_argument("--synthetic", type=int, default=16, help="synthetic slides")
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def slides(root: Path) -> list[tuple[Path, Path]]:
+    """Each slide and its mask; of two files of one slide, the smaller."""
+    found = [(path, root / "masks" / f"{path.stem}.mask.tif") for path in sorted((root / "slides").iterdir())]
+    return [pair for pair in found if pair[1].exists() and "Gpx" not in pair[0].name]
+
+
+def fold_of(count: int, fold: int) -> list[int]:
+    """Which of so many slides a fold holds back: shuffled once, dealt out."""
+    order = np.random.default_rng(0).permutation(count)
+    return [int(i) for i in order[fold::FOLDS]]
+
+
+def section(slide: Path, mask: Path) -> Section:
+    """A slide at ``MPP`` and its labels, whole."""
+    with wg.open_slide(slide, mpp=MPP) as image, wg.open_mask(mask, like=image) as labels:
+        box = Box(0, image.shape[1], 0, image.shape[2])
+        return Section.of(slide.stem, np.moveaxis(image.read(box), 0, 2).copy(), labels.read(box)[0].copy())
+
+
+def synthetic(out: Path, count: int) -> list[Section]:
+    """Synthetic slides with their exact masks."""
+    rng = np.random.default_rng(0)
+    found = []
+    for number in range(count):
+        height, width = (int(edge) for edge in rng.integers(1200, 2800, 2))
+        mpp = float(rng.choice([3.0, 4.0, 5.0]))
+        slide, mask = out / f"synthetic-{number}.tif", out / f"synthetic-{number}.mask.tif"
+        if not mask.exists():
+            synthesize(height, width, number + 100, slide, mask, mpp=mpp)
+        with wg.open_slide(slide) as image, wg.open_mask(mask, like=image) as labels:
+            box = Box(0, height, 0, width)
+            found.append(Section.of(slide.stem, np.moveaxis(image.read(box), 0, 2).copy(), labels.read(box)[0].copy()))
+    return found
+
+
+def learn(args: argparse.Namespace, real: list[Section], painted: list[Section]) -> nn.Module:
+    """Train on crops, three of four from real slides; Adam, a cosine down to nothing."""
+    rng = np.random.default_rng((args.seed, 0 if args.fold is None else args.fold + 1))
+    model, loss_fn = unet4492(seed=args.seed), LOSSES["bce+dice"]
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    plan, started, shown = None, time.monotonic(), 0.0
+    for step in range(args.steps):
+        crops = []
+        for _ in range(args.batch):
+            pool = real if not painted or rng.random() < 0.75 else painted
+            crops.append(sample(rng, pool[rng.integers(len(pool))], args.side))
+        images = np.ascontiguousarray(np.stack([image for image, _ in crops]).transpose(0, 3, 1, 2))
+        labels = np.stack([labels for _, labels in crops])[:, None]
+        plan = plan or wg.plan(model, loss_fn, images, labels, budget="6GiB")
+        warm = min(1.0, (step + 1) / 50)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warm * (1 + math.cos(math.pi * step / args.steps)) / 2
+        optimizer.zero_grad()
+        loss = float(wg.backward(model, loss_fn, images, labels, plan=plan))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        shown = loss if step == 0 else 0.98 * shown + 0.02 * loss
+        if (step + 1) % 250 == 0:
+            print(f"step {step + 1}: loss {shown:.4f}, {time.monotonic() - started:.0f} s", flush=True)
+    return model.eval()
+
+
+def dice(model: nn.Module, slide: Path, mask: Path) -> float:
+    """Dice of one whole slide at ``MPP``, evened out."""
+    with wg.open_slide(slide, mpp=MPP) as image, wg.open_mask(mask, like=image) as labels:
+        balanced = Balanced(image, find_balance(thumbnail(image, PICTURE)))
+        return score(slide.stem, wg.measure(model, balanced, labels, metrics=METRICS)["counts"]).dice
+
+
+if __name__ == "__main__":
+    main()
