@@ -34,7 +34,7 @@ def segment_decoder(page: TiffPage) -> DecodeSegment:
     A segment smaller than ``out`` (the last strip, a cropped edge tile) fills its top left corner.
     """
     if page.compression == RAW and page.predictor == 1 and page.fillorder == 1:
-        return _decode_raw
+        return decode_raw
     slow = _by_tifffile(page)
     if page.compression == JPEG and page.planarconfig == 1 and page.samplesperpixel in (1, 3):
         return _in_place(_jpeg(page), slow)
@@ -43,7 +43,8 @@ def segment_decoder(page: TiffPage) -> DecodeSegment:
     return slow
 
 
-def _decode_raw(data: bytes, index: int, out: Pixels) -> None:
+def decode_raw(data: bytes, index: int, out: Pixels) -> None:
+    """Uncompressed values, as they are in the file."""
     rows = np.frombuffer(data, np.uint8).reshape(-1, *out.shape[1:])
     out[: len(rows)] = rows[: len(out)]
 

@@ -41,25 +41,12 @@ def open_pyramid(path: Path) -> Pyramid:
     if vendor not in QUICK:
         return OpenSlidePyramid(name)
     if magic in TIFF_MAGIC:
-        return _tiff(name, vendor)
+        return TiffPyramid(name)
     if magic.startswith(PICTURE_MAGIC):
         return open_picture(name)
     if path.suffix.lower() == ".npy":
         return _npy(path)
     raise SlideError(name, "is of no format that is known here", f"{READ}: convert it to one of them")
-
-
-def _tiff(name: str, vendor: str | None) -> Pyramid:
-    """By the quick path; what that cannot read by box goes to OpenSlide, if it knows the file."""
-    try:
-        return TiffPyramid(name)
-    except SlideError as error:
-        if vendor is None or "truncated" in error.cause:
-            raise
-        try:
-            return OpenSlidePyramid(name)
-        except SlideError:
-            raise error from None
 
 
 def _npy(path: Path) -> HeldPyramid:

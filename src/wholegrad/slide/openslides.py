@@ -147,4 +147,3 @@ class _Tiles:
             self._slide.forget(handle)
             raise
         self._background.under(rgba, slot[:h, :w])
-

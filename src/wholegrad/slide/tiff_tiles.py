@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from wholegrad.graph.geometry import Box
 from wholegrad.slide.background import BLACK_BELOW, WHITE_BELOW, Background, glass_colour
-from wholegrad.slide.decode import TileDecoder
+from wholegrad.slide.decode import TileDecoder, decode_raw
 from wholegrad.slide.origin import Origin
 from wholegrad.slide.positioned import PositionedFile
 from wholegrad.slide.pyramid import LevelReader
@@ -42,6 +42,7 @@ class TiffTiles:
             level.premultiplied,
             background,
         )
+        self._raw = self._decode.direct and level.segments[0] is decode_raw
         scratch = 0 if self._decode.direct else 2 * level.tile_height * level.tile_width * max(3, level.channels)
         self.in_flight = int(level.counts.sum(axis=0).max(initial=0)) + scratch
 
@@ -49,6 +50,9 @@ class TiffTiles:
         counts = self._level.counts[:, tile]
         if not counts.all():
             slot[...] = 0 if self.shape[0] == 1 else self._background.colour
+            return
+        if self._raw and counts[0] == slot.nbytes:
+            self._file.read_into(int(self._level.offsets[0, tile]), slot)
             return
         places = zip(self._level.offsets[:, tile].tolist(), counts.tolist(), strict=True)
         self._decode([self._file.read(offset, count) for offset, count in places], self._numbers(tile), slot)
