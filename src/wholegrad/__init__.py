@@ -5,6 +5,7 @@ from wholegrad.errors import WholegradError
 from wholegrad.plan.plan import Plan
 from wholegrad.predict import predict
 from wholegrad.run.executor import Progress
+from wholegrad.slide.copy import copy_slide
 from wholegrad.slide.mask import open_mask
 from wholegrad.slide.slide import open_slide
 from wholegrad.verify import verify
@@ -15,6 +16,7 @@ __all__ = [
     "Progress",
     "WholegradError",
     "backward",
+    "copy_slide",
     "measure",
     "open_mask",
     "open_slide",

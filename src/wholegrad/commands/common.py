@@ -70,7 +70,9 @@ def add_budget(parser: Parser) -> None:
 
 def add_level(parser: Parser) -> None:
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--mpp", type=float, help="use the level nearest to this many micrometres a pixel")
+    group.add_argument(
+        "--mpp", type=float, help="read at this many micrometres a pixel, resampled if no level has them"
+    )
     group.add_argument("--level", type=int, help="use this level, 0 the largest")
 
 

@@ -3,7 +3,7 @@
 JPEG, JPEG 2000 and uncompressed tiles are decoded in place; every other compression (deflate, LZW, Zstandard,
 with or without predictor) goes through tifffile's decoder and one copy. Colour: slides come out as RGB. Grey
 is repeated three times (inverted where TIFF says that white is zero); a fourth channel is opacity, and the
-pixels are laid over white glass.
+pixels are laid over the slide's own background.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from tifffile import TiffPage
 from tifffile.tifffile import jpeg_decode_colorspace
+
+from wholegrad.slide.background import WHITE_BELOW, Background
 
 Pixels = npt.NDArray[np.uint8]
 DecodeSegment = Callable[[bytes, int, Pixels], None]
@@ -32,7 +34,7 @@ def segment_decoder(page: TiffPage) -> DecodeSegment:
     A segment smaller than ``out`` (the last strip, a cropped edge tile) fills its top left corner.
     """
     if page.compression == RAW and page.predictor == 1 and page.fillorder == 1:
-        return _decode_raw
+        return decode_raw
     slow = _by_tifffile(page)
     if page.compression == JPEG and page.planarconfig == 1 and page.samplesperpixel in (1, 3):
         return _in_place(_jpeg(page), slow)
@@ -41,7 +43,8 @@ def segment_decoder(page: TiffPage) -> DecodeSegment:
     return slow
 
 
-def _decode_raw(data: bytes, index: int, out: Pixels) -> None:
+def decode_raw(data: bytes, index: int, out: Pixels) -> None:
+    """Uncompressed values, as they are in the file."""
     rows = np.frombuffer(data, np.uint8).reshape(-1, *out.shape[1:])
     out[: len(rows)] = rows[: len(out)]
 
@@ -99,6 +102,7 @@ class TileDecoder:
         channels: 3 for slides (RGB), 1 for label maps (as stored).
         white_is_zero: grey values are inverted.
         premultiplied: colours are already multiplied by the opacity.
+        background: what shows through where opacity is below 255.
     """
 
     def __init__(
@@ -109,11 +113,12 @@ class TileDecoder:
         channels: int,
         white_is_zero: bool = False,
         premultiplied: bool = False,
+        background: Background = WHITE_BELOW,
     ) -> None:
         self._segments = tuple(segments)
         self._planes, self._samples, self._channels = planes, samples, channels
         self._white_is_zero = white_is_zero and channels == 3
-        self._premultiplied = premultiplied
+        self._premultiplied, self._background = premultiplied, background
         self.direct = planes == 1 and samples == channels and not self._white_is_zero
 
     def __call__(self, data: Sequence[bytes], index: Sequence[int], out: Pixels) -> None:
@@ -137,10 +142,4 @@ class TileDecoder:
         elif stored.shape[2] == 3:
             out[...] = stored
         else:
-            self._over_white(stored, out)
-
-    def _over_white(self, stored: Pixels, out: Pixels) -> None:
-        alpha = stored[..., 3:4].astype(np.uint16)
-        colour = stored[..., :3].astype(np.uint16)
-        weighted = colour * 255 if self._premultiplied else colour * alpha
-        out[...] = np.minimum((weighted + (255 - alpha) * 255 + 127) // 255, 255).astype(np.uint8)
+            self._background.under(stored, out, self._premultiplied)

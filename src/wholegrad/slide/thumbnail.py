@@ -14,6 +14,7 @@ from wholegrad.slide.reader import MapReader
 from wholegrad.slide.slide import Slide
 
 READ_BYTES = 8 << 20  # of the boxes read
+BAND = 16  # rows of labels at a time
 
 
 def thumbnail(reader: MapReader, max_side: int = 1024) -> npt.NDArray[np.uint8]:
@@ -29,6 +30,8 @@ def thumbnail(reader: MapReader, max_side: int = 1024) -> npt.NDArray[np.uint8]:
     if reader.dtype != np.uint8 or max_side < 1 or reader.shape[0] not in (1, 3):
         cause = f"{reader.shape[0]} channels of {reader.dtype} at max_side={max_side}"
         raise ShapeError(reader.name, cause, "give one or three channels of uint8 and a size above zero")
+    if isinstance(reader, LabelMask):
+        return _labels(reader, max_side)
     if isinstance(reader, Slide):
         with reader.at(_lowest_adequate(reader, max_side)) as level:
             return _shrink(level, max_side)
@@ -36,8 +39,20 @@ def thumbnail(reader: MapReader, max_side: int = 1024) -> npt.NDArray[np.uint8]:
 
 
 def _lowest_adequate(slide: Slide, max_side: int) -> int:
-    fitting = [n for n, shape in enumerate(slide.level_shapes) if max(shape) >= max_side]
+    share = max(slide.shape[1:]) / max(slide.level_shapes[slide.level])  # of the level that is shown
+    fitting = [n for n, shape in enumerate(slide.level_shapes) if share * max(shape) >= max_side]
     return max([slide.level, *fitting])
+
+
+def _labels(mask: LabelMask, max_side: int) -> npt.NDArray[np.uint8]:
+    """Labels at the centres of the picture's pixels, a band of rows at a time."""
+    height, width = mask.shape[1:]
+    scale = max(1.0, max(height, width) / max_side)
+    small = mask.at(max(1, int(height / scale)), max(1, int(width / scale)))
+    _, h, w = small.shape
+    bands = (Box(y, min(y + BAND, h), 0, w) for y in range(0, h, BAND))
+    one = np.concatenate([small.read(band)[0].copy() for band in bands])
+    return np.repeat(one[..., None], 3, axis=2)
 
 
 def _shrink(reader: MapReader, max_side: int) -> npt.NDArray[np.uint8]:
@@ -45,17 +60,13 @@ def _shrink(reader: MapReader, max_side: int) -> npt.NDArray[np.uint8]:
     scale = max(1.0, max(height, width) / max_side)
     rows, cols = (_edges(size, max(1, int(size / scale))) for size in (height, width))
     out = np.empty((len(rows) - 1, len(cols) - 1, 3), np.uint8)
-    nearest = isinstance(reader, LabelMask)
     for y, x0, x1 in _boxes(rows, cols, channels):
         box = Box(int(rows[y]), int(rows[y + 1]), int(cols[x0]), int(cols[x1]))
         pixels = reader.read(box).transpose(1, 2, 0)
         lefts = cols[x0:x1] - cols[x0]
-        if nearest:
-            out[y, x0:x1] = pixels[box.height // 2, lefts + (np.diff(cols[x0 : x1 + 1]) // 2)]
-        else:
-            total = np.add.reduceat(pixels.sum(axis=0, dtype=np.int64), lefts, axis=0)
-            area = box.height * np.diff(cols[x0 : x1 + 1])[:, None]
-            out[y, x0:x1] = (total + area // 2) // area
+        total = np.add.reduceat(pixels.sum(axis=0, dtype=np.int64), lefts, axis=0)
+        area = box.height * np.diff(cols[x0 : x1 + 1])[:, None]
+        out[y, x0:x1] = (total + area // 2) // area
     return out
 
 

@@ -20,6 +20,7 @@ from tifffile import TiffFile, TiffFileError, TiffPage
 
 from wholegrad.errors import SlideError
 from wholegrad.slide.decode import RAW, DecodeSegment, segment_decoder
+from wholegrad.slide.origin import Origin, read_origin
 
 PLAUSIBLE_MPP = (0.02, 40.0)  # um a pixel; 300 dpi, a scanner's default tag, is 85
 LARGEST_TILE = 256 << 20  # bytes, decoded
@@ -66,10 +67,12 @@ class Level:
 
 @dataclass(frozen=True)
 class Container:
-    """A slide file's levels, largest first, and the um a pixel of level 0 (None: the file does not say)."""
+    """A slide file's levels, largest first, and the um a pixel of level 0 (None: the file does not say; NaN: it says
+    something that is no size), and where it is a copy of another slide, of what part."""
 
     levels: tuple[Level, ...]
     mpp: float | None
+    origin: Origin | None = None
 
 
 def read_container(path: Path, size: int) -> Container:
@@ -84,21 +87,21 @@ def read_container(path: Path, size: int) -> Container:
             base = _base_planes(pages)
             levels = tuple(_level(path, group, base[0]) for group in _pyramid(base, pages))
             mpp = read_mpp(pages[0] if pages else base[0], base[0])
+            origin = read_origin(base[0].description)
     except SlideError:
         raise
     except (TiffFileError, ValueError, IndexError, KeyError, TypeError, OSError, RuntimeError) as error:
         raise SlideError(str(path), *_why_unreadable(path, size, str(error))) from None
     for number, level in enumerate(levels):
         _check_complete(path, size, number, level)
-    return Container(levels, mpp)
+    return Container(levels, mpp, origin)
 
 
 def _why_unreadable(path: Path, size: int, message: str) -> tuple[str, str]:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic[:2] not in (b"II", b"MM") or not {42, 43} & set(magic[2:]):
-        remedy = "wholegrad reads Aperio SVS and tiled TIFF, BigTIFF and OME-TIFF: convert it to one of them"
-        return "is not a TIFF or SVS file", remedy
+        return "is not a TIFF", "convert it to a tiled TIFF (vips tiffsave --tile --pyramid --bigtiff)"
     detail = message.splitlines()[0][:120] if message else "none found"
     return (
         f"its list of images cannot be read ({detail}), the file has {size} bytes",
@@ -234,19 +237,21 @@ def _check_complete(path: Path, size: int, number: int, level: Level) -> None:
 
 
 def read_mpp(first: TiffPage, base: TiffPage) -> float | None:
-    """um a pixel of level 0: Aperio's MPP, OME's PhysicalSizeX, Philips' spacing or the resolution tags."""
+    """um a pixel of level 0: Aperio's MPP, OME's PhysicalSizeX, Philips' spacing or the resolution tags.
+
+    NaN if the file states one that is not a positive number.
+    """
     text = first.description or base.description
-    aperio = re.search(r"\bMPP\s*=\s*([0-9.]+)", text)
+    aperio = re.search(r"\bMPP\s*=\s*([^|\s]*)", text)
     if aperio:
-        return _plausible(float(aperio[1]))
-    ome = re.search(r'PhysicalSizeX="([0-9.eE+-]+)"', text)
+        return _stated(aperio[1])
+    ome = re.search(r'PhysicalSizeX="([^"]*)"', text)
     if ome:
         unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', text)
-        scale = {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}.get(unit[1] if unit else "", 1.0)
-        return _plausible(float(ome[1]) * scale)
-    spacing = re.search(r'DICOM_PIXEL_SPACING"[^>]*>(?:&quot;|")?([0-9.eE+-]+)', text)
+        return _stated(ome[1], {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}.get(unit[1] if unit else "", 1.0))
+    spacing = re.search(r'DICOM_PIXEL_SPACING"[^>]*>(?:&quot;|")?([^"&<\s]*)', text)
     if spacing:
-        return _plausible(float(spacing[1]) * 1e3)
+        return _stated(spacing[1], 1e3)
     return _mpp_of_tags(base)
 
 
@@ -255,8 +260,18 @@ def _mpp_of_tags(page: TiffPage) -> float | None:
     micrometres = {2: 25400.0, 3: 10000.0}.get(int(page.tags.valueof("ResolutionUnit", default=2)))
     if resolution is None or micrometres is None or 0 in resolution:
         return None
-    return _plausible(micrometres * resolution[1] / resolution[0])
+    return plausible_mpp(micrometres * resolution[1] / resolution[0])
 
 
-def _plausible(mpp: float) -> float | None:
+def _stated(text: str, scale: float = 1.0) -> float | None:
+    """A size that the file states in words; NaN if it is none."""
+    try:
+        value = float(text) * scale
+    except ValueError:
+        return math.nan
+    return plausible_mpp(value) if math.isfinite(value) and value > 0 else math.nan
+
+
+def plausible_mpp(mpp: float) -> float | None:
+    """``mpp``, or None for the default that a program without a microscope writes."""
     return mpp if PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1] else None

@@ -8,24 +8,43 @@ longer than the cache then still finds part of the previous row.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from wholegrad.errors import SlideError
+from wholegrad.errors import SlideError, WholegradError
 from wholegrad.graph.geometry import Box
 from wholegrad.slide.buffers import ReusedBuffer, check_box
-from wholegrad.slide.decode import TileDecoder
-from wholegrad.slide.positioned import PositionedFile
-from wholegrad.slide.tiff import Level
 
 Pixels = npt.NDArray[np.uint8]
+
+
+class TileSource(Protocol):
+    """Where a level's tiles come from: one small class for each library that reads slides. Thread-safe.
+
+    Attributes:
+        shape: ``(C, H, W)`` of the level.
+        tile_height, tile_width: of its tiles, pixels; the last ones may reach beyond the level.
+        in_flight: bytes that decoding one tile takes besides the tile itself.
+    """
+
+    shape: tuple[int, int, int]
+    tile_height: int
+    tile_width: int
+    in_flight: int
+
+    def fill(self, tile: int, slot: Pixels) -> None:
+        """Decode tile ``tile`` (row by row) into ``slot`` ``(tile_height, tile_width, C)``; any error means corrupt."""
+        ...
 
 
 class TileCache:
@@ -92,39 +111,26 @@ class TileReader:
     """Boxes of one level as uint8.
 
     Args:
-        file: open slide file; stays the caller's to close.
-        level: what to read.
+        source: of the decoded tiles.
+        name: of the file, for messages.
         number: of the level, for messages.
-        channels: 3 (RGB, see ``decode``) or 1 (values as stored).
-        blank: value of tiles that were never written (255 glass, 0 background label).
         cache_bytes: decoded tiles to keep, bytes; at least one tile a thread is kept.
         threads: that decode one box's tiles, the caller's own included.
     """
 
-    def __init__(
-        self,
-        file: PositionedFile,
-        level: Level,
-        number: int,
-        *,
-        channels: int,
-        blank: int,
-        cache_bytes: int,
-        threads: int,
-    ) -> None:
-        self.shape = (channels, level.height, level.width)
-        self._file, self._level, self._number, self._blank = file, level, number, blank
-        self._decode = TileDecoder(
-            level.segments, level.planes, level.samples, channels, level.white_is_zero, level.premultiplied
-        )
+    concurrent = True  # a buffer a thread
+    dtype: np.dtype[np.generic] = np.dtype(np.uint8)
+
+    def __init__(self, source: TileSource, name: str, number: int, *, cache_bytes: int, threads: int) -> None:
+        self.shape, self.name = source.shape, name
+        self._source, self._number = source, number
+        self._across = -(-source.shape[2] // source.tile_width)
         self._threads = max(1, threads)
-        tile = level.tile_height * level.tile_width * channels
-        tiles = level.down * level.across
-        slots = min(max(self._threads, cache_bytes // tile), max(self._threads, tiles))
-        self._cache = TileCache(slots, (level.tile_height, level.tile_width, channels))
-        scratch = 0 if self._decode.direct else 2 * level.tile_height * level.tile_width * max(3, level.channels)
-        in_flight = int(level.counts.sum(axis=0).max(initial=0)) + scratch
-        self.cache_bytes = self._cache.nbytes + self._threads * in_flight
+        slot = (source.tile_height, source.tile_width, source.shape[0])
+        tiles = -(-source.shape[1] // source.tile_height) * self._across
+        slots = min(max(self._threads, cache_bytes // math.prod(slot)), max(self._threads, tiles))
+        self._cache = TileCache(slots, slot)
+        self.cache_bytes = self._cache.nbytes + self._threads * source.in_flight
         self._buffer = ReusedBuffer()
         self._pool: ThreadPoolExecutor | None = None
         self._pool_pid = -1
@@ -136,7 +142,7 @@ class TileReader:
             ShapeError: the box is empty or reaches outside the level.
             SlideError: a tile cannot be read or decoded.
         """
-        check_box(str(self._file.path), self.shape, box)
+        check_box(self.name, self.shape, box)
         out = self._buffer.take((box.height, box.width, self.shape[0])).view(np.uint8)
         todo = sorted(self._tiles(box), key=lambda tile: tile not in self._cache)
         queue = iter(todo)
@@ -148,10 +154,10 @@ class TileReader:
         return out.transpose(2, 0, 1)
 
     def _tiles(self, box: Box) -> list[int]:
-        level = self._level
-        rows = range(box.y0 // level.tile_height, (box.y1 - 1) // level.tile_height + 1)
-        cols = range(box.x0 // level.tile_width, (box.x1 - 1) // level.tile_width + 1)
-        return [row * level.across + col for row in rows for col in cols]
+        high, wide = self._source.tile_height, self._source.tile_width
+        rows = range(box.y0 // high, (box.y1 - 1) // high + 1)
+        cols = range(box.x0 // wide, (box.x1 - 1) // wide + 1)
+        return [row * self._across + col for row in rows for col in cols]
 
     def _share(self, helpers: int, queue: Iterator[int], box: Box, out: Pixels) -> None:
         """Drain the queue with helper threads, and return only when none of them writes any more."""
@@ -180,42 +186,28 @@ class TileReader:
             raise
 
     def _place(self, tile: int, box: Box, out: Pixels) -> None:
-        level = self._level
-        row, col = divmod(tile, level.across)
-        top, left = row * level.tile_height, col * level.tile_width
-        part = Box(
-            max(box.y0, top),
-            min(box.y1, top + level.tile_height),
-            max(box.x0, left),
-            min(box.x1, left + level.tile_width),
-        )
+        high, wide = self._source.tile_height, self._source.tile_width
+        row, col = divmod(tile, self._across)
+        top, left = row * high, col * wide
+        part = Box(max(box.y0, top), min(box.y1, top + high), max(box.x0, left), min(box.x1, left + wide))
         with self._cache.tile(tile, lambda slot: self._fill(tile, box, slot)) as pixels:
             out[part.slices(box)] = pixels[part.slices(Box(top, top, left, left))]
 
     def _fill(self, tile: int, box: Box, slot: Pixels) -> None:
-        counts = self._level.counts[:, tile]
-        if not counts.all():
-            slot[...] = self._blank
-            return
-        places = zip(self._level.offsets[:, tile].tolist(), counts.tolist(), strict=True)
-        data = [self._file.read(offset, count) for offset, count in places]
         try:
-            self._decode(data, self._numbers(tile), slot)
-        except MemoryError:
+            self._source.fill(tile, slot)
+        except (MemoryError, WholegradError):
             raise
         except Exception as error:  # every codec has its own error class
             raise self._corrupt(tile, box, error) from error
 
-    def _numbers(self, tile: int) -> list[int]:
-        """Of the tile's segments within their pages: planes of one page follow each other."""
-        step = self._level.offsets.shape[1] if len(self._level.segments) == 1 else 0
-        return [tile + plane * step for plane in range(self._level.planes)]
-
     def _corrupt(self, tile: int, box: Box, error: Exception) -> SlideError:
-        row, col = divmod(tile, self._level.across)
+        if not Path(self.name).exists():
+            return SlideError(self.name, "is gone: it was moved or removed while it was read", "put it back")
+        row, col = divmod(tile, self._across)
         detail = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         return SlideError(
-            str(self._file.path),
+            self.name,
             f"tile row {row}, column {col} of level {self._number} is corrupt ({detail}), met while reading"
             f" box {tuple(box)}",
             "copy the file again, or leave this slide out",

@@ -61,6 +61,7 @@ class PyramidWriter:
         levels: how many, or "auto": until the smallest fits in one tile.
         label: lower levels take one of the labels instead of the mean.
         ome: OME-TIFF, its lower levels as SubIFDs; by default if the name ends in .ome.tif or .ome.tiff.
+        description: text for the file's first directory, where OME-XML does not stand.
         threads: that encode tiles; by default two.
 
     Raises:
@@ -81,11 +82,13 @@ class PyramidWriter:
         levels: int | Literal["auto"] = "auto",
         label: bool = False,
         ome: bool | None = None,
+        description: str | None = None,
         threads: int | None = None,
     ) -> None:
         self.path, self.shape, self.dtype = Path(path), shape, np.dtype(dtype)
         self._tile, self._compression, self._mpp, self._label = tile, compression, mpp, label
         self._ome = self.path.name.lower().endswith((".ome.tif", ".ome.tiff")) if ome is None else ome
+        self._description = description
         self._check(quality)
         self._encode = _encoder(compression, quality)
         self._bands = _bands(shape, tile, levels)
@@ -280,6 +283,8 @@ class PyramidWriter:
             tags.append((338, SHORT, [0] * (channels - 1)))  # extra samples of no stated meaning
         if self._ome and number == 0:
             tags.append(bigtiff.text(270, self._ome_xml()))
+        elif self._description and number == 0:
+            tags.append(bigtiff.text(270, self._description))
         return tags + self._resolution(band.width)
 
     def _resolution(self, width: int) -> list[Tag]:
