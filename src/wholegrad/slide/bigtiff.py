@@ -51,6 +51,11 @@ class PartialFile:
         self.end += len(data)
         return self.end - len(data)
 
+    def join(self, data: bytes) -> None:
+        """Write ``data`` right behind what is there."""
+        self.patch(self.end, data)
+        self.end += len(data)
+
     def patch(self, offset: int, data: bytes | memoryview) -> None:
         """Write at a position, over bytes that were there or beyond the end; ``append`` goes on where it was."""
         try:

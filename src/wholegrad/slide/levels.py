@@ -42,7 +42,7 @@ class Level:
     buffer: Array | None = None
 
 
-class Pyramid(ABC):
+class LevelWriter(ABC):
     """Takes rows top to bottom and stores encoded tiles, level by level; complete or not at all (rule 11).
 
     Args:

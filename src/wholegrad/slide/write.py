@@ -20,7 +20,7 @@ import numpy.typing as npt
 from wholegrad.errors import ConfigError
 from wholegrad.slide import bigtiff
 from wholegrad.slide.bigtiff import LONG, LONG8, SHORT, PartialFile, Tag
-from wholegrad.slide.levels import Array, Deflate, Levels, Pyramid
+from wholegrad.slide.levels import Array, Deflate, Levels, LevelWriter
 
 Compression = Literal["jpeg", "deflate"] | None
 
@@ -28,7 +28,7 @@ COMPRESSION_TAG = {None: 1, "jpeg": 7, "deflate": 8}
 SAMPLE_FORMAT = {"u": 1, "i": 2, "f": 3}
 
 
-class PyramidWriter(Pyramid):
+class PyramidWriter(LevelWriter):
     """A tiled pyramidal BigTIFF that is written from top to bottom and appears only when complete (rule 11).
 
     Args:
@@ -42,6 +42,7 @@ class PyramidWriter(Pyramid):
         levels: how many, or "auto": until the smallest fits in one tile.
         label: lower levels take one of the labels instead of the mean.
         ome: OME-TIFF, its lower levels as SubIFDs; by default if the name ends in .ome.tif or .ome.tiff.
+        description: text for the file's first directory, where OME-XML does not stand.
         channels: names of channels that are not colours, in OME-XML; None: three channels are RGB.
         threads: that encode tiles; by default two.
 
@@ -63,6 +64,7 @@ class PyramidWriter(Pyramid):
         levels: Levels = "auto",
         label: bool = False,
         ome: bool | None = None,
+        description: str | None = None,
         channels: Sequence[str] | None = None,
         threads: int | None = None,
     ) -> None:
@@ -70,7 +72,7 @@ class PyramidWriter(Pyramid):
         self._colour = shape[0] == 3 and channels is None
         planar = self._ome and shape[0] > 1 and not self._colour
         super().__init__(path, shape, dtype, tile=tile, levels=levels, label=label, planar=planar, threads=threads)
-        self._compression, self._mpp, self._names = compression, mpp, channels
+        self._compression, self._mpp, self._names, self._description = compression, mpp, channels, description
         self._check(quality)
         self._encoder = _encoder(compression, quality)
         planes = shape[0] if planar else 1
@@ -136,6 +138,8 @@ class PyramidWriter(Pyramid):
             tags.append((338, SHORT, [0] * (channels - 1)))  # extra samples of no stated meaning
         if self._ome and number == plane == 0:
             tags.append(bigtiff.text(270, self._ome_xml()))
+        elif self._description and number == plane == 0:
+            tags.append(bigtiff.text(270, self._description))
         return tags + self._resolution(level.width)
 
     def _resolution(self, width: int) -> list[Tag]:

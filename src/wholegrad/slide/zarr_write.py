@@ -1,7 +1,7 @@
 """Streams an image or a label map of any size into an OME-Zarr store: pyramid, um a pixel, channel names.
 
 Follows OME-NGFF 0.4 on Zarr 2 (axes c, y, x; "/" between chunk numbers; zlib), which QuPath, napari and ``zarr`` read.
-Chunks are files of their own, written here without the ``zarr`` package; chunks of zeros are left out, as Zarr 2 has it.
+Chunks are files of their own, written here without the ``zarr`` package; those of zeros are left out, as Zarr 2 has it.
 The store grows under a hidden name beside its own and is renamed when complete (rule 11). A store of that name is
 replaced; any other folder is refused.
 """
@@ -21,14 +21,14 @@ import numpy.typing as npt
 
 from wholegrad.errors import ConfigError, SlideError
 from wholegrad.slide.bigtiff import sync_folder
-from wholegrad.slide.levels import Array, Deflate, Levels, Pyramid
+from wholegrad.slide.levels import Array, Deflate, Levels, LevelWriter
 
 VERSION = "0.4"
 CHUNK = 1024
 MARKS = (".zgroup", ".zarray", ".zattrs", "zarr.json")  # one of which every Zarr store holds
 
 
-class ZarrWriter(Pyramid):
+class ZarrWriter(LevelWriter):
     """An OME-Zarr store ``(C, H, W)`` that is written from top to bottom and appears only when complete.
 
     Args:
