@@ -422,18 +422,19 @@ def run_outputs(
     budget: str | int | None,
     tile: tuple[int, int] | None = None,
     progress: ProgressFn | None = None,
-    sink_bytes: int = 0,
+    sink_bytes: Callable[[], tuple[int, int]] = lambda: (0, 0),
     seed: int | None = None,
 ) -> dict[Ref, torch.Tensor]:
     """Run the model forward and hand each box of its output maps to a sink; outputs that are small are returned.
 
     Args:
-        sink_bytes: what the sinks hold, in bytes for each pixel of one row of tiles.
+        sink_bytes: of sinks, once made: bytes held for each pixel of one row of tiles, and whatever the tiles.
     """
     inputs = given(image, None, model_dtype(model))
     graph = _capture(model, None, inputs, None)
     taken = dict(sinks(graph))
-    request = replace(_request(graph, inputs, budget, False, tuple(taken)), tile=tile, sink_bytes=sink_bytes)
+    request, held = _request(graph, inputs, budget, False, tuple(taken)), sink_bytes()
+    request = replace(request, tile=tile, sink_bytes=held[0], sink_held=held[1])
     made = make_plan(graph, request)
     check_elements(made)
     tensors = joint_tensors(model, None, None)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,18 +24,22 @@ from wholegrad.errors import ConfigError, ShapeError
 from wholegrad.given import given
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Graph, Ref, Spec
+from wholegrad.outputs import Depth, Kind, Paths, Result, Several, checked_paths, open_outputs
 from wholegrad.plan.boundaries import storable
 from wholegrad.run.executor import ProgressFn, Sink
 from wholegrad.run.sources import model_dtype
 from wholegrad.slide.bigtiff import PartialFile
-from wholegrad.slide.write import PyramidWriter
+from wholegrad.slide.outlines import OutlineOptions
+from wholegrad.slide.output import ClassNames, Output
 
-Kind = Literal["mask", "probability", "logits"]
 Array = npt.NDArray[Any]
+Shape = tuple[int, int, int]
 
 
 class _Bands(ABC):
     """Takes tiles row by row and hands on complete bands ``(C, h, W)``."""
+
+    held_bytes = 0  # beside the band
 
     def __init__(self, channels: int, width: int, dtype: npt.DTypeLike) -> None:
         self.channels, self.width, self.dtype = channels, width, np.dtype(dtype)
@@ -93,25 +98,32 @@ class _Npy(_Bands):
     def close(self) -> None:
         self.file.commit()
 
+    def seal(self) -> None:
+        self.file.seal()
+
+    def publish(self) -> None:
+        self.file.publish()
+
     def abort(self) -> None:
         self.file.discard()
 
 
-class _Tiff(_Bands):
-    """A tiled pyramidal TIFF of one 8-bit channel."""
+class _Files(_Bands):
+    """Files of any kinds, all from the same bands."""
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], mpp: float | None, label: bool) -> None:
-        super().__init__(1, shape[2], np.uint8)
-        self.writer = PyramidWriter(path, shape, np.uint8, compression="deflate", mpp=mpp, label=label)
+    def __init__(self, outputs: Several, shape: tuple[int, int, int]) -> None:
+        super().__init__(shape[0], shape[2], outputs.dtype)
+        self.outputs, self.held_bytes = outputs, outputs.held_bytes
 
     def write(self, y0: int, band: Array) -> None:
-        self.writer.write_rows(band[0])
+        self.outputs.write(y0, band)
 
     def close(self) -> None:
-        self.writer.close()
+        self.outputs.seal()
+        self.outputs.publish()
 
     def abort(self) -> None:
-        self.writer.abort()
+        self.outputs.abort()
 
 
 def decide(logits: torch.Tensor, kind: Kind, threshold: float) -> torch.Tensor:
@@ -139,9 +151,14 @@ def predict(
     model: nn.Module,
     image: Any,
     *,
-    out: str | os.PathLike[str] | None = None,
+    out: Paths | None = None,
     kind: Kind = "mask",
     threshold: float = 0.5,
+    classes: Sequence[str] | None = None,
+    depth: Depth = "uint8",
+    min_area: float = 0.0,
+    min_hole: float = 0.0,
+    simplify: float | None = None,
     budget: str | int | None = None,
     tile: tuple[int, int] | None = None,
     progress: ProgressFn | None = None,
@@ -151,18 +168,24 @@ def predict(
     Args:
         model: its first output is a map of logits ``(1, C, h, w)``; run in the mode that it is in.
         image: ``(C, H, W)`` as :func:`wholegrad.backward` takes it.
-        out: ``.tif`` or ``.ome.tif`` for a tiled pyramid of 8-bit labels or probabilities (times 255), ``.npy`` for
-            an array file ``(C, h, w)``; None to return the array.
+        out: one file or several, written together, each by its ending: ``.ome.tif`` or ``.tif`` for a tiled pyramid,
+            ``.zarr`` for OME-Zarr, ``.npy`` for an array file ``(C, h, w)``; of a mask also ``.geojson`` for outlines
+            as QuPath opens them, ``.png`` for a picture of the mask on the slide. None to return the array.
         kind: ``"mask"`` (uint8 labels), ``"probability"`` or ``"logits"``.
         threshold: probability above which a pixel of a one-channel output is labelled 1.
+        classes: names of labels 1, 2, ...; label 0 is background.
+        depth: ``"uint8"`` (times 255) or ``"float32"``: what pyramids and Zarr hold probabilities in.
+        min_area: um2; outlined pieces that are smaller are left out of GeoJSON.
+        min_hole: um2; smaller holes of outlines are filled.
+        simplify: um by which outlines may move; None for one pixel, 0 for exact pixel edges.
         budget: the whole process's peak, as for :func:`wholegrad.plan`.
 
     Returns:
         An array ``(C, h, w)`` if ``out`` is None.
 
     Raises:
-        ConfigError: ``out`` and ``kind`` do not go together.
-        SlideError: pixels cannot be read or the file cannot be written; no file is left behind.
+        ConfigError: ``out`` and ``kind`` do not go together, or the options make no sense.
+        SlideError: pixels cannot be read or a file cannot be written; no file is left behind.
     """
     first = given(image, None, model_dtype(model)).inputs.tensors[0]
     if first.shape[0] != 1:
@@ -171,20 +194,22 @@ def predict(
         raise ConfigError("kind", f"is {kind!r}", f"choose from {', '.join(get_args(Kind))}")
     if not isinstance(threshold, int | float) or not 0 < threshold < 1:
         raise ConfigError("threshold", f"is {threshold!r}", "choose a probability between 0 and 1")
-    path = None if out is None else Path(out)
-    if path is not None and path.suffix.lower() not in (".tif", ".tiff", ".npy"):
-        raise ConfigError(str(path), "has an ending that says nothing", "name it .tif, .ome.tif or .npy")
+    paths = None if out is None else checked_paths(out, kind, depth)
+    outlines = OutlineOptions(min_area, min_hole, simplify)
+    outlines.in_pixels(getattr(image, "mpp", None))
     writers: list[_Bands] = []
 
     def sinks(graph: Graph) -> dict[Ref, Sink]:
         spec = graph.spec(graph.outputs[0])
-        writer = _writer(path, spec, kind, getattr(image, "mpp", None), first.shape)
+        names = ClassNames.of(classes, max(1, spec.shape[1] - 1) if len(spec.shape) == 4 else 1)
+        writer = _writer(paths, spec, kind, partial(_result, image, names, depth, outlines, first.shape))
         writers.append(writer)
         return {graph.outputs[0]: lambda box, value: writer.take(box, _as_array(writer, value, kind, threshold))}
 
     try:
         with torch.no_grad():
-            run_outputs(model, image, sinks, budget, tile, progress, _band_bytes(kind))
+            held = partial(_held, kind, writers)
+            run_outputs(model, image, sinks, budget, tile, progress, held)
         for writer in writers:
             writer.close()
     except BaseException:
@@ -194,9 +219,9 @@ def predict(
     return writers[0].array if isinstance(writers[0], _Memory) else None
 
 
-def _band_bytes(kind: Kind) -> int:
-    """Bytes a pixel that a band, its copies on the way to the file and the writer's own rows take at most."""
-    return 4 if kind == "mask" else 16
+def _held(kind: Kind, writers: Sequence[_Bands]) -> tuple[int, int]:
+    """Bytes a pixel that a band and its copies on the way take at most, and what the writers hold beside."""
+    return 4 if kind == "mask" else 16, sum(writer.held_bytes for writer in writers)
 
 
 def _as_array(writer: _Bands, value: torch.Tensor, kind: Kind, threshold: float) -> Array:
@@ -212,23 +237,32 @@ def _numpy_dtype(dtype: torch.dtype) -> Any:
 
 
 def _writer(
-    path: Path | None,
-    spec: Spec,
-    kind: Kind,
-    mpp: float | None,
-    image: tuple[int, ...],
+    paths: Sequence[Path] | None, spec: Spec, kind: Kind, result: Callable[[Shape, Kind, np.dtype[Any]], Result]
 ) -> _Bands:
     shape = spec.shape
     if len(shape) != 4 or not storable(spec):
         raise ShapeError("model", f"returns shape {shape}", "predict needs a map of logits (1, C, H, W)")
-    channels = 1 if kind == "mask" else shape[1]
-    full = (channels, shape[2], shape[3])
+    full = (1 if kind == "mask" else shape[1], shape[2], shape[3])
     dtype = np.dtype({"mask": np.uint8, "probability": np.float32, "logits": _numpy_dtype(spec.dtype)}[kind])
-    if path is None:
+    if paths is None:
         return _Memory(full, dtype)
-    if path.suffix.lower() == ".npy":
-        return _Npy(path, full, dtype)
-    if kind == "logits" or channels != 1:
-        raise ConfigError(str(path), f"cannot hold {kind} of {channels} channels", "write .npy, or kind='mask'")
-    coarser = None if mpp is None else mpp * image[2] / shape[2]
-    return _Tiff(path, full, coarser, kind == "mask")
+    if [path.suffix.lower() for path in paths] == [".npy"]:
+        return _Npy(paths[0], full, dtype)
+    opened = open_outputs(paths, result(full, kind, dtype), lambda path: cast(Output, _Npy(path, full, dtype)))
+    return _Files(opened, full)
+
+
+def _result(
+    image: Any,
+    names: ClassNames,
+    depth: Depth,
+    outlines: OutlineOptions,
+    read: tuple[int, ...],
+    shape: Shape,
+    kind: Kind,
+    dtype: np.dtype[Any],
+) -> Result:
+    """What is to be written; where the result is coarser than the image of shape ``read``, so is its mpp."""
+    mpp = getattr(image, "mpp", None)
+    coarser = None if mpp is None else mpp * read[2] / shape[1]
+    return Result(shape, kind, dtype, coarser, image, names, depth, outlines)

@@ -62,6 +62,7 @@ class Request:
     spill_dir: Path | None = None
     boundary_dtype: torch.dtype | None = None
     sink_bytes: int = 0  # what sinks hold, in bytes for each pixel of one row of tiles
+    sink_held: int = 0  # bytes that sinks hold beside
     raw: frozenset[Ref] = frozenset()  # images whose pixels are 8-bit fractions of 255
 
 
@@ -313,6 +314,7 @@ class _Search:
         tile = memory.working(self.graph, segment, self.how(segment), rows, cols)
         sunk = [ref for ref in segment.outputs if ref in self.request.sinks]
         band = sum(rows.largest[ref.node] * self.graph.spec(ref).cols for ref in sunk) * self.request.sink_bytes
+        band += self.request.sink_held
         side = min(self.request.workers, rows.count * cols.count)
         return memory.Working(side * tile.forward + band, side * tile.backward + band)
 

@@ -6,6 +6,7 @@ Follows TIFF 6.0 and the BigTIFF extension (Aldus 1992; libtiff 4.0). The file a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from wholegrad.errors import SlideError
 
 SHORT, LONG, RATIONAL, LONG8, ASCII = 3, 4, 5, 16, 2
+SUB_IFDS = 330
 _FORMATS = {SHORT: "H", LONG: "I", RATIONAL: "I", LONG8: "Q", ASCII: "B"}
 
 Tag = tuple[int, int, Sequence[int]]  # number, type, values (a rational is two values)
@@ -49,6 +51,11 @@ class PartialFile:
         self.end += len(data)
         return self.end - len(data)
 
+    def join(self, data: bytes) -> None:
+        """Write ``data`` right behind what is there."""
+        self.patch(self.end, data)
+        self.end += len(data)
+
     def patch(self, offset: int, data: bytes | memoryview) -> None:
         """Write at a position, over bytes that were there or beyond the end; ``append`` goes on where it was."""
         try:
@@ -58,8 +65,8 @@ class PartialFile:
         except OSError as error:
             raise SlideError(str(self.path), f"cannot be written ({error.strerror})", "free disk space") from error
 
-    def commit(self) -> None:
-        """Sync, and give the file its name."""
+    def seal(self) -> None:
+        """Sync and close: all is written but the name."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -67,19 +74,32 @@ class PartialFile:
             mask = os.umask(0)
             os.umask(mask)
             self._temporary.chmod(0o666 & ~mask)  # mkstemp's is private
-            self._temporary.replace(self.path)
         except OSError as error:
             self.discard()
             raise SlideError(str(self.path), f"cannot be written ({error.strerror})", "free disk space") from error
-        _sync_folder(self.path.parent)
+
+    def publish(self) -> None:
+        """Give the sealed file its name."""
+        try:
+            self._temporary.replace(self.path)
+        except OSError as error:
+            self.discard()
+            raise SlideError(str(self.path), f"cannot be named ({error.strerror})", "check the folder") from error
+        sync_folder(self.path.parent)
+
+    def commit(self) -> None:
+        """Sync, and give the file its name."""
+        self.seal()
+        self.publish()
 
     def discard(self) -> None:
         """Remove the temporary file; the real name is untouched."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk leaves in the buffer cannot be written
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the new name durable, where folders can be opened (not on Windows)."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -94,17 +114,21 @@ def start(file: PartialFile) -> None:
     file.append(struct.pack("<2sHHHQ", b"II", 43, 8, 0, 0))
 
 
-def finish(file: PartialFile, directories: Sequence[Sequence[Tag]], sub: bool) -> None:
-    """Write the directories of all levels, largest first: chained, or (``sub``) as SubIFDs of the first."""
-    following, below = 0, list[int]()
-    for number in range(len(directories) - 1, -1, -1):
-        tags = list(directories[number])
-        if sub and number == 0 and below:
-            tags.append((330, LONG8, below[::-1]))
-        offset = _write_directory(file, tags, 0 if sub else following)
-        below.append(offset)
-        following = offset
-    file.patch(8, struct.pack("<Q", following))
+def finish(file: PartialFile, planes: Sequence[Sequence[Sequence[Tag]]], sub: bool) -> None:
+    """Write the directories of each plane's levels, largest first in each.
+
+    The levels of a single plane are chained, those of several follow no chain; with ``sub`` they are SubIFDs of the
+    plane's first.
+    """
+    first = 0
+    for levels in reversed(planes):
+        following, below = 0, list[int]()
+        for tags in reversed(levels[1:]):
+            below.insert(0, _write_directory(file, tags, following))
+            following = below[0] if len(planes) == 1 else 0
+        more = [(SUB_IFDS, LONG8, below)] if sub and below else []
+        first = _write_directory(file, [*levels[0], *more], following if len(planes) == 1 else first)
+    file.patch(8, struct.pack("<Q", first))
 
 
 def _write_directory(file: PartialFile, tags: Sequence[Tag], following: int) -> int:
