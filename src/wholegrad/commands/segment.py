@@ -1,0 +1,97 @@
+"""``wholegrad segment``: the tissue of slides, out of the box, as mask, outlines and picture."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.table import Table
+
+import wholegrad as wg
+from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_command
+from wholegrad.errors import ConfigError, WholegradError
+from wholegrad.nets.tissue import MPP
+from wholegrad.segment import MIN_AREA, MIN_HOLE, Segmented
+from wholegrad.train.config import SUFFIXES
+from wholegrad.train.progress import display
+
+TEXT = """\
+Find the tissue of slides with the network that ships, and write for each NAME.mask.ome.tif (opens in QuPath),
+NAME.geojson (outlines, QuPath) and NAME.png (a picture of both). A slide that fails is reported and skipped; the exit
+code is then 1."""
+
+EXAMPLES = """\
+  wholegrad segment case.svs
+  wholegrad segment slides/*.svs --out masks
+  wholegrad segment case.tif --slide-mpp 0.25 --min-area 20000 --only mask geojson"""
+
+ENDINGS = {"mask": ".mask.ome.tif", "geojson": ".geojson", "picture": ".png"}
+
+
+def add(commands: Commands) -> None:
+    parser = add_command(commands, "segment", run, "find the tissue of slides", TEXT, EXAMPLES)
+    parser.add_argument("slides", type=Path, nargs="+", metavar="SLIDE", help="any format that wg.open_slide reads")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="where results go (here)")
+    parser.add_argument("--only", nargs="+", choices=tuple(ENDINGS), default=list(ENDINGS), help="what to write (all)")
+    parser.add_argument("--mpp", type=float, default=MPP, help=f"um a pixel to work at ({MPP:g}, as it was trained)")
+    parser.add_argument("--slide-mpp", type=float, help="um a pixel of level 0, where a slide does not say")
+    area, hole = "leave out pieces that are smaller", "fill holes that are smaller"
+    parser.add_argument("--min-area", type=float, default=MIN_AREA, metavar="UM2", help=f"{area} ({MIN_AREA:g})")
+    parser.add_argument("--min-hole", type=float, default=MIN_HOLE, metavar="UM2", help=f"{hole} ({MIN_HOLE:g})")
+    parser.add_argument("--simplify", type=float, metavar="UM", help="most that outlines may move (one pixel)")
+    add_budget(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    names = [_name(path) for path in args.slides]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(twice, "is the name of two slides", "segment them into different folders")
+    args.out.mkdir(parents=True, exist_ok=True)
+    found: list[tuple[str, Segmented]] = []
+    for number, (path, name) in enumerate(zip(args.slides, names, strict=True), 1):
+        try:
+            found.append((name, _segment(args, path, name, f"{number} of {len(names)}")))
+        except (WholegradError, OSError) as error:
+            if args.debug:
+                raise
+            NOTES.print(f"wholegrad: error: {' '.join(str(error).split())}")
+    if found:
+        CONSOLE.print(_table(found))
+    failed = len(names) - len(found)
+    if failed:
+        NOTES.print(f"{failed} of {len(names)} slides failed")
+    return 1 if failed else 0
+
+
+def _segment(args: argparse.Namespace, path: Path, name: str, where: str) -> Segmented:
+    with display(NOTES, f"{name} ({where})") as shown:
+        return wg.segment(
+            path,
+            [args.out / f"{name}{ENDINGS[kind]}" for kind in dict.fromkeys(args.only)],
+            mpp=args.mpp,
+            slide_mpp=args.slide_mpp,
+            min_area=args.min_area,
+            min_hole=args.min_hole,
+            simplify=args.simplify,
+            budget=args.budget,
+            progress=shown.tile,
+        )
+
+
+def _name(path: Path) -> str:
+    """A slide's file without the ending that says what it is."""
+    ending = next((ending for ending in SUFFIXES if path.name.lower().endswith(ending)), path.suffix)
+    return path.name[: len(path.name) - len(ending)] or path.name
+
+
+def _table(found: list[tuple[str, Segmented]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("slide")
+    for heading in ("pixels", "um/px", "tissue", "mm2", "seconds"):
+        table.add_column(heading, justify="right")
+    for name, result in found:
+        size = f"{result.shape[0]} x {result.shape[1]}"
+        row = (size, f"{result.mpp:.3g}", f"{result.tissue:.1%}", f"{result.area:.1f}", f"{result.seconds:.1f}")
+        table.add_row(name, *row)
+    return table
