@@ -1,7 +1,7 @@
 """The loops over single pixels of resampling and of outlines, compiled by Numba.
 
-Imported when a slide is resampled or outlines are opened, not before: Numba takes 60 MiB, which plans made afterwards
-count. Types are fixed, so that nothing is compiled later.
+Imported when a slide is resampled or outlines are opened, not before: Numba takes about 120 MiB, which plans made
+afterwards count. Types are fixed, so that nothing is compiled later.
 """
 
 from __future__ import annotations
