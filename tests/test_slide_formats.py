@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,37 @@ def test_unknown_and_unreadable_files_are_refused_in_one_line(tmp_path: Path) ->
         with pytest.raises(SlideError) as refusal:
             open_slide(path)
         assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["scn", "dicom", "zarr", "resampled"])
+def test_several_threads_read_at_once(tmp_path: Path, kind: str) -> None:
+    path, image = tmp_path / "case", picture(700, 900)
+    if kind == "scn":
+        path = tmp_path / "a.scn"
+        write_scn(path)
+    elif kind == "dicom":
+        pytest.importorskip("wsidicom")
+        write_dicom(path, [image], 0.5)
+    elif kind == "zarr":
+        pytest.importorskip("zarr")
+        write_ome_zarr(path, [image], 0.5, 3)
+    else:
+        tifffile.imwrite(path, image, photometric="rgb", tile=(64, 64), compression="zlib")
+    options: dict[str, Any] = {"slide_mpp": 0.5, "mpp": 0.71} if kind == "resampled" else {}
+    with open_slide(path, **options) as slide:
+        pixels = whole(slide)
+    with open_slide(path, cache_bytes=0, threads=2, **options) as slide, ThreadPoolExecutor(4) as pool:
+        assert slide.concurrent
+        boxes = random_boxes(slide.shape, 24, seed=5)
+        same = pool.map(lambda box: np.array_equal(slide.read(box).transpose(1, 2, 0), pixels[box.slices()]), boxes)
+        assert all(same)
+
+
+def test_a_slide_removed_while_it_is_read_is_named(tmp_path: Path) -> None:
+    write_scn(tmp_path / "a.scn")
+    write_pyramid(tmp_path / "a.tif", [picture(256, 256)], photometric="rgb", tile=(64, 64))
+    for name in ("a.scn", "a.tif"):
+        slide = open_slide(tmp_path / name)
+        (tmp_path / name).unlink()
+        with pytest.raises(SlideError, match=rf"{name}: cannot be opened \(no such file"):
+            slide.at(0)

@@ -16,7 +16,7 @@ from wholegrad.cli import main
 from wholegrad.errors import ConfigError, SlideError
 from wholegrad.graph.geometry import Box
 from wholegrad.slide.arrays import ArrayReader
-from wholegrad.slide.pictures import HeldPixels
+from wholegrad.slide.pyramid import HeldPixels
 from wholegrad.slide.resample import Resampled
 from wholegrad.slide.slide import open_slide
 

@@ -24,8 +24,11 @@ def is_dicom(path: Path) -> bool:
 
 
 def _has_magic(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:  # one of a folder's files that is not ours to read
+        return False
 
 
 class DicomPyramid:

@@ -13,45 +13,16 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import shapely
-from numba import njit
 from shapely.geometry.base import BaseGeometry
 
 from wholegrad.graph.geometry import Box
+from wholegrad.slide import loops
 from wholegrad.slide.buffers import ReusedBuffer
 from wholegrad.slide.outlines_read import Outline
 from wholegrad.slide.placement import Axis, Placement
 
 Labels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
-
-
-@njit(cache=True, nogil=True)
-def _toggle(edges: Floats, ys: Floats, start: float, step: float, first_col: int, flips: Labels) -> None:
-    """Mark in ``flips`` ``(h, w + 1)`` where rows with centres ``ys`` cross into or out of an area.
-
-    ``start`` is the centre of the map's column 0, ``first_col`` the column of ``flips``' first.
-    """
-    last = flips.shape[1] - 1
-    for e in range(edges.shape[0]):
-        x0, y0, x1, y1 = edges[e, 0], edges[e, 1], edges[e, 2], edges[e, 3]
-        if y1 <= ys[0] or y0 > ys[-1]:
-            continue
-        slope = (x1 - x0) / (y1 - y0)
-        for row in range(np.searchsorted(ys, y0), np.searchsorted(ys, y1)):
-            crossing = x0 + (ys[row] - y0) * slope
-            col = np.int64(np.ceil((crossing - start) / step)) - first_col
-            flips[row, min(max(col, 0), last)] ^= 1
-
-
-@njit(cache=True, nogil=True)
-def _paint(flips: Labels, label: int, out: Labels) -> None:
-    """Give ``out`` ``(h, w)`` the label where an odd number of crossings lies to the left."""
-    for row in range(out.shape[0]):
-        inside = 0
-        for col in range(out.shape[1]):
-            inside ^= flips[row, col]
-            if inside:
-                out[row, col] = label
 
 
 class Drawing:
@@ -97,8 +68,8 @@ class Drawing:
             flips = self._flips.take((y1 - y0, x1 - x0 + 1)).view(np.uint8)
             flips[...] = 0
             start, step = _floats(cols)
-            _toggle(self._edges[number], ys[y0:y1], start, step, box.x0 + x0, flips)
-            _paint(flips, self._labels[number], out[y0:y1, x0:x1])
+            loops.toggle(self._edges[number], ys[y0:y1], start, step, box.x0 + x0, flips)
+            loops.paint(flips, self._labels[number], out[y0:y1, x0:x1])
 
 
 def _floats(axis: Axis) -> tuple[float, float]:

@@ -8,7 +8,6 @@ from wholegrad.errors import SlideError
 from wholegrad.slide.arrays import open_npy
 from wholegrad.slide.dicom import DicomPyramid, is_dicom
 from wholegrad.slide.openslides import OpenSlidePyramid, vendor_of
-from wholegrad.slide.pictures import open_picture
 from wholegrad.slide.positioned import PositionedFile
 from wholegrad.slide.pyramid import HeldPyramid, Pyramid
 from wholegrad.slide.tiff_tiles import TiffPyramid
@@ -43,6 +42,8 @@ def open_pyramid(path: Path) -> Pyramid:
     if magic in TIFF_MAGIC:
         return TiffPyramid(name)
     if magic.startswith(PICTURE_MAGIC):
+        from wholegrad.slide.pictures import open_picture  # Pillow, for those who need it
+
         return open_picture(name)
     if path.suffix.lower() == ".npy":
         return _npy(path)

@@ -20,7 +20,6 @@ from shapely.geometry.base import BaseGeometry
 from wholegrad.errors import SlideError
 from wholegrad.slide.outlines_read import UNCLASSIFIED, Drawn, Outline, polygon, repaired
 
-SUFFIXES = (".geojson", ".json", ".geojson.gz", ".json.gz")
 NO_AREA = ("Point", "MultiPoint", "LineString", "MultiLineString")
 
 

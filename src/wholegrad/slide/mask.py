@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,21 +21,19 @@ from wholegrad.errors import ConfigError, ShapeError, SlideError
 from wholegrad.graph.geometry import Box
 from wholegrad.slide.arrays import as_reader, open_npy
 from wholegrad.slide.buffers import ReusedBuffer, check_box
-from wholegrad.slide.classes import Classes, to_paint
-from wholegrad.slide.drawn import Drawing
-from wholegrad.slide.geojson_read import SUFFIXES as GEOJSON
-from wholegrad.slide.geojson_read import read_geojson
-from wholegrad.slide.outlines_read import Outline
-from wholegrad.slide.pictures import SUFFIXES as PICTURES
-from wholegrad.slide.pictures import HeldPixels, read_label_picture
 from wholegrad.slide.placement import Placement, placement_of, whole_slide
 from wholegrad.slide.positioned import PositionedFile
+from wholegrad.slide.pyramid import HeldPixels
 from wholegrad.slide.reader import MapReader
 from wholegrad.slide.tiff import Container, Level, read_container
 from wholegrad.slide.tiff_tiles import TiffTiles
 from wholegrad.slide.tiles import TileReader
-from wholegrad.slide.xml_read import read_xml
 
+if TYPE_CHECKING:  # shapely and Numba are loaded for those who open outlines
+    from wholegrad.slide.drawn import Drawing
+
+GEOJSON = (".geojson", ".json", ".geojson.gz", ".json.gz")
+PICTURES = (".png", ".jpg", ".jpeg")
 SMALL = 64 << 20  # bytes; a label map up to this size is decoded once and kept
 ROUNDING = 1.5  # mask pixels by which the fields of view may differ, along either axis
 SAME_VIEW = 0.02  # by which they may differ where both files tell their um a pixel
@@ -49,7 +47,7 @@ def open_mask(
     like: MapReader,
     *,
     mpp: float | None = None,
-    classes: Classes | None = None,
+    classes: Mapping[str, int | None] | None = None,
     ignore: Iterable[str] | None = None,
     origin: tuple[float, float] = (0.0, 0.0),
     cache_bytes: int = SMALL,
@@ -83,14 +81,15 @@ def open_mask(
     path = Path(source) if isinstance(source, str | os.PathLike) else None
     suffix = "" if path is None else path.name.lower()
     if path is not None and suffix.endswith((*GEOJSON, ".xml")):
-        outlines = read_xml(str(path)) if suffix.endswith(".xml") else read_geojson(str(path))
-        return _open_outlines(str(path), outlines, like, classes, ignore, origin)
+        return _open_outlines(str(path), like, classes, ignore, origin)
     if classes is not None or ignore is not None:
         remedy = "leave out classes and ignore, or give GeoJSON or XML"
         raise ConfigError(str(path or "mask"), "is a label map, whose values are labels already", remedy)
     if path is None:
         return StoredMask(_uint8(as_reader(source, name="mask")), like, mpp)
     if suffix.endswith(PICTURES):
+        from wholegrad.slide.pictures import read_label_picture  # Pillow, for those who need it
+
         PositionedFile(path).close()  # for its plain error when the file is missing
         return StoredMask(HeldPixels(read_label_picture(str(path)), str(path)), like, mpp)
     if suffix.endswith(".npy"):
@@ -129,14 +128,18 @@ def _one_channel(path: Path, container: Container) -> Level:
 
 def _open_outlines(
     path: str,
-    outlines: list[Outline],
     like: MapReader,
-    classes: Classes | None,
+    classes: Mapping[str, int | None] | None,
     ignore: Iterable[str] | None,
     origin: tuple[float, float],
 ) -> DrawnMask:
-    painted = to_paint(path, outlines, classes, ignore)
-    drawing = Drawing(path, painted, origin)
+    from wholegrad.slide.classes import to_paint
+    from wholegrad.slide.drawn import Drawing
+    from wholegrad.slide.geojson_read import read_geojson
+    from wholegrad.slide.xml_read import read_xml
+
+    outlines = read_xml(path) if path.lower().endswith(".xml") else read_geojson(path)
+    drawing = Drawing(path, to_paint(path, outlines, classes, ignore), origin)
     _check_on_slide(path, drawing, like)
     return DrawnMask(drawing, like)
 

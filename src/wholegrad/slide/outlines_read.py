@@ -13,6 +13,7 @@ from shapely.geometry.base import BaseGeometry
 from wholegrad.errors import SlideError
 
 UNCLASSIFIED = "Unclassified"
+LARGEST = 1e9  # of coordinates, pixels
 SAME_AREA = 1e-6  # relative; a ring that merely touches itself keeps its area when it is repaired
 
 
@@ -42,11 +43,11 @@ def polygon(where: str, shell: Sequence[Any], holes: Iterable[Sequence[Any]] = (
     """
     try:
         rings = [[(float(point[0]), float(point[1])) for point in ring] for ring in (shell, *holes)]
+        if not all(abs(value) < LARGEST for ring in rings for point in ring for value in point):
+            raise ValueError("a corner is no number")
         made = shapely.Polygon(rings[0], rings[1:])
     except (TypeError, ValueError, IndexError, shapely.errors.GEOSException) as error:
         raise SlideError(where, f"is no polygon ({' '.join(str(error).split())})", "delete or redraw it") from None
-    if not shapely.is_valid_input(made) or not all(abs(end) < 1e12 for end in made.bounds):
-        raise SlideError(where, "has a corner that is no number", "delete or redraw it")
     return made
 
 

@@ -14,22 +14,10 @@ from PIL import Image, UnidentifiedImageError
 from wholegrad.errors import ShapeError, SlideError
 from wholegrad.slide.arrays import ArrayReader
 from wholegrad.slide.background import BLACK_BELOW, WHITE_BELOW, Background, glass_colour
-from wholegrad.slide.pyramid import HeldPyramid
+from wholegrad.slide.pyramid import HeldPixels, HeldPyramid
 from wholegrad.slide.tiff import plausible_mpp
 
 LARGEST = 512 << 20  # bytes, decoded
-SUFFIXES = (".png", ".jpg", ".jpeg")
-
-
-class HeldPixels(ArrayReader):
-    """An array in memory as a level."""
-
-    def __init__(self, pixels: npt.NDArray[np.uint8], name: str) -> None:
-        super().__init__(pixels, name=name)
-        self.cache_bytes = pixels.nbytes
-
-    def close(self) -> None:
-        """Nothing to give back: the memory goes with the object."""
 
 
 def open_picture(path: str) -> HeldPyramid:

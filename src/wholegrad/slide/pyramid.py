@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from wholegrad.graph.geometry import Box
+from wholegrad.slide.arrays import ArrayReader
 from wholegrad.slide.origin import Origin
 from wholegrad.slide.reader import MapReader
 
@@ -37,6 +41,17 @@ class Pyramid(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class HeldPixels(ArrayReader):
+    """An array in memory as a level."""
+
+    def __init__(self, pixels: npt.NDArray[np.uint8], name: str) -> None:
+        super().__init__(pixels, name=name)
+        self.cache_bytes = pixels.nbytes
+
+    def close(self) -> None:
+        """Nothing to give back: the memory goes with the object."""
 
 
 class HeldPyramid:

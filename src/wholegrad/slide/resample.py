@@ -12,7 +12,6 @@ import os
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from wholegrad.graph.geometry import Box
 from wholegrad.slide.buffers import ReusedBuffer, check_box
@@ -22,38 +21,6 @@ Pixels = npt.NDArray[np.uint8]
 READ_PIXELS = 1 << 20  # stored pixels that are read at once
 
 
-@njit(cache=True, nogil=True)
-def _average(
-    stored: Pixels, top: int, left: int, rows: tuple[int, int], cols: tuple[int, int], y0: int, x0: int, out: Pixels
-) -> None:
-    """Fill ``out`` ``(h, w, C)``, whose corner is pixel ``(y0, x0)``, from ``stored``, whose corner is ``(top, left)``.
-
-    ``rows`` and ``cols`` are ``(n, m)`` of each axis.
-    """
-    (n_y, m_y), (n_x, m_x) = rows, cols
-    height, width, channels = out.shape
-    sums = np.empty(stored.shape[1] * channels, np.uint32)
-    area = n_y * n_x
-    for i in range(height):
-        lo, hi = (y0 + i) * n_y, (y0 + i + 1) * n_y
-        first, last = lo // m_y, (hi - 1) // m_y
-        sums[:] = 0
-        for j in range(first, last + 1):
-            weight = np.uint32(min(hi, (j + 1) * m_y) - max(lo, j * m_y))
-            row = stored[j - top].reshape(-1)
-            for k in range(sums.size):
-                sums[k] += np.uint32(weight * np.uint32(row[k]))
-        for x in range(width):
-            lo, hi = (x0 + x) * n_x, (x0 + x + 1) * n_x
-            first, last = lo // m_x, (hi - 1) // m_x
-            for c in range(channels):
-                total = np.int64(0)
-                for j in range(first, last + 1):
-                    weight_x = min(hi, (j + 1) * m_x) - max(lo, j * m_x)
-                    total += weight_x * np.int64(sums[(j - left) * channels + c])
-                out[i, x, c] = (2 * total + area) // (2 * area)
-
-
 class Resampled:
     """A level ``(C, n_y, n_x)`` of uint8 as a map ``(C, height, width)`` of the same field of view."""
 
@@ -61,6 +28,9 @@ class Resampled:
     dtype: np.dtype[np.generic] = np.dtype(np.uint8)
 
     def __init__(self, level: LevelReader, height: int, width: int) -> None:
+        from wholegrad.slide import loops
+
+        self._average = loops.average
         self._level, self.name = level, level.name
         self.shape = (level.shape[0], height, width)
         self._buffer = ReusedBuffer()
@@ -96,8 +66,9 @@ class Resampled:
                 -(-part.x1 * n_x // width),
             )
             stored = np.ascontiguousarray(self._level.read(below).transpose(1, 2, 0))
+            stored = stored if stored.flags.writeable else stored.copy()  # as the loop's types are fixed
             corner = (part.y0, part.x0)
-            _average(stored, below.y0, below.x0, (n_y, height), (n_x, width), *corner, out[part.slices(box)])
+            self._average(stored, below.y0, below.x0, (n_y, height), (n_x, width), *corner, out[part.slices(box)])
         return out.transpose(2, 0, 1)
 
     def _blocks(self, box: Box) -> list[Box]:

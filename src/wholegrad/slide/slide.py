@@ -100,6 +100,7 @@ class Slide:
         mpp: um a pixel of the map; None if unknown.
         level: that is read; ``resampled``: whether its pixels are averaged to ``mpp``.
         level_shapes, level_mpps: ``(H, W)`` and um a pixel of every level of the file, as they are stored.
+        share: of the file's height and of its width that the region has.
         placement: where the map's pixels lie on the slide, for masks and outlines.
     """
 
@@ -123,6 +124,7 @@ class Slide:
             self._reader = Resampled(self._reader, *grid)
         self.placement = placed.part(self._box.y0, self._box.x0)
         self.shape = (3, self._box.height, self._box.width)
+        self.share = (self._box.height / grid[0], self._box.width / grid[1])
         self.mpp = _mpp_on(self.level_mpps[0], self.level_shapes[0], grid)
 
     def _choose(self, wish: _Wish) -> tuple[int, tuple[int, int]]:

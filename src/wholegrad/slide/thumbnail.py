@@ -32,16 +32,18 @@ def thumbnail(reader: MapReader, max_side: int = 1024) -> npt.NDArray[np.uint8]:
         raise ShapeError(reader.name, cause, "give one or three channels of uint8 and a size above zero")
     if isinstance(reader, LabelMask):
         return _labels(reader, max_side)
-    if isinstance(reader, Slide):
-        with reader.at(_lowest_adequate(reader, max_side)) as level:
+    lower = _lower_level(reader, max_side) if isinstance(reader, Slide) else None
+    if isinstance(reader, Slide) and lower is not None:
+        with reader.at(lower) as level:
             return _shrink(level, max_side)
     return _shrink(reader, max_side)
 
 
-def _lowest_adequate(slide: Slide, max_side: int) -> int:
-    share = max(slide.shape[1:]) / max(slide.level_shapes[slide.level])  # of the level that is shown
-    fitting = [n for n, shape in enumerate(slide.level_shapes) if share * max(shape) >= max_side]
-    return max([slide.level, *fitting])
+def _lower_level(slide: Slide, max_side: int) -> int | None:
+    """The smallest level that is smaller than the slide as opened and still large enough, if there is one."""
+    shown = [max(h * slide.share[0], w * slide.share[1]) for h, w in slide.level_shapes]
+    fitting = [n for n, side in enumerate(shown) if max_side <= side < max(slide.shape[1:])]
+    return max(fitting, default=None)
 
 
 def _labels(mask: LabelMask, max_side: int) -> npt.NDArray[np.uint8]:

@@ -1,0 +1,75 @@
+"""The loops over single pixels of resampling and of outlines, compiled by Numba.
+
+Imported when a slide is resampled or outlines are opened, not before: Numba takes about 120 MiB, which plans made
+afterwards count. Types are fixed, so that nothing is compiled later.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float64]
+
+
+@njit("void(u1[:,:,::1], i8, i8, UniTuple(i8, 2), UniTuple(i8, 2), i8, i8, u1[:,:,:])", cache=True, nogil=True)
+def average(
+    stored: Bytes, top: int, left: int, rows: tuple[int, int], cols: tuple[int, int], y0: int, x0: int, out: Bytes
+) -> None:
+    """Fill ``out`` ``(h, w, C)``, whose corner is pixel ``(y0, x0)``, from ``stored``, whose corner is ``(top, left)``.
+
+    ``rows`` and ``cols`` are ``(n, m)`` of each axis.
+    """
+    (n_y, m_y), (n_x, m_x) = rows, cols
+    height, width, channels = out.shape
+    sums = np.empty(stored.shape[1] * channels, np.uint32)
+    area = n_y * n_x
+    for i in range(height):
+        lo, hi = (y0 + i) * n_y, (y0 + i + 1) * n_y
+        first, last = lo // m_y, (hi - 1) // m_y
+        sums[:] = 0
+        for j in range(first, last + 1):
+            weight = np.uint32(min(hi, (j + 1) * m_y) - max(lo, j * m_y))
+            row = stored[j - top].reshape(-1)
+            for k in range(sums.size):
+                sums[k] += np.uint32(weight * np.uint32(row[k]))
+        for x in range(width):
+            lo, hi = (x0 + x) * n_x, (x0 + x + 1) * n_x
+            first, last = lo // m_x, (hi - 1) // m_x
+            for c in range(channels):
+                total = np.int64(0)
+                for j in range(first, last + 1):
+                    weight_x = min(hi, (j + 1) * m_x) - max(lo, j * m_x)
+                    total += weight_x * np.int64(sums[(j - left) * channels + c])
+                out[i, x, c] = (2 * total + area) // (2 * area)
+
+
+@njit("void(f8[:,::1], f8[::1], f8, f8, i8, u1[:,::1])", cache=True, nogil=True)
+def toggle(edges: Floats, ys: Floats, start: float, step: float, first_col: int, flips: Bytes) -> None:
+    """Mark in ``flips`` ``(h, w + 1)`` where rows with centres ``ys`` cross into or out of an area.
+
+    ``start`` is the centre of the map's column 0, ``first_col`` the column of ``flips``' first.
+    """
+    last = flips.shape[1] - 1
+    for e in range(edges.shape[0]):
+        x0, y0, x1, y1 = edges[e, 0], edges[e, 1], edges[e, 2], edges[e, 3]
+        if y1 <= ys[0] or y0 > ys[-1]:
+            continue
+        slope = (x1 - x0) / (y1 - y0)
+        for row in range(np.searchsorted(ys, y0), np.searchsorted(ys, y1)):
+            crossing = x0 + (ys[row] - y0) * slope
+            col = np.int64(np.ceil((crossing - start) / step)) - first_col
+            flips[row, min(max(col, 0), last)] ^= 1
+
+
+@njit("void(u1[:,::1], i8, u1[:,:])", cache=True, nogil=True)
+def paint(flips: Bytes, label: int, out: Bytes) -> None:
+    """Give ``out`` ``(h, w)`` the label where an odd number of crossings lies to the left."""
+    for row in range(out.shape[0]):
+        inside = 0
+        for col in range(out.shape[1]):
+            inside ^= flips[row, col]
+            if inside:
+                out[row, col] = label
