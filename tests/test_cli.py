@@ -23,7 +23,7 @@ from wholegrad.commands.common import blobs
 from wholegrad.slide.slide import open_slide
 from wholegrad.train.state import read_card
 
-COMMANDS = ("demo", "train", "predict", "plan", "verify", "synth")
+COMMANDS = ("demo", "train", "evaluate", "predict", "plan", "verify", "synth")
 SETTINGS = '[data]\nroot = "."\ntrain = ["a", "b"]\ntest = ["c"]\n[train]\nsteps = 3\nout = "out"\n'
 
 
@@ -96,8 +96,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "no.safetensors: no such file",
         ),
         (
-            ["predict", "x.svs", "--weights", "w", "--out", "m.npy", "--overlay", "o.png"],
-            "needs a mask as TIFF",
+            ["predict", "x.svs", "--weights", "w", "--out", "m.npy", "--kind", "logits", "--overlay", "o.png"],
+            "o.png: cannot show logits; use kind='mask'",
         ),
     ],
 )

@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float32]
 
 SIDE = 1600  # pixels: longer side of the slide in the picture
 FINER = 3
-WASH, LINE = 0.22, 2  # how strongly a class lies over the slide; width of outlines, pixels
+WASH, LINE = 0.22, 3  # how strongly a class lies over the slide; width of outlines, pixels
 INK: Colour = (32, 36, 42)
 MUTED: Colour = (110, 117, 126)
 GROUND: Colour = (250, 250, 249)
@@ -121,26 +121,31 @@ class OverlayWriter(Output):
         """Colour, name and area of each class."""
         for label in labels:
             share = float((self._samples == label).mean())
-            said = f"{self._classes.name(label)}  {self._area(share)}"
             draw.rectangle((x, y + 3, x + 12, y + 15), fill=self._classes.colour(label))
-            draw.text((x + 19, y), said, fill=MUTED, font=_font(15))
-            x += 19 + draw.textlength(said, font=_font(15)) + 24
+            x += 19
+            for part, font, raised in self._said(label, share):
+                draw.text((x, y - raised), part, fill=MUTED, font=font)
+                x += draw.textlength(part, font=font)
+            x += 24
         if not labels:
             draw.text((x, y), "no pixel labelled", fill=MUTED, font=_font(15))
 
-    def _area(self, share: float) -> str:
+    def _said(self, label: int, share: float) -> list[tuple[str, Any, int]]:
+        """A class's name, area and share, in pieces with their fonts: Pillow's own font has no raised two."""
         percent = f"{100 * share:.2g} %" if share < 0.0995 else f"{100 * share:.0f} %"
+        name = self._classes.name(label)
         if self._mpp is None:
-            return percent
+            return [(f"{name}  {percent}", _font(15), 0)]
         area = share * self._shape[0] * self._shape[1] * self._mpp**2 / 1e6
-        return f"{area:.3g} mm\u00b2, {percent}" if area < 1000 else f"{area:.0f} mm\u00b2, {percent}"
+        said = f"{area:.3g}" if area < 1000 else f"{area:.0f}"
+        return [(f"{name}  {said} mm", _font(15), 0), ("2", _font(10), 2), (f", {percent}", _font(15), 0)]
 
     def _scale_bar(self, draw: ImageDraw.ImageDraw, shown: int, right: int, y: int) -> None:
         if self._mpp is None:
             return
         per_pixel = self._mpp * self._shape[1] / shown
         length = round_length(shown * per_pixel / 6)
-        said = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} \u00b5m"
+        said = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} um"
         left = right - length / per_pixel
         draw.rectangle((left, y + 8, right, y + 11), fill=INK)
         draw.text((left - 10 - draw.textlength(said, font=_font(15)), y), said, fill=MUTED, font=_font(15))

@@ -1,0 +1,1 @@
+"""How well a predicted label map matches the true one: counted, and measured along the boundaries."""

@@ -1,0 +1,99 @@
+"""Dice, IoU, precision and recall from exact counts of pixels, which add up over bands, slides and classes.
+
+Conventions where a ratio has nothing to be measured on: Dice and IoU of a class that neither map has are 1; precision
+is 1 where nothing was predicted, recall 1 where there was nothing to find. Pixels whose true label is 255
+count nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+IGNORE = 255
+
+
+@dataclass(frozen=True)
+class Counts:
+    """One class's pixels: true and false positives and negatives."""
+
+    tp: int
+    fp: int
+    fn: int
+    tn: int
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.tn + other.tn)
+
+    @property
+    def pixels(self) -> int:
+        """All that count."""
+        return self.tp + self.fp + self.fn + self.tn
+
+    @property
+    def dice(self) -> float:
+        """``2 tp / (2 tp + fp + fn)``."""
+        return _ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
+
+    @property
+    def iou(self) -> float:
+        """``tp / (tp + fp + fn)``."""
+        return _ratio(self.tp, self.tp + self.fp + self.fn)
+
+    @property
+    def precision(self) -> float:
+        """``tp / (tp + fp)``."""
+        return _ratio(self.tp, self.tp + self.fp)
+
+    @property
+    def recall(self) -> float:
+        """``tp / (tp + fn)``."""
+        return _ratio(self.tp, self.tp + self.fn)
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+class Tally:
+    """How often each true label met each predicted one: int64 ``table[true, predicted]``, added up over bands."""
+
+    def __init__(self) -> None:
+        self.table = np.zeros((256, 256), np.int64)
+
+    def add(self, predicted: npt.NDArray[Any], true: npt.NDArray[Any]) -> None:
+        """Count two bands ``(h, W)`` of uint8."""
+        _count(np.ascontiguousarray(predicted), np.ascontiguousarray(true), self.table)
+
+    def labels(self) -> list[int]:
+        """Labels but 0 that either map has where it counts, and those that the truth has anywhere."""
+        counted = self.table[:IGNORE]
+        return [k for k in range(1, IGNORE) if counted[k].any() or counted[:, k].any()]
+
+    def of(self, label: int) -> Counts:
+        """That class against all others."""
+        counted = self.table[:IGNORE]
+        tp, true, predicted = int(counted[label, label]), int(counted[label].sum()), int(counted[:, label].sum())
+        return Counts(tp, predicted - tp, true - tp, int(counted.sum()) - predicted - true + tp)
+
+
+def macro(values: Iterable[float | None]) -> float | None:
+    """The mean over classes; None where no class has a value."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+@numba.njit(cache=True)
+def _count(predicted, true, table):  # type: ignore[no-untyped-def]
+    for y in range(true.shape[0]):
+        x = 0
+        while x < true.shape[1]:  # a run at a time: maps are mostly runs
+            t, p, start = true[y, x], predicted[y, x], x
+            while x < true.shape[1] and true[y, x] == t and predicted[y, x] == p:
+                x += 1
+            table[t, p] += x - start
