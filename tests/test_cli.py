@@ -172,6 +172,72 @@ def test_a_trained_network_predicts_and_draws(config: Path, capsys: pytest.Captu
     assert np.array_equal(np.load(folder / "p.npy")[0] > 0.5, mask > 0)
 
 
+def test_masks_are_written_drawn_outlined_and_scored(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(config), "--steps", "1"]) == 0
+    folder = config.parent
+    argv = [
+        "predict",
+        str(folder / "slides/c.tif"),
+        "--weights",
+        str(folder / "out"),
+        "--overlay",
+        str(folder / "c.png"),
+    ]
+    outs = [part for name in ("c.ome.tif", "c.zarr", "c.geojson") for part in ("--out", str(folder / name))]
+    assert main([*argv, *outs, "--min-area", "50", "--min-hole", "20", "--simplify", "1", "--class", "Tumor"]) == 0
+    assert json.loads((folder / "c.geojson").read_text())["type"] == "FeatureCollection"
+    assert (folder / "c.png").stat().st_size > 1000
+    scores, rows = folder / "s.json", folder / "s.csv"
+    true = folder / "masks/c.mask.tif"
+    for prediction in ("c.ome.tif", "c.zarr"):
+        argv = ["evaluate", "--prediction", str(folder / prediction), "--mask", str(true), "--json", str(scores)]
+        assert main(argv) == 0
+        told = json.loads(scores.read_text())["slides"][0]
+        predicted, truth = tifffile.imread(folder / "c.ome.tif"), tifffile.imread(true)
+        counted = truth != 255
+        assert told["classes"][0]["tp"] == ((predicted == 1) & (truth == 1) & counted).sum()
+        assert told["boundary_f1"] is not None
+    (folder / "pairs.csv").write_text("prediction,mask,name\nc.ome.tif,masks/c.mask.tif,C\nc.zarr,masks/c.mask.tif,Z\n")
+    capsys.readouterr()
+    assert main(["evaluate", "--pairs", str(folder / "pairs.csv"), "--csv", str(rows), "--no-boundary"]) == 0
+    said = capsys.readouterr().out
+    assert "standard deviation" in said and "95 % interval" in said and "Dice" in said
+    assert rows.read_text().splitlines()[0] == "slide,dice,iou,precision,recall"
+    assert [line.split(",")[0] for line in rows.read_text().splitlines()] == ["slide", "C", "Z"]
+    assert main(["evaluate", str(config), "--weights", str(folder / "out"), "--json", str(scores)]) == 0
+    network = json.loads(scores.read_text())["slides"][0]
+    assert network["dice"] == pytest.approx(told["dice"]) and network["iou"] == pytest.approx(told["iou"])
+
+
+def test_folders_are_paired_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, ending, value in (("p", ".ome.tif", 1), ("m", ".mask.tif", 0)):
+        (tmp_path / folder).mkdir()
+        for name in ("a", "b.2"):
+            labels = np.zeros((40, 50), np.uint8)
+            labels[10 : 20 + value, 10:30] = 1
+            tifffile.imwrite(tmp_path / folder / f"{name}{ending}", labels, tile=(16, 16))
+    pair = [
+        "evaluate",
+        "--prediction",
+        str(tmp_path / "p"),
+        "--mask",
+        str(tmp_path / "m"),
+        "--json",
+        str(tmp_path / "s"),
+    ]
+    assert main([*pair, "--mpp", "2", "--tolerance", "2"]) == 0
+    told = json.loads((tmp_path / "s").read_text())
+    assert [slide["name"] for slide in told["slides"]] == ["a", "b.2"]
+    assert told["summary"]["dice"]["mean"] == pytest.approx(2 * 200 / 420) and told["summary"]["dice"]["deviation"] == 0
+    assert told["summary"]["hausdorff95_um"]["mean"] == 2 and told["summary"]["boundary_f1"]["mean"] == 1
+    capsys.readouterr()
+    (tmp_path / "m/a.mask.tif").unlink()
+    assert "has no mask of its name" in refused(capsys, *pair)
+    assert "does not know what to compare" in refused(capsys, "evaluate", "--mask", "x")
+    assert "does not exist" in refused(capsys, "evaluate", "--mask", "x", "--prediction", "y")
+    assert "goes with --weights alone" in refused(capsys, "evaluate", "run.toml")
+
+
 def test_verify_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--size", "24x33", "--loss", "focal"]) == 0
     assert "down1.weight" in capsys.readouterr().out

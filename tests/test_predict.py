@@ -144,8 +144,8 @@ def test_what_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) 
     model, image = unet4492(seed=0), torch.rand(3, 40, 40)
     with pytest.raises(ConfigError, match="ending"):
         wg.predict(model, image, out=tmp_path / "mask.jpg")
-    with pytest.raises(ConfigError, match="cannot hold logits"):
-        wg.predict(model, image, out=tmp_path / "mask.tif", kind="logits")
+    with pytest.raises(ConfigError, match="cannot show logits"):
+        wg.predict(model, image, out=tmp_path / "mask.geojson", kind="logits")
     with pytest.raises(ConfigError, match="threshold"):
         wg.predict(model, image, threshold=1.0)
     with pytest.raises(ConfigError, match="choose from mask, probability, logits"):

@@ -11,8 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_command
 from wholegrad.errors import ConfigError
 from wholegrad.metrics.compare import METRICS, TOLERANCE, SlideScore, compare
@@ -75,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     rows = _of_network(args) if args.config else _of_masks(args, details)
     metrics = [name for name in METRICS if any(values.get(name) is not None for _, values in rows)]
     summaries = {name: summarise([values.get(name) for _, values in rows], args.seed) for name in metrics}
-    CONSOLE.print(_table(rows, summaries))
+    CONSOLE.print(_table(rows, summaries), markup=False)
     for name, summary in summaries.items():
         if summary.missing:
             NOTES.print(f"{SHORT[name]}: {summary.missing} of {len(rows)} slides without (nothing to measure to)")
@@ -140,20 +138,20 @@ def _detail(score: SlideScore) -> dict[str, Any]:
     return {"name": score.name, **{metric: score.value(metric) for metric in METRICS}, "classes": classes}
 
 
-def _table(rows: Sequence[Row], summaries: Mapping[str, Summary]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("slide")
-    for name in summaries:
-        table.add_column(SHORT[name], justify="right")
-    for name, values in rows:
-        table.add_row(name, *(_said(metric, values.get(metric)) for metric in summaries))
+def _table(rows: Sequence[Row], summaries: Mapping[str, Summary]) -> str:
+    """Plain text, for a rich table cuts cells off where the terminal is narrow."""
+    lines = [["slide", *(SHORT[name] for name in summaries)]]
+    lines += [[name, *(_said(metric, values.get(metric)) for metric in summaries)] for name, values in rows]
     if len(rows) > 1:
-        table.add_section()
-        table.add_row("mean", *(_said(name, one.mean) for name, one in summaries.items()))
-        table.add_row("standard deviation", *(_said(name, one.deviation) for name, one in summaries.items()))
-        intervals = (f"{_said(name, one.low)} to {_said(name, one.high)}" for name, one in summaries.items())
-        table.add_row("95 % interval of the mean", *intervals)
-    return table
+        parts = {"mean": "mean", "standard deviation": "deviation", "95 % interval from": "low", "to": "high"}
+        for label, part in parts.items():
+            lines.append([label, *(_said(name, getattr(one, part)) for name, one in summaries.items())])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    said = ("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+    made = list(said)
+    if len(rows) > 1:
+        made.insert(1 + len(rows), "")
+    return "\n".join(made)
 
 
 def _said(metric: str, value: float | None) -> str:
