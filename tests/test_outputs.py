@@ -236,6 +236,8 @@ def test_what_cannot_be_written_is_refused_before_anything_is_computed(slide: An
     ):
         with pytest.raises(WholegradError, match=said):
             wg.predict(Never(), slide, out=[out / name for name in names], **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="is the slide itself"):
+        wg.predict(Never(), slide, out=slide.path)
     with pytest.raises(ConfigError, match="give 2 different names"):
         wg.predict(Bright(3), slide, out=out / "m.tif", classes=["a"])
     with pytest.raises(ConfigError, match="does not tell its um a pixel"):

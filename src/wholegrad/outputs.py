@@ -79,11 +79,11 @@ class Result:
         return Grid()
 
 
-def checked_paths(out: Paths, kind: Kind, depth: str = "uint8") -> list[Path]:
+def checked_paths(out: Paths, kind: Kind, depth: str = "uint8", slide: Any = None) -> list[Path]:
     """The files to write, looked at before anything is computed.
 
     Raises:
-        ConfigError: an unknown ending, a name given twice, or a file that cannot hold such values.
+        ConfigError: an unknown ending, a name given twice or that is the slide's, a file that cannot hold such values.
         SlideError: the folder is missing or not writable.
     """
     if depth not in get_args(Depth):
@@ -93,6 +93,8 @@ def checked_paths(out: Paths, kind: Kind, depth: str = "uint8") -> list[Path]:
         raise ConfigError("out", "names no file", "name one, or leave it out to get an array")
     for path in paths:
         _check(path, kind)
+        if isinstance(slide, Path) and path.absolute() == slide.absolute():
+            raise ConfigError(str(path), "is the slide itself", "choose another name")
     if len({path.absolute() for path in paths}) != len(paths):
         raise ConfigError("out", "names a file twice", "give each output a name of its own")
     return paths

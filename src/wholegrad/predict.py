@@ -194,7 +194,7 @@ def predict(
         raise ConfigError("kind", f"is {kind!r}", f"choose from {', '.join(get_args(Kind))}")
     if not isinstance(threshold, int | float) or not 0 < threshold < 1:
         raise ConfigError("threshold", f"is {threshold!r}", "choose a probability between 0 and 1")
-    paths = None if out is None else checked_paths(out, kind, depth)
+    paths = None if out is None else checked_paths(out, kind, depth, getattr(image, "path", None))
     outlines = OutlineOptions(min_area, min_hole, simplify)
     outlines.in_pixels(getattr(image, "mpp", None))
     writers: list[_Bands] = []

@@ -19,10 +19,8 @@ from wholegrad.slide.positioned import PositionedFile
 from wholegrad.slide.reader import MapReader
 from wholegrad.slide.tiff import read_container
 
-ENDINGS = (
-    ".mask.tif", ".mask.tiff", ".ome.tif", ".ome.tiff", ".tif", ".tiff", ".zarr", ".npy", ".geojson", ".json"
-)  # fmt: skip
-OUTLINES = (".geojson", ".json")
+ENDINGS = (".mask.tif", ".mask.tiff", ".ome.tif", ".ome.tiff", ".tif", ".tiff", ".zarr", ".npy")
+OUTLINES = (".geojson", ".json", ".xml")
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def find_pairs(predicted: Path, true: Path) -> list[Pair]:
         return [Pair(stem(predicted), predicted, true)]
     masks, found = _by_stem(true), _by_stem(predicted)
     if not found:
-        raise ConfigError(str(predicted), "holds no label file", f"write predictions as {', '.join(ENDINGS[2:8])}")
+        raise ConfigError(str(predicted), "holds no label file", f"write predictions as {', '.join(ENDINGS[2:])}")
     lost = [name for name in found if name not in masks]
     if lost:
         raise ConfigError(str(found[lost[0]]), f"has no mask of its name in {true}", "name the mask alike")
@@ -91,13 +89,20 @@ def read_pairs(path: Path) -> list[Pair]:
 
 @contextmanager
 def opened(pair: Pair, mpp: float | None = None) -> Iterator[tuple[MapReader, MapReader, float | None]]:
-    """Both maps on the grid of the prediction (of the mask if the prediction is outlines), and um a pixel.
+    """Both maps on the grid of the prediction, and um a pixel.
 
     Raises:
         SlideError: one cannot be read, or they show different fields of view.
-        ConfigError: neither is a raster.
+        ConfigError: one is outlines, which do not tell the size of their slide.
     """
-    frame = _frame(pair, mpp)
+    for path in (pair.predicted, pair.true):
+        if path.suffix.lower() in OUTLINES:
+            raise ConfigError(str(path), "is outlines, which have no pixels to count", "give the mask as .tif or .zarr")
+    (height, width), own = _grid(pair.predicted)
+    if own is None:
+        (_, true_width), own = _grid(pair.true)
+        own = own and own * true_width / width
+    frame = Frame(pair.name, (1, height, width), own if mpp is None else mpp)
     predicted, true = (open_mask(_source(path), like=frame) for path in (pair.predicted, pair.true))
     try:
         yield predicted, true, frame.mpp
@@ -112,19 +117,7 @@ def stem(path: Path) -> str:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    files = sorted(path for path in folder.iterdir() if path.name.lower().endswith(ENDINGS))
-    return {stem(path): path for path in sorted(files, key=lambda path: path.suffix.lower() in OUTLINES, reverse=True)}
-
-
-def _frame(pair: Pair, mpp: float | None) -> Frame:
-    grids = [_grid(path) for path in (pair.predicted, pair.true) if path.suffix.lower() not in OUTLINES]
-    if not grids:
-        cause = "and its mask are both outlines, which have no grid to count on"
-        raise ConfigError(str(pair.predicted), cause, "give one of them as a label TIFF")
-    (height, width), own = grids[0]
-    for (_, other_width), other in grids[1:]:
-        own = own if own is not None or other is None else other * other_width / width
-    return Frame(pair.name, (1, height, width), own if mpp is None else mpp)
+    return {stem(path): path for path in sorted(folder.iterdir()) if path.name.lower().endswith(ENDINGS)}
 
 
 def _grid(path: Path) -> tuple[tuple[int, int], float | None]:
