@@ -49,7 +49,7 @@ def filled(rings: Rings, shape: tuple[int, int]) -> Any:
     return out
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(MAPS, st.lists(st.integers(1, 9), max_size=5))
 def test_unsimplified_outlines_give_the_map_back_bit_for_bit(labels: Any, heights: list[int]) -> None:
     rings = traced(labels, heights)
@@ -63,7 +63,7 @@ def test_unsimplified_outlines_give_the_map_back_bit_for_bit(labels: Any, height
             assert made.is_valid and made.area == piece.areas.sum()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(MAPS, st.floats(0.3, 6))
 def test_simplified_outlines_are_valid_and_near(labels: Any, tolerance: float) -> None:
     for _, piece in pieces(traced(labels)):

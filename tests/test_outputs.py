@@ -25,6 +25,7 @@ from torch import nn
 import wholegrad as wg
 from slide_helpers import picture
 from wholegrad.errors import ConfigError, SlideError, WholegradError
+from wholegrad.graph.geometry import Box
 from wholegrad.slide import bigtiff
 from wholegrad.slide.arrays import as_reader
 from wholegrad.slide.output import ClassNames
@@ -80,6 +81,17 @@ def test_every_file_holds_the_same_mask(slide: Any, out: Path) -> None:
     with Image.open(out / "m.png") as page:
         assert page.width > 260 and page.height > 165
     assert names_in(out) == sorted(EVERY)
+
+
+@pytest.mark.parametrize(
+    "options", [{"level": 0}, {"level": 1}, {"mpp": 1.3}, {"level": 1, "region": (101, 60, 333, 201)}]
+)
+def test_outlines_read_back_as_the_mask(slide: Any, out: Path, options: dict[str, Any]) -> None:
+    """At every resolution and region: where the pixels lie on the slide is what writing and reading agree on."""
+    with open_slide(slide.path, **options) as shown:
+        mask = wg.predict(Bright(), shown, out=out / "m.geojson", simplify=0) or wg.predict(Bright(), shown)
+        with wg.open_mask(out / "m.geojson", like=shown) as read:
+            assert np.array_equal(read.read(Box(0, shown.shape[1], 0, shown.shape[2])), mask)
 
 
 def test_ome_tiff_is_a_pyramid_to_openslide_tifffile_and_ome_readers(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class Tally:
         _count(np.ascontiguousarray(predicted), np.ascontiguousarray(true), self.table)
 
     def labels(self) -> list[int]:
-        """Labels but 0 that either map has where it counts, and those that the truth has anywhere."""
+        """Labels but 0 that either map has where pixels count."""
         counted = self.table[:IGNORE]
         return [k for k in range(1, IGNORE) if counted[k].any() or counted[:, k].any()]
 
