@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from wholegrad.errors import ConfigError
-from wholegrad.train.tables import Config, DataConfig, PairConfig, TrainConfig, expand
+from wholegrad.train.tables import PARTS, Config, DataConfig, PairConfig, TrainConfig, expand
 
 __all__ = ["Config", "DataConfig", "PairConfig", "TrainConfig", "check_config", "expand", "known_keys", "load_config"]
 
@@ -74,6 +74,9 @@ def _override(table: dict[str, Any], text: str) -> None:
             raise ConfigError(text, f"'{parent}' is not a table", "name a key such as train.lr")
     if leaf in ("steps", "epochs"):  # the one given last counts
         table.pop("epochs" if leaf == "steps" else "steps", None)
+    if (parents, leaf) == (["data"], "slides"):  # in place of lists
+        for part in PARTS:
+            table.pop(part, None)
     table[leaf] = _toml_value(value.strip())
 
 

@@ -48,6 +48,16 @@ class Change:
     blur: float = 0.0
     colour: Colour = field(default_factory=Colour)
 
+    def fullest(self, augment: AugmentConfig) -> Change:
+        """A change to the same size of image that needs as much memory as any does: what plans are made for."""
+        coloured = augment.stain or augment.stain_shift or augment.brightness or augment.contrast
+        return Change(
+            quarters=self.quarters or 2 * augment.turn,
+            flip=augment.flip,
+            blur=augment.blur if augment.blur >= LEAST_BLUR else 0.0,
+            colour=Colour(contrast=0.5) if coloured else Colour(),
+        )
+
     def apply(self, readers: Readers) -> Readers:
         """The slide and its labels, changed as they are read."""
         slide, mask = readers

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from wholegrad.errors import ConfigError
+from wholegrad.train.networks import without_normalization
 from wholegrad.train.tables import TrainConfig
 
 Tensors = dict[str, torch.Tensor]
@@ -22,7 +23,7 @@ GRAD, STATE, AVERAGE = "grad/", "optimizer/", "ema/"  # prefixes of tensors' nam
 
 
 def learning_rate(train: TrainConfig, update: int, total: int) -> float:
-    """The rate at an update of the schedules of our own: a linear warm-up, then constant or half a cosine to nothing."""
+    """The rate at an update: a linear warm-up, then constant or half a cosine down to nothing."""
     if update < train.warmup:
         return train.lr * (update + 1) / train.warmup
     if train.schedule.name == "constant":
@@ -52,7 +53,11 @@ class Mover:
         self.slides = 0  # whose gradients wait for the next update
         self.average: Tensors | None = None
         if train.ema is not None:
-            self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            self.average = {name: value.detach().clone() for name, value in self.weights().items()}
+
+    def weights(self) -> Tensors:
+        """The network's weights and buffers themselves, by name."""
+        return without_normalization(self.model).state_dict()
 
     @property
     def rate(self) -> float:
@@ -104,7 +109,7 @@ class Mover:
         """Weights move a little towards the new ones; what is no float (a counter) is taken over."""
         if self.average is None or self.train.ema is None:
             return
-        for name, value in self.model.state_dict().items():
+        for name, value in self.weights().items():
             kept = self.average[name]
             if value.is_floating_point():
                 kept.lerp_(value, 1 - self.train.ema)
@@ -119,7 +124,7 @@ class Mover:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the model's weights and the averaged ones, if there are any; twice is as before."""
-        for name, value in self.model.state_dict().items() if self.average is not None else ():
+        for name, value in self.weights().items() if self.average is not None else ():
             assert self.average is not None
             kept = self.average[name].clone()
             self.average[name].copy_(value)
@@ -186,9 +191,8 @@ def _as_before(mine: Any, saved: Any) -> Any:
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """The part of a schedule's state that are values; functions are made anew by its constructor."""
-    kinds = (int, float, str, bool, list, type(None))
-    return {key: dict(v) if isinstance(v, dict) else v for key, v in state.items() if isinstance(v, (*kinds, dict))}
+    """The part of a schedule's state that are values; functions and tables are made anew by its constructor."""
+    return {key: v for key, v in state.items() if isinstance(v, int | float | str | list | None)}
 
 
 def _optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:

@@ -31,7 +31,7 @@ def gaussian_weights(sigma: float) -> Weights:
     exact = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     weights = np.round(exact / exact.sum() * ONE).astype(np.int64)
     weights[reach] += ONE - weights.sum()
-    return weights.astype(np.uint32)
+    return np.asarray(weights, np.uint32)
 
 
 class Blurred(Transformed):

@@ -45,7 +45,7 @@ class Colour:
 def tone_table(colour: Colour) -> npt.NDArray[np.uint8]:
     """Brightness and contrast: the new value of each byte."""
     values = (np.arange(256) - 127.5) * colour.contrast + 127.5 + 255 * colour.brightness
-    return np.clip(np.floor(values + 0.5), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.floor(values + 0.5), 0, 255), np.uint8)
 
 
 def density_table() -> npt.NDArray[np.int32]:
@@ -57,7 +57,7 @@ def density_table() -> npt.NDArray[np.int32]:
 def byte_table(colour: Colour) -> npt.NDArray[np.uint8]:
     """The byte of each fixed-point density, brightness and contrast applied."""
     values = np.floor(255 * np.exp(-np.arange(DENSITIES) / UNIT) + 0.5).astype(np.uint8)
-    return tone_table(colour)[values]
+    return np.asarray(tone_table(colour)[values])
 
 
 def stain_matrix(colour: Colour) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -74,4 +74,4 @@ def reference(pixels: Pixels, colour: Colour) -> Pixels:
     hed = hed * np.array(colour.scale)[:, None, None] + np.array(colour.shift)[:, None, None]
     stained = 255 * np.exp(-np.maximum(np.einsum("shw,sc->chw", hed, STAINS), 0))
     values = (np.floor(stained + 0.5) - 127.5) * colour.contrast + 127.5 + 255 * colour.brightness
-    return np.clip(np.floor(values + 0.5), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.floor(values + 0.5), 0, 255), np.uint8)

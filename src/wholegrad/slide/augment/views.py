@@ -10,6 +10,7 @@ from wholegrad.graph.geometry import Box
 from wholegrad.slide.augment.blocks import Transformed
 from wholegrad.slide.reader import MapReader
 
+
 class Framed(Transformed):
     """The region ``frame`` of another map, with a constant where it reaches beyond.
 
