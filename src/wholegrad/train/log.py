@@ -32,6 +32,7 @@ class Log:
             self._file = path.open("ab")
             size = path.stat().st_size
             if size < keep:
+                self._file.close()
                 cause = f"has {size} bytes, and the checkpoint was written after {keep}"
                 raise ConfigError(str(path), cause, "restore it, or start the run anew")
             self._file.truncate(keep)

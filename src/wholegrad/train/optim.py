@@ -75,7 +75,7 @@ class Mover:
         """One update by the mean gradient of the slides since the last; nothing if there were none.
 
         Returns:
-            The gradient's norm before clipping.
+            The gradient's norm before clipping; where that is not finite, nothing moved.
         """
         if not self.slides:
             return None
@@ -84,6 +84,10 @@ class Mover:
             for grad in grads:
                 grad.div_(self.slides)
         norm = _norm(grads)
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.slides = 0
+            return norm
         if self.train.clip is not None and norm > self.train.clip:
             for grad in grads:
                 grad.mul_(self.train.clip / norm)
@@ -148,6 +152,7 @@ class Mover:
         """What a checkpoint needs as plain values."""
         state = self.optimizer.state_dict()
         return {
+            "names": [self.train.optimizer.name, self.train.schedule.name],
             "updates": self.updates,
             "slides": self.slides,
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]],
@@ -159,7 +164,14 @@ class Mover:
         }
 
     def restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-        """Put back what ``tensors`` and ``values`` gave."""
+        """Put back what ``tensors`` and ``values`` gave.
+
+        Raises:
+            ValueError: they are of another optimiser or schedule.
+        """
+        names = [self.train.optimizer.name, self.train.schedule.name]
+        if values["names"] != names:
+            raise ValueError(f"{' and '.join(values['names'])}, not {' and '.join(names)}")
         state: dict[int, dict[str, Any]] = {int(i): dict(each) for i, each in values["state"].items()}
         for name, tensor in tensors.items():
             if name.startswith(STATE):

@@ -14,6 +14,7 @@ import numpy as np
 
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 34  # margins
+DECADES = 20  # the ratio of values from which a logarithmic axis says more
 POINTS = 400  # that a line has at most; more are averaged
 
 
@@ -40,8 +41,8 @@ def chart(title: str, lines: Sequence[Line], unit: str = "", across: str = "step
     drawn = [line for line in map(_finite, lines) if line.x]
     if not drawn:
         return ""
-    if log and min(min(line.y) for line in drawn) <= 0:
-        log = False
+    low, high = min(min(line.y) for line in drawn), max(max(line.y) for line in drawn)
+    log = log and low > 0 and high > DECADES * low
     scale_x = _Scale([x for line in drawn for x in line.x], LEFT, WIDTH - RIGHT)
     scale_y = _Scale([y for line in drawn for y in line.y], HEIGHT - BOTTOM, TOP, log=log)
     parts = [_grid(scale_x, scale_y, across)] + [_line(line, scale_x, scale_y) for line in drawn]
