@@ -3,8 +3,8 @@
     python benchmarks/resume/main.py --kills 20
 
 The run has whatever makes resuming hard: batch norm, dropout, augmentation, several slides to an update, averaged
-weights, a schedule of torch's, clipping, validation with patience, and a checkpoint after every step. Moments are drawn
-evenly over the time that an unbroken run takes, start-up and final evaluation included. Exits with 1 if a bit differs.
+weights, a schedule of torch's, clipping, validation with patience, and a checkpoint after every step. Each kill comes a
+random moment after a random number of new lines in the log, none included. Exits with 1 if a bit differs.
 """
 
 from __future__ import annotations
@@ -94,34 +94,40 @@ def unbroken(folder: Path) -> float:
     return time.monotonic() - begun
 
 
-def broken(folder: Path, kills: int, seconds: float, rng: random.Random) -> list[str]:
+def broken(folder: Path, kills: int, steps: int, rng: random.Random) -> list[str]:
     """Run, kill and resume; returns how far the run had come at each kill."""
     moments: list[str] = []
-    resume = False
     while True:
-        process = start(folder, "broken", resume)
-        resume = True
+        process = start(folder, "broken", resume=bool(moments))
         if len(moments) == kills:
             if process.wait():
                 raise SystemExit((folder / "broken.txt").read_text())
             return moments
-        try:
-            code = process.wait(rng.uniform(0.1, seconds))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            moments.append(progress(folder / "broken"))
-            continue
-        if code:
-            raise SystemExit((folder / "broken.txt").read_text())
-        moments.append("done")  # resumed once more below, which must change nothing
+        if not await_moment(process, folder / "broken", 2 * steps // kills, rng):
+            raise SystemExit(f"ended before it was killed:\n{(folder / 'broken.txt').read_text()}")
+        process.kill()
+        process.wait()
+        moments.append(progress(folder / "broken"))
+
+
+def await_moment(process: subprocess.Popen[bytes], out: Path, most: int, rng: random.Random) -> bool:
+    """Wait for a random number of new lines, of which there may be none, and for a random moment after; if it lives."""
+    wanted = lines(out) + rng.randint(0, most)
+    while lines(out) < wanted and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.3 if wanted else 3.0))
+    return process.poll() is None
+
+
+def lines(out: Path) -> int:
+    """Lines of a run's log."""
+    log = out / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def progress(out: Path) -> str:
-    log = out / "log.jsonl"
-    lines = log.read_bytes().count(b"\n") if log.exists() else 0
     left = [path.name for path in out.glob(".*.part")]
-    return f"{lines} lines" + (f", amid {left[0].split('.')[1]}" if left else "")
+    return f"{lines(out)} lines" + (f", amid {left[0].split('.')[1]}" if left else "")
 
 
 def differences(folder: Path) -> list[str]:
@@ -149,7 +155,7 @@ def differences(folder: Path) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -158,7 +164,7 @@ def main() -> int:
         (folder / "run.toml").write_text(CONFIG.format(steps=args.steps))
         seconds = unbroken(folder)
         print(f"unbroken: {args.steps} steps, {seconds:.1f} s", flush=True)
-        moments = broken(folder, args.kills, seconds, random.Random(args.seed))
+        moments = broken(folder, args.kills, args.steps, random.Random(args.seed))
         for number, moment in enumerate(moments, start=1):
             print(f"kill {number:2}: {moment}")
         found = differences(folder)

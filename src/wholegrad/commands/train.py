@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """The flags as ``key=value``, those of ``--set`` first."""
-    given = list(args.set)
+    """The flags as ``key=value``, those of ``--set`` last: they may go into what another flag names."""
+    given = []
     for name, (key, kind) in FLAGS.items():
         value = getattr(args, name)
         if value is not None:
@@ -93,7 +93,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
         given.append(f"train.out='{args.out.absolute()}'")
     if args.slides is not None:
         given.append(f"data.slides='{Path(args.slides).absolute()}'")
-    return given
+    return [*given, *args.set]
 
 
 def tell(config: Config, outcome: Outcome) -> int:
