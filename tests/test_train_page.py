@@ -14,7 +14,7 @@ from wholegrad.errors import ConfigError
 from wholegrad.train.config import check_config
 from wholegrad.train.loop import train
 from wholegrad.train.svg import Line, chart, smoothed
-from wholegrad.train.track import numbers
+from wholegrad.train.track import Tracking, numbers
 
 VOID = {"meta", "img", "line", "circle", "polyline"}
 
@@ -98,6 +98,20 @@ def test_a_missing_package_is_one_line(
     with pytest.raises(ConfigError, match=r"track\.mlflow: needs the package mlflow-skinny; pip install mlflow-skinny"):
         train(check_config(settings, "test", tmp_path))
     assert not (tmp_path / "out <&>").exists()
+
+
+def test_a_tracker_that_fails_does_not_end_a_run(tmp_path: Path, settings: dict[str, Any]) -> None:
+    class Failing:
+        def start(self, config: object, step: int) -> None: ...
+        def note(self, line: dict[str, Any]) -> None:
+            raise OSError("no\nroute")
+
+    said: list[str] = []
+    tracking = Tracking(check_config(settings, "test", tmp_path), said.append)
+    tracking.trackers.append(Failing())  # type: ignore[arg-type]
+    tracking.note({"kind": "step", "step": 0})
+    tracking.note({"kind": "step", "step": 1})
+    assert said == ["Failing is left out from here on: OSError: no route"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

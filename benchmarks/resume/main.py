@@ -103,11 +103,12 @@ def broken(folder: Path, kills: int, steps: int, rng: random.Random) -> list[str
             if process.wait():
                 raise SystemExit((folder / "broken.txt").read_text())
             return moments
-        if not await_moment(process, folder / "broken", 2 * steps // kills, rng):
-            raise SystemExit(f"ended before it was killed:\n{(folder / 'broken.txt').read_text()}")
+        if not await_moment(process, folder / "broken", max(1, steps // kills), rng):
+            raise SystemExit(f"ended before it was killed, take more steps:\n{(folder / 'broken.txt').read_text()}")
         process.kill()
         process.wait()
         moments.append(progress(folder / "broken"))
+        print(f"kill {len(moments):2}: {moments[-1]}", flush=True)
 
 
 def await_moment(process: subprocess.Popen[bytes], out: Path, most: int, rng: random.Random) -> bool:
@@ -115,7 +116,7 @@ def await_moment(process: subprocess.Popen[bytes], out: Path, most: int, rng: ra
     wanted = lines(out) + rng.randint(0, most)
     while lines(out) < wanted and process.poll() is None:
         time.sleep(0.002)
-    time.sleep(rng.uniform(0, 0.3 if wanted else 3.0))
+    time.sleep(rng.uniform(0, 0.2))
     return process.poll() is None
 
 
@@ -155,7 +156,7 @@ def differences(folder: Path) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -165,8 +166,6 @@ def main() -> int:
         seconds = unbroken(folder)
         print(f"unbroken: {args.steps} steps, {seconds:.1f} s", flush=True)
         moments = broken(folder, args.kills, args.steps, random.Random(args.seed))
-        for number, moment in enumerate(moments, start=1):
-            print(f"kill {number:2}: {moment}")
         found = differences(folder)
     print("\n".join(found) or f"after {len(moments)} kills: every file has the same bits")
     return 1 if found else 0

@@ -47,7 +47,7 @@ from wholegrad.train.state import (
     write_whole,
 )
 from wholegrad.train.tables import Config, TrainConfig
-from wholegrad.train.track import trackers
+from wholegrad.train.track import Tracking
 
 __all__ = ["Outcome", "Step", "Watch", "train"]
 
@@ -118,7 +118,7 @@ class Run:
         self.sound = True  # whether weights, step and log belong together, so that a checkpoint may be written
         self.chosen = False  # whether the model holds the weights to use, and no longer the last ones
         self.saved = time.monotonic()
-        self.trackers = trackers(config)
+        self.tracking = Tracking(config, self.watch.on_note)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         torch.manual_seed(config.train.seed)
@@ -153,8 +153,7 @@ class Run:
         kept = self._load() if resume and folder.checkpoint.exists() else 0
         folder.write(entries, conditions)
         self.log = folder.open_log(kept)
-        for tracker in self.trackers:
-            tracker.start(config, self.step)
+        self.tracking.start(config, self.step)
         if not folder.checkpoint.exists():
             self.checkpoint()
 
@@ -175,8 +174,7 @@ class Run:
     def close(self) -> None:
         """Give back what is open."""
         self.folder.close()
-        for tracker in self.trackers:
-            tracker.close()
+        self.tracking.close()
 
     def checkpoint(self) -> Path:
         """Write the checkpoint, if what is in memory belongs together; returns its path."""
@@ -228,8 +226,7 @@ class Run:
     def _note(self, event: Event) -> None:
         line = as_line(event)
         self.log.write(line)
-        for tracker in self.trackers:
-            tracker.note(line)
+        self.tracking.note(line)
 
     def _step(self, interrupt: Interrupt) -> Step | Skip:
         settings, step = self.config.train, self.step
@@ -372,8 +369,7 @@ class Run:
         write_whole(self.config.out / "test.json", table.encode())
         plans = [(size, plan) for (size, _), plan in self.plans.made.items()]
         report = write_report(self.config, card, scores, pictures, plans)
-        for tracker in self.trackers:
-            tracker.finish(card, report)
+        self.tracking.finish(card, report)
         return Outcome(self.step, weights, tuple(scores), tuple(pictures), interrupted=False, report=report)
 
     def _progress(self, interrupt: Interrupt) -> Callable[[wg.Progress], None]:

@@ -7,6 +7,7 @@ on in the files, or in the MLflow run, that it began.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,18 +34,61 @@ class Tracker(Protocol):
         """Nothing follows."""
 
 
-def trackers(config: Config) -> list[Tracker]:
-    """Those that the configuration asks for.
+class Tracking:
+    """All trackers that the configuration asks for; one that fails in the middle of a run is left out from there on.
+
+    Args:
+        config: of the run.
+        warn: told of a tracker that fails.
 
     Raises:
         ConfigError: the package of one is not installed.
     """
-    made: list[Tracker] = []
-    if config.track.tensorboard:
-        made.append(TensorBoard())
-    if config.track.mlflow is not None:
-        made.append(MLflow())
-    return made
+
+    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
+        self.warn = warn
+        self.trackers: list[Tracker] = []
+        if config.track.tensorboard:
+            self.trackers.append(TensorBoard())
+        if config.track.mlflow is not None:
+            self.trackers.append(MLflow())
+
+    def start(self, config: Config, step: int) -> None:
+        """A run begins, or goes on after ``step`` steps.
+
+        Raises:
+            ConfigError: a tracker cannot be reached.
+        """
+        for tracker in self.trackers:
+            try:
+                tracker.start(config, step)
+            except Exception as error:  # whatever another package raises
+                raise ConfigError("track", _said(error), "check the address, or remove it") from error
+
+    def note(self, line: dict[str, Any]) -> None:
+        """A line of the log."""
+        self._all(lambda tracker: tracker.note(line))
+
+    def finish(self, card: Card, report: Path) -> None:
+        """The run is over."""
+        self._all(lambda tracker: tracker.finish(card, report))
+
+    def close(self) -> None:
+        """Nothing follows."""
+        self._all(lambda tracker: tracker.close())
+
+    def _all(self, tell: Callable[[Tracker], None]) -> None:
+        for tracker in tuple(self.trackers):
+            try:
+                tell(tracker)
+            except Exception as error:  # whatever another package raises
+                self.trackers.remove(tracker)
+                self.warn(f"{type(tracker).__name__} is left out from here on: {_said(error)}")
+
+
+def _said(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def numbers(line: dict[str, Any]) -> dict[str, float]:
