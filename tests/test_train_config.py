@@ -66,6 +66,13 @@ def test_overrides_go_on_top(tmp_path: Path) -> None:
     [
         ("train.stepz=3", "unknown key 'train.stepz'; did you mean 'train.steps'?"),
         ("data.resolution=3", "unknown key 'data.resolution'; did you mean"),
+        ("validation.step=3", "unknown key 'validation.step'; did you mean 'validation.steps'?"),
+        ("augment.flp=true", "unknown key 'augment.flp'; did you mean 'augment.flip'?"),
+        ("train.optimizer.arg=3", "unknown key 'train.optimizer.arg'; did you mean 'train.optimizer.args'?"),
+        ("validation.patience=3", "validation.patience without an interval; give validation.steps or .epochs"),
+        ("data.pad=true", "data.pad without data.crop; give the size to pad to as data.crop"),
+        ("network.mean=[0.5]", "one of network.mean and network.std given; give both"),
+        ("augment.blur=50", "'augment.blur' is 50, input should be less than or equal to 20; mend that value"),
         ("steps=3", "unknown key 'steps'; did you mean 'train.steps'?"),
         ("optimiser.lr=3", "unknown key 'optimiser'; did you mean"),
         ("train.lr=-1", "'train.lr' is -1, input should be greater than 0; mend that value"),
