@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,9 @@ def _curves(log: Lines) -> str:
 
     judged = [line["step"] for line in validations], [line["dice"] for line in validations]
     dice = [*both("dice", "c1", "training"), Line("validation", "c2", *judged, dots=True)]
+    projected = list(accumulate((line["projected"] for line in steps), max))  # a peak is of all steps so far, too
     gib = [
-        Line("projected", "c3", x, [line["projected"] / 2**30 for line in steps]),
+        Line("projected", "c3", x, [most / 2**30 for most in projected]),
         Line("peak", "c1", x, [line["peak"] / 2**30 for line in steps]),
         Line("now", "c2 faint", x, [line["rss"] / 2**30 for line in steps]),
     ]
