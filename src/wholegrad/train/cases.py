@@ -41,6 +41,8 @@ class Case:
     """A slide and its mask by path, at one resolution.
 
     Attributes:
+        data: says at which resolution, and what outlines mean.
+        slide_mpp: um a pixel of level 0, where the file does not say.
         box: the region that counts; may reach beyond the slide, where glass is.
         broken: why the slide could not be opened, if the run goes on without it.
     """
@@ -48,8 +50,8 @@ class Case:
     name: str
     slide_path: Path
     mask_path: Path
-    mpp: float | None
-    level: int | None
+    data: DataConfig
+    slide_mpp: float | None
     box: Box
     broken: SlideError | None = None
 
@@ -67,8 +69,9 @@ class Case:
         """
         if self.broken is not None:
             raise self.broken
-        with open_slide(self.slide_path, mpp=self.mpp, level=self.level) as slide:
-            mask = open_mask(self.mask_path, like=slide)
+        data = self.data
+        with open_slide(self.slide_path, data.mpp, data.level, slide_mpp=self.slide_mpp) as slide:
+            mask = open_mask(self.mask_path, like=slide, classes=data.classes, ignore=data.ignore)
             try:
                 yield self._seen(Readers(slide, mask))
             finally:
@@ -117,22 +120,22 @@ def open_cases(entries: Sequence[Entry], data: DataConfig, skip: bool = False) -
         except SlideError as error:
             if not skip:
                 raise
-            cases.append(Case(entry.name, entry.slide, entry.mask, None, None, Box(0, 0, 0, 0), error))
+            cases.append(Case(entry.name, entry.slide, entry.mask, data, None, Box(0, 0, 0, 0), error))
     return cases
 
 
 def _tried(entry: Entry, data: DataConfig) -> Case:
-    mpp, level = (entry.mpp, None) if entry.mpp is not None else (data.mpp, data.level)
-    slide_path, mask_path = entry.slide, entry.mask
-    with open_slide(slide_path, mpp=mpp, level=level) as slide:
-        case = Case(entry.name, slide_path, mask_path, mpp, level, Box(0, slide.shape[1], 0, slide.shape[2]))
+    slide_mpp = entry.mpp if entry.mpp is not None else data.slide_mpp
+    with open_slide(entry.slide, data.mpp, data.level, slide_mpp=slide_mpp) as slide:
+        whole = Box(0, slide.shape[1], 0, slide.shape[2])
+    case = Case(entry.name, entry.slide, entry.mask, data, slide_mpp, whole)
     with case.open() as readers:
         middle = _middle(case.size)
         readers.slide.read(middle)
         odd = [int(label) for label in np.unique(readers.mask.read(middle)) if label not in (0, 1, 255)]
     if odd:
         remedy = "use 0 for background, 1 for tissue, 255 for ignore"
-        raise ConfigError(str(mask_path), f"holds label {odd[0]}", remedy)
+        raise ConfigError(str(entry.mask), f"holds label {odd[0]}", remedy)
     return case
 
 

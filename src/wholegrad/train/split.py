@@ -20,7 +20,8 @@ import numpy as np
 from wholegrad.errors import ConfigError
 from wholegrad.train.tables import PARTS, SUFFIXES, Config, PairConfig, Part, SplitConfig, stem
 
-IMAGES = (*SUFFIXES, ".ndpi", ".mrxs", ".scn", ".bif", ".png", ".jpg", ".jpeg")  # of a folder's files, those taken
+OTHER = (".ndpi", ".vms", ".mrxs", ".scn", ".bif", ".svslide", ".czi", ".dcm", ".zarr", ".png", ".jpg", ".jpeg", ".npy")
+IMAGES = (*SUFFIXES, *OTHER)  # endings of what is taken from a folder
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Entry:
         slide, mask: paths.
         group: slides of one group stay together; the name itself where nothing says.
         part: train, val or test; empty until divided.
-        mpp: at which to read it, in place of the run's.
+        mpp: um a pixel of its level 0, where the file does not say.
     """
 
     name: str

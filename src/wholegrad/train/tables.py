@@ -26,7 +26,7 @@ class _Table(BaseModel):
 
 
 class PairConfig(_Table):
-    """One slide and its label mask, by path; ``mpp`` in place of ``data.mpp``, ``group`` as in a CSV."""
+    """One slide and its label mask, by path; ``mpp`` as ``data.slide_mpp``, ``group`` as in a CSV."""
 
     slide: str
     mask: str
@@ -53,9 +53,11 @@ class DataConfig(_Table):
 
     Either lists (``train``, ``val``, ``test``) of cases, each ``{slide = ..., mask = ...}`` or a name that stands for
     ``root/slides/NAME.*`` with ``root/masks/NAME.mask.tif``; or ``slides``: a folder, a glob or a CSV file, divided by
-    ``data.split``. ``mpp`` (micrometres a pixel) picks the level that comes nearest; ``level`` picks one by number;
-    without either it is level 0. ``crop`` (height, width in pixels) trains on a random region of each slide in place
-    of the whole; with ``pad`` a slide smaller than it is framed in white background.
+    ``data.split``. ``mpp`` (micrometres a pixel) or ``level`` say at which resolution slides are read, as
+    :func:`wholegrad.open_slide` does; without either it is level 0. ``slide_mpp`` is that of level 0 where files do not
+    say. ``classes`` and ``ignore`` say what outlines mean, as for :func:`wholegrad.open_mask`. ``crop`` (height, width
+    in pixels) trains on a random region of each slide in place of the whole; with ``pad`` a slide smaller than it is
+    framed in white background.
     """
 
     root: str = "."
@@ -68,6 +70,9 @@ class DataConfig(_Table):
     split: SplitConfig = Field(default_factory=SplitConfig)
     mpp: float | None = Field(default=None, gt=0)
     level: int | None = Field(default=None, ge=0)
+    slide_mpp: float | None = Field(default=None, gt=0)
+    classes: dict[str, int] | None = None
+    ignore: tuple[str, ...] | None = None
     crop: tuple[int, int] | None = None
     pad: bool = False
 
