@@ -354,11 +354,16 @@ class Run:
         folder, progress = self.config.out / "predictions", self._progress(interrupt)
         self.model.eval()
         of_name = {score.name: score for score in scores}
-        return [
-            report_case(self.model, case, folder, caption(of_name[case.name], self.step), self.plans.budget, progress)
-            for case in self.test_cases
-            if case.name in of_name
-        ]
+        drawn = []
+        for case in (case for case in self.test_cases if case.name in of_name):
+            said = caption(of_name[case.name], self.step)
+            try:
+                drawn.append(report_case(self.model, case, folder, said, self.plans.budget, progress))
+            except SlideError as error:  # it was there when it was scored
+                if self.config.train.on_error == "stop":
+                    raise
+                self.watch.on_note(f"{case.name} is not drawn: {error}")
+        return drawn
 
     def finish(self, scores: list[Score], pictures: list[Path]) -> Outcome:
         """Write weights, card, test table and report."""
