@@ -146,6 +146,21 @@ def test_train_with_flags_on_top(config: Path, capsys: pytest.CaptureFixture[str
     assert "already holds a run" in refused(capsys, *argv, "--out", str(out))
 
 
+def test_train_with_slides_and_settings_given_by_flags(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = config.parent / "fold"
+    argv = ["train", str(config), "--slides", str(config.parent / "slides"), "--folds", "3", "--fold", "1"]
+    argv += ["--set", f"data.root={config.parent}", "--optimizer", "SGD", "--schedule", "cosine", "--ema", "0.5"]
+    argv += ["--set", "train.optimizer.args.momentum=0.9", "--accumulate", "2", "--epochs", "2", "--out", str(out)]
+    assert main([*argv, "--set", "train.panels=false", "--resume"]) == 0  # which starts what is not there yet
+    said = capsys.readouterr()
+    assert "1 to be judged on: " in said.err and str(out / "report.html") in said.out
+    found = json.loads((out / "split.json").read_text())
+    assert [len(found[part]) for part in ("train", "val", "test")] == [2, 0, 1]
+    train = read_card(out).config["train"]
+    assert train["optimizer"] == {"name": "SGD", "args": {"momentum": 0.9}}
+    assert len((out / "log.jsonl").read_text().splitlines()) == 4
+
+
 def test_a_profile_says_where_the_time_went(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["train", str(config), "--steps", "2", "--set", "train.panels=false"]
     assert main([*argv, "--profile"]) == 0

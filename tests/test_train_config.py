@@ -34,14 +34,14 @@ def test_names_stand_for_files_beside_the_config(tmp_path: Path, write_case: Cal
     assert (name, slide) == ("a", tmp_path / "slides" / "a.tif")
     assert mask == tmp_path / "masks" / "a.mask.tif"
     assert config.out == tmp_path / "out/train"
-    assert config.total_steps == 5
+    assert config.steps_of(2) == 5
 
 
 def test_pairs_may_be_given_by_path(tmp_path: Path) -> None:
     text = '[data]\ntrain = [{slide = "s/x.svs", mask = "m/x.tif"}]\n[train]\nepochs = 3\n'
     config = load_config(write(tmp_path, text))
     assert list(config.pairs("train")) == [("x", tmp_path / "s/x.svs", tmp_path / "m/x.tif")]
-    assert config.total_steps == 3
+    assert config.steps_of(1) == 3
 
 
 def test_variables_are_put_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_variables_are_put_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_overrides_go_on_top(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, GOOD), ["train.lr=0.003", "train.loss=dice", "data.mpp=4", "train.epochs=2"])
     assert (config.train.lr, config.train.loss, config.data.mpp) == (0.003, "dice", 4.0)
-    assert (config.train.steps, config.total_steps) == (None, 4)
+    assert (config.train.steps, config.steps_of(2)) == (None, 4)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,13 @@ def test_overrides_go_on_top(tmp_path: Path) -> None:
     [
         ("train.stepz=3", "unknown key 'train.stepz'; did you mean 'train.steps'?"),
         ("data.resolution=3", "unknown key 'data.resolution'; did you mean"),
+        ("validation.step=3", "unknown key 'validation.step'; did you mean 'validation.steps'?"),
+        ("augment.flp=true", "unknown key 'augment.flp'; did you mean 'augment.flip'?"),
+        ("train.optimizer.arg=3", "unknown key 'train.optimizer.arg'; did you mean 'train.optimizer.args'?"),
+        ("validation.patience=3", "validation.patience without an interval; give validation.steps or .epochs"),
+        ("data.pad=true", "data.pad without data.crop; give the size to pad to as data.crop"),
+        ("network.mean=[0.5]", "one of network.mean and network.std given; give both"),
+        ("augment.blur=50", "'augment.blur' is 50, input should be less than or equal to 20; mend that value"),
         ("steps=3", "unknown key 'steps'; did you mean 'train.steps'?"),
         ("optimiser.lr=3", "unknown key 'optimiser'; did you mean"),
         ("train.lr=-1", "'train.lr' is -1, input should be greater than 0; mend that value"),

@@ -16,8 +16,11 @@ from torch import nn
 import wholegrad as wg
 from wholegrad.errors import ConfigError, NumericsError, SlideError
 from wholegrad.train.config import Config, TrainConfig, check_config
+from wholegrad.train.draws import pick
+from wholegrad.train.events import Step, Watch
 from wholegrad.train.interrupt import Interrupt
-from wholegrad.train.loop import Step, Watch, learning_rate, pick, train
+from wholegrad.train.loop import train
+from wholegrad.train.optim import learning_rate
 from wholegrad.train.state import load_model, read_card
 
 
@@ -43,7 +46,7 @@ def test_it_learns_and_leaves_what_it_promises(slides: Path) -> None:
     outcome = train(configure(slides, steps=20, lr=0.03))
     log = lines(slides / "out/log.jsonl")
     assert [line["step"] for line in log] == list(range(20))
-    assert set(log[0]) == {"step", "slide", "loss", "dice", "seconds", "rss", "peak", "projected", "lr"}
+    assert set(log[0]) == {"kind", "norm", "step", "slide", "loss", "dice", "seconds", "rss", "peak", "projected", "lr"}
     assert log[-1]["loss"] < log[0]["loss"] / 2
     assert outcome.scores[0].dice > 0.8
     assert outcome.scores[0].pixels == 128 * 112

@@ -11,6 +11,7 @@ from torch import nn
 
 from wholegrad.errors import ConfigError, WholegradError
 from wholegrad.nets import unet4492
+from wholegrad.train.optim import Mover
 from wholegrad.train.state import (
     Card,
     load_checkpoint,
@@ -21,20 +22,24 @@ from wholegrad.train.state import (
     versions,
     write_whole,
 )
+from wholegrad.train.tables import TrainConfig
 
 
 def card(network: str = "unet4492", step: int = 7) -> Card:
     return Card(network, {}, 4492, step, {"a": 0.9, "mean": 0.9}, {"data": {"mpp": 2.0}}, versions())
 
 
-def stepped(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+SETTINGS = TrainConfig(steps=10, ema=0.9)
+
+
+def stepped(seed: int) -> tuple[nn.Module, Mover]:
     model = unet4492(seed=seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    mover = Mover(model, SETTINGS, 10)
     for _ in range(2):
-        optimizer.zero_grad()
         model(torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
-        optimizer.step()
-    return model, optimizer
+        mover.add()
+        mover.move()
+    return model, mover
 
 
 def same(first: nn.Module, second: nn.Module) -> bool:
@@ -53,18 +58,23 @@ def test_weights_come_back_with_their_card(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path) -> None:
-    model, optimizer = stepped(1)
+    model, mover = stepped(1)
     path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, model, optimizer, card(step=2))
+    save_checkpoint(path, model, mover, card(step=2), {"note": "x"})
     other = unet4492(seed=9)
-    other_optimizer = torch.optim.Adam(other.parameters(), lr=0.01)
-    assert load_checkpoint(path, other, other_optimizer).step == 2
-    for net, opt in ((model, optimizer), (other, other_optimizer)):
-        opt.zero_grad()
+    other_mover = Mover(other, SETTINGS, 10)
+    loaded, state = load_checkpoint(path, other, other_mover)
+    assert (loaded.step, state["note"]) == (2, "x")
+    for net, each in ((model, mover), (other, other_mover)):
         net(torch.ones(1, 3, 16, 16)).square().mean().backward()
-        opt.step()
+        each.add()
+        each.move()
     assert same(model, other)
     assert same(load_model(path), load_model(tmp_path))
+    save_checkpoint(path, model, mover, card(), {})
+    mover.swap()  # averaged weights are what a checkpoint gives for predictions
+    other_mover.swap()
+    assert same(model, other) and same(load_model(path), model)
 
 
 def test_a_file_does_not_choose_what_code_is_imported(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from wholegrad.graph.inputs import Input, Leaf
 from wholegrad.looks import Looks, difference, looks
 from wholegrad.plan import memory
 from wholegrad.plan.boundaries import storable
-from wholegrad.plan.plan import Placement, Plan, parse_bytes
+from wholegrad.plan.plan import Placement, Plan, Room, parse_bytes
 from wholegrad.plan.planner import Request, check_elements, make_plan
 from wholegrad.plan.storage import NARROW
 from wholegrad.run import process
@@ -72,7 +72,8 @@ def _request(
     still_to_load = memory.LIBRARIES // (4 if process.has_run() else 1)
     reserved = process.resident() + still_to_load + inputs.cache_bytes
     raw = raw_images(graph, inputs.sources)
-    return Request(budget_bytes(budget), reserved, backward, default_workers(), sinks, raw=raw)
+    limit = reserved + budget if isinstance(budget, Room) else budget_bytes(budget)
+    return Request(limit, reserved, backward, default_workers(), sinks, raw=raw)
 
 
 def _check_tile(tile: Any) -> None:

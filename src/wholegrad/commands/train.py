@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,34 +13,60 @@ from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_command
 from wholegrad.run.profile import Profile
 from wholegrad.run.roofline import measure
 from wholegrad.train.config import Config, load_config
-from wholegrad.train.loop import Outcome, train
+from wholegrad.train.events import Outcome
+from wholegrad.train.loop import train
 from wholegrad.train.progress import display, score_table
 
 TEXT = """\
 Train a network on whole slides, one slide a step, with the gradients of whole-image training.
 
-The run's folder gets log.jsonl (a line a step), checkpoint.safetensors, weights.safetensors with a JSON card,
-test.json (Dice of each test slide) and a picture of each test slide. Ctrl-C stops cleanly: it writes a
-checkpoint and says where."""
+The run's folder gets split.json (which slides are for what), log.jsonl (a line a step), checkpoint.safetensors,
+best.safetensors (if there are validation slides), weights.safetensors with a JSON card, test.json (Dice of each test
+slide), a picture of each test slide, and report.html. Ctrl-C stops cleanly: it writes a checkpoint and says where.
+A run that was killed, at whatever moment, goes on with --resume and ends with the bits of an unbroken one.
+docs/training.md explains every key of the configuration."""
 
 EXAMPLES = """\
   wholegrad train examples/real_slides.toml
   wholegrad train run.toml --steps 500 --lr 0.003 --budget 2GiB --out out/second
-  wholegrad train run.toml --set data.mpp=4 --set train.schedule=constant
+  wholegrad train run.toml --epochs 20 --optimizer AdamW --schedule cosine --accumulate 4 --ema 0.99
+  wholegrad train run.toml --folds 5 --fold 0 --out out/fold0
+  wholegrad train run.toml --set data.mpp=4 --set train.optimizer.args.weight_decay=0.01
   wholegrad train run.toml --steps 3 --profile --out out/profiled
   wholegrad train run.toml --resume"""
 
-FLAGS = {"steps": int, "lr": float, "budget": str, "boundary_dtype": str, "seed": int}
+FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {  # flag: the key that it stands for, and its kind
+    "steps": ("train.steps", int),
+    "epochs": ("train.epochs", int),
+    "lr": ("train.lr", float),
+    "optimizer": ("train.optimizer", str),
+    "schedule": ("train.schedule", str),
+    "warmup": ("train.warmup", int),
+    "loss": ("train.loss", str),
+    "accumulate": ("train.accumulate", int),
+    "clip": ("train.clip", float),
+    "ema": ("train.ema", float),
+    "patience": ("validation.patience", int),
+    "budget": ("train.budget", str),
+    "boundary_dtype": ("train.boundary_dtype", str),
+    "threads": ("train.threads", int),
+    "seed": ("train.seed", int),
+    "on_error": ("train.on_error", str),
+    "mpp": ("data.mpp", float),
+    "folds": ("data.split.folds", int),
+    "fold": ("data.split.fold", int),
+}
 
 
 def add(commands: Commands) -> None:
     parser = add_command(commands, "train", run, "train a network on whole slides", TEXT, EXAMPLES)
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file; see examples/")
-    for name, kind in FLAGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"in place of train.{name}")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file; see examples/ and docs/training.md")
+    for name, (key, kind) in FLAGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"in place of {key}")
     parser.add_argument("--out", type=Path, help="folder of the run, in place of train.out")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key: data.mpp=2")
-    parser.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")
+    parser.add_argument("--slides", help="folder, glob or CSV of slides, in place of data.slides and of any lists")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key: data.crop=[512,512]")
+    parser.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint, if it has one")
     help_text = "print where the steps' time went, by op and stage, and write it to profile.json"
     parser.add_argument("--profile", action="store_true", help=help_text)
 
@@ -55,15 +83,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """The flags as ``key=value``, those of ``--set`` first."""
-    given = list(args.set)
-    for name, kind in FLAGS.items():
+    """The flags as ``key=value``, those of ``--set`` last: they may go into what another flag names."""
+    given = []
+    for name, (key, kind) in FLAGS.items():
         value = getattr(args, name)
         if value is not None:
-            given.append(f'train.{name}="{value}"' if kind is str else f"train.{name}={value}")
+            given.append(f'{key}="{value}"' if kind is str else f"{key}={value}")
     if args.out is not None:
         given.append(f"train.out='{args.out.absolute()}'")
-    return given
+    if args.slides is not None:
+        given.append(f"data.slides='{Path(args.slides).absolute()}'")
+    return [*given, *args.set]
 
 
 def tell(config: Config, outcome: Outcome) -> int:
@@ -74,6 +104,8 @@ def tell(config: Config, outcome: Outcome) -> int:
     if outcome.scores:
         CONSOLE.print(score_table(list(outcome.scores), "slides not trained on"))
     CONSOLE.print(f"weights: {outcome.weights}")
+    if outcome.report:
+        CONSOLE.print(f"report: {outcome.report}")
     for picture in outcome.pictures:
         CONSOLE.print(f"picture: {picture}")
     return 0

@@ -23,6 +23,10 @@ class Placement(StrEnum):
     DISK = "disk"
 
 
+class Room(int):
+    """A budget counted in bytes beyond what the process holds already, so that a plan does not depend on that."""
+
+
 HELD_WORTH_SAYING = 16 << 20  # bytes
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,

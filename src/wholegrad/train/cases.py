@@ -7,22 +7,25 @@ count; those of ten slides at once would be ten times that bound.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from wholegrad.errors import ConfigError
+from wholegrad.errors import ConfigError, SlideError
 from wholegrad.graph.geometry import Box
 from wholegrad.slide.arrays import Cropped
+from wholegrad.slide.augment import Framed
 from wholegrad.slide.mask import open_mask
 from wholegrad.slide.reader import MapReader
 from wholegrad.slide.slide import open_slide
-from wholegrad.train.config import Config
+from wholegrad.train.split import Entry
+from wholegrad.train.tables import DataConfig
 
+GLASS, BACKGROUND = 255, 0  # what a frame beyond a slide shows, and its label
 PROBE = 256  # pixels: side of the box that is read at the middle of each file to see that it can be
 
 
@@ -35,14 +38,22 @@ class Readers(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """A slide and its mask by path, at one resolution; ``box`` is the region of it that counts."""
+    """A slide and its mask by path, at one resolution.
+
+    Attributes:
+        data: says at which resolution, and what outlines mean.
+        slide_mpp: um a pixel of level 0, where the file does not say.
+        box: the region that counts; may reach beyond the slide, where glass is.
+        broken: why the slide could not be opened, if the run goes on without it.
+    """
 
     name: str
     slide_path: Path
     mask_path: Path
-    mpp: float | None
-    level: int | None
+    data: DataConfig
+    slide_mpp: float | None
     box: Box
+    broken: SlideError | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -56,47 +67,75 @@ class Case:
         Raises:
             SlideError: slide or mask cannot be opened, or the two do not match.
         """
-        with open_slide(self.slide_path, mpp=self.mpp, level=self.level) as slide:
-            mask = open_mask(self.mask_path, like=slide)
+        if self.broken is not None:
+            raise self.broken
+        data = self.data
+        with open_slide(self.slide_path, data.mpp, data.level, slide_mpp=self.slide_mpp) as slide:
+            mask = open_mask(self.mask_path, like=slide, classes=data.classes, ignore=data.ignore)
             try:
-                whole = self.size == slide.shape[1:]
-                yield (Readers(slide, mask) if whole else Readers(Cropped(slide, self.box), Cropped(mask, self.box)))
+                yield self._seen(Readers(slide, mask))
             finally:
                 mask.close()
 
-    def crop(self, size: tuple[int, int], rng: np.random.Generator) -> Case:
-        """A region of at most ``size`` (height, width), placed at random."""
-        height, width = (min(wanted, have) for wanted, have in zip(size, self.size, strict=True))
-        y = self.box.y0 + int(rng.integers(self.box.height - height + 1))
-        x = self.box.x0 + int(rng.integers(self.box.width - width + 1))
-        return dataclasses.replace(self, box=Box(y, y + height, x, x + width))
+    def _seen(self, readers: Readers) -> Readers:
+        """The region of ``box``."""
+        _, height, width = readers.slide.shape
+        box = self.box
+        if box == Box(0, height, 0, width):
+            return readers
+        if box.y0 >= 0 and box.x0 >= 0 and box.y1 <= height and box.x1 <= width:
+            return Readers(Cropped(readers.slide, box), Cropped(readers.mask, box))
+        return Readers(Framed(readers.slide, box, GLASS), Framed(readers.mask, box, BACKGROUND))
+
+    def crop(self, size: tuple[int, int], rng: np.random.Generator, pad: bool = False) -> Case:
+        """A region placed at random: of ``size`` (height, width) if ``pad``, else of no more than the slide has."""
+        if self.broken is not None:
+            return self
+        wanted = size if pad else (min(size[0], self.box.height), min(size[1], self.box.width))
+        y, x = (_place(each, have, rng) for each, have in zip(wanted, self.size, strict=True))
+        y, x = self.box.y0 + y, self.box.x0 + x
+        return dataclasses.replace(self, box=Box(y, y + wanted[0], x, x + wanted[1]))
 
 
-def open_cases(config: Config, part: Literal["train", "test"]) -> list[Case]:
-    """Every case of ``data.train`` or ``data.test``, each opened, matched with its mask, and tried.
+def _place(wanted: int, have: int, rng: np.random.Generator) -> int:
+    """Where a window starts that lies within the map, or holds all of it."""
+    offset = int(rng.integers(abs(have - wanted) + 1))
+    return offset if wanted <= have else -offset
+
+
+def open_cases(entries: Sequence[Entry], data: DataConfig, skip: bool = False) -> list[Case]:
+    """A case of every entry, each opened, matched with its mask, and tried.
+
+    Args:
+        skip: whether a slide that cannot be read becomes a broken case in place of an error.
 
     Raises:
-        ConfigError: a name stands for no file, or for two, or a mask has other labels than 0, 1 and 255.
+        ConfigError: a mask has other labels than 0, 1 and 255.
         SlideError: a slide or mask cannot be opened or read, or the two do not match.
     """
-    cases: list[Case] = []
-    for name, slide_path, mask_path in config.pairs(part):
-        if any(case.name == name for case in cases):
-            raise ConfigError(f"data.{part}", f"names {name} twice", "name each slide once")
-        cases.append(_tried(name, slide_path, mask_path, config.data.mpp, config.data.level))
+    cases = []
+    for entry in entries:
+        try:
+            cases.append(_tried(entry, data))
+        except SlideError as error:
+            if not skip:
+                raise
+            cases.append(Case(entry.name, entry.slide, entry.mask, data, None, Box(0, 0, 0, 0), error))
     return cases
 
 
-def _tried(name: str, slide_path: Path, mask_path: Path, mpp: float | None, level: int | None) -> Case:
-    with open_slide(slide_path, mpp=mpp, level=level) as slide:
-        case = Case(name, slide_path, mask_path, mpp, level, Box(0, slide.shape[1], 0, slide.shape[2]))
+def _tried(entry: Entry, data: DataConfig) -> Case:
+    slide_mpp = entry.mpp if entry.mpp is not None else data.slide_mpp
+    with open_slide(entry.slide, data.mpp, data.level, slide_mpp=slide_mpp) as slide:
+        whole = Box(0, slide.shape[1], 0, slide.shape[2])
+    case = Case(entry.name, entry.slide, entry.mask, data, slide_mpp, whole)
     with case.open() as readers:
         middle = _middle(case.size)
         readers.slide.read(middle)
         odd = [int(label) for label in np.unique(readers.mask.read(middle)) if label not in (0, 1, 255)]
     if odd:
         remedy = "use 0 for background, 1 for tissue, 255 for ignore"
-        raise ConfigError(str(mask_path), f"holds label {odd[0]}", remedy)
+        raise ConfigError(str(entry.mask), f"holds label {odd[0]}", remedy)
     return case
 
 

@@ -8,111 +8,24 @@ nearest known one.
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from os import environ
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import torch
+from pydantic import BaseModel, ValidationError
 
 from wholegrad.errors import ConfigError
+from wholegrad.train.tables import PARTS, Config, DataConfig, PairConfig, TrainConfig, expand
 
-SUFFIXES = (".svs", ".ome.tif", ".tif", ".tiff")  # of a slide given by name, in order of preference
+__all__ = ["Config", "DataConfig", "PairConfig", "TrainConfig", "check_config", "expand", "known_keys", "load_config"]
 
-
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PairConfig(_Table):
-    """One slide and its label mask, by path."""
-
-    slide: str
-    mask: str
-
-
-class DataConfig(_Table):
-    """Which slides to learn from, which to be judged on, and at which resolution.
-
-    A case is ``{slide = ..., mask = ...}``, or a name that stands for ``root/slides/NAME.*`` with
-    ``root/masks/NAME.mask.tif``. ``mpp`` (micrometres a pixel) picks the level that comes nearest; ``level``
-    picks one by number; without either it is level 0. ``crop`` (height, width in pixels) trains on a random
-    region of each slide in place of the whole.
-    """
-
-    root: str = "."
-    train: tuple[str | PairConfig, ...] = Field(min_length=1)
-    test: tuple[str | PairConfig, ...] = ()
-    mpp: float | None = Field(default=None, gt=0)
-    level: int | None = Field(default=None, ge=0)
-    crop: tuple[int, int] | None = None
-
-
-class NetworkConfig(_Table):
-    """Which network: a built-in name or ``module:factory``, its arguments, and weights to start from."""
-
-    name: str = "unet4492"
-    args: dict[str, Any] = Field(default_factory=dict)
-    weights: str | None = None
-
-
-class TrainConfig(_Table):
-    """Steps or epochs, not both; a step is one slide; ``weights`` are of background and tissue.
-
-    ``boundary_dtype`` stores boundaries rounded to it, as :func:`wholegrad.plan` does; left out, as they are.
-    """
-
-    steps: int | None = Field(default=None, ge=0)
-    epochs: int | None = Field(default=None, ge=0)
-    lr: float = Field(default=0.01, gt=0)
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup: int = Field(default=0, ge=0)
-    loss: Literal["bce", "dice", "bce+dice", "focal"] = "bce+dice"
-    weights: tuple[float, float] = (1.0, 1.0)
-    budget: str | int | None = None
-    boundary_dtype: Literal["bfloat16", "float16"] | None = None
-    seed: int = Field(default=0, ge=0)
-    threads: int | None = Field(default=None, ge=1)
-    checkpoint_minutes: float = Field(default=5.0, ge=0)
-    panels: bool = True
-    out: str = "out/train"
-
-
-class Config(_Table):
-    """A whole run. ``folder`` is where relative paths start."""
-
-    data: DataConfig
-    network: NetworkConfig = Field(default_factory=NetworkConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    folder: Path = Field(default=Path(), exclude=True)
-
-    @property
-    def out(self) -> Path:
-        """The folder that the run writes to."""
-        return self.path(self.train.out)
-
-    def path(self, text: str) -> Path:
-        """A path as the file means it: variables put in, relative to the file's folder."""
-        return self.folder / expand(text, str(self.folder))
-
-    def pairs(self, part: Literal["train", "test"]) -> Iterator[tuple[str, Path, Path]]:
-        """Name, slide path and mask path of each case."""
-        for case in getattr(self.data, part):
-            if isinstance(case, PairConfig):
-                slide = self.path(case.slide)
-                yield _stem(slide.name), slide, self.path(case.mask)
-            else:
-                root = self.path(self.data.root)
-                yield case, _find_slide(root, case), root / "masks" / f"{case}.mask.tif"
-
-    @property
-    def total_steps(self) -> int:
-        """How many steps the run has."""
-        if self.train.steps is not None:
-            return self.train.steps
-        return (self.train.epochs or 0) * len(self.data.train)
+NAMED = ("optimizer", "schedule")  # tables for which a name alone will do
+SHAPED = ("constant", "cosine")  # schedules that need nothing of torch
+UNFIT = ("LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "LRScheduler")  # need code, not values
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -148,50 +61,22 @@ def check_config(table: dict[str, Any], where: str, folder: Path = Path()) -> Co
     return config
 
 
-def expand(text: str, where: str) -> str:
-    """``text`` with each ``${NAME}`` replaced by that environment variable.
-
-    Raises:
-        ConfigError: a variable is not set.
-    """
-
-    def value(match: re.Match[str]) -> str:
-        name = match.group(1)
-        if name not in environ:
-            raise ConfigError(where, f"${{{name}}} is not set in the environment", f"set {name}, or write the path out")
-        return environ[name]
-
-    return re.sub(r"\$\{(\w+)\}", value, text)
-
-
-def _stem(name: str) -> str:
-    """A file's name without the ending that says slide."""
-    return next((name.removesuffix(ending) for ending in SUFFIXES if name.endswith(ending)), name)
-
-
-def _find_slide(root: Path, name: str) -> Path:
-    candidates = [root / "slides" / f"{name}{suffix}" for suffix in SUFFIXES]
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
-    raise ConfigError(
-        str(root / "slides" / name),
-        f"no slide of that name ({', '.join(SUFFIXES)})",
-        "check data.root and the name, or give slide and mask by path",
-    )
-
-
 def _override(table: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(text, "is not key=value", "write for example train.lr=0.003")
     *parents, leaf = key.strip().split(".")
     for parent in parents:
+        if parent in NAMED and isinstance(table.get(parent), str):  # a name alone stands for a table
+            table[parent] = {"name": table[parent]}
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
             raise ConfigError(text, f"'{parent}' is not a table", "name a key such as train.lr")
     if leaf in ("steps", "epochs"):  # the one given last counts
         table.pop("epochs" if leaf == "steps" else "steps", None)
+    if (parents, leaf) == (["data"], "slides"):  # in place of lists
+        for part in PARTS:
+            table.pop(part, None)
     table[leaf] = _toml_value(value.strip())
 
 
@@ -204,7 +89,7 @@ def _toml_value(text: str) -> Any:
 
 def _first_error(error: ValidationError, where: str) -> ConfigError:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"] if str(part) not in ("PairConfig", "str"))
     if first["type"] == "extra_forbidden":
         return ConfigError(where, f"unknown key '{key}'", _nearest(key))
     if first["type"] == "missing":
@@ -214,34 +99,103 @@ def _first_error(error: ValidationError, where: str) -> ConfigError:
 
 
 def _nearest(key: str) -> str:
-    known = list(_known_keys(Config))
+    known = list(known_keys(Config))
+    if "." in key and (same := difflib.get_close_matches(key, known, n=1, cutoff=0.8)):
+        return f"did you mean '{same[0]}'?"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
     leaf = difflib.get_close_matches(key.rpartition(".")[2], [k.rpartition(".")[2] for k in known], n=1)
     best = next((k for k in known if leaf and k.rpartition(".")[2] == leaf[0]), near)
     return f"did you mean '{best}'?"
 
 
-def _known_keys(table: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def known_keys(table: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a table and of those within it, dotted."""
     for name, field in table.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _known_keys(field.annotation, f"{prefix}{name}.")
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
         elif not field.exclude:
             yield prefix + name
 
 
 def _check_sense(config: Config, where: str) -> None:
     """What single fields cannot see."""
-    if (config.train.steps is None) == (config.train.epochs is None):
-        given = "neither" if config.train.steps is None else "both"
+    _check_data(config, where)
+    train = config.train
+    if (train.steps is None) == (train.epochs is None):
+        given = "neither" if train.steps is None else "both"
         raise ConfigError(where, f"{given} of train.steps and train.epochs given", "give one of them")
-    if config.data.mpp is not None and config.data.level is not None:
-        raise ConfigError(where, "data.mpp and data.level both given", "give one of them")
-    if config.data.crop is not None and min(config.data.crop) < 1:
-        raise ConfigError(where, f"data.crop is {list(config.data.crop)}", "give height and width of 1 or more")
-    if min(config.train.weights) < 0 or sum(config.train.weights) == 0:
-        raise ConfigError(where, f"train.weights are {list(config.train.weights)}", "give two of 0 or more, not both 0")
-    if config.train.loss == "dice" and config.train.weights != (1.0, 1.0):
+    if min(train.weights) < 0 or sum(train.weights) == 0:
+        raise ConfigError(where, f"train.weights are {list(train.weights)}", "give two of 0 or more, not both 0")
+    if train.loss == "dice" and train.weights != (1.0, 1.0):
         raise ConfigError(where, "train.weights with the dice loss, which has none", "use bce, bce+dice or focal")
-    if len(set(config.data.train) & set(config.data.test)) > 0:
-        shared = next(case for case in config.data.test if case in config.data.train)
-        raise ConfigError(where, f"{shared!r} is in data.train and in data.test", "test on slides not trained on")
+    if "lr" in train.optimizer.args:
+        raise ConfigError(where, "lr in train.optimizer.args", "set train.lr")
+    _check_name(where, "train.optimizer", train.optimizer.name, optimizers())
+    _check_name(where, "train.schedule", train.schedule.name, (*SHAPED, *schedules()))
+    if train.schedule.name in SHAPED and train.schedule.args:
+        raise ConfigError(where, f"train.schedule {train.schedule.name} takes no args", "remove them")
+    network, validation = config.network, config.validation
+    if (network.mean is None) != (network.std is None):
+        raise ConfigError(where, "one of network.mean and network.std given", "give both, a number a channel")
+    if network.mean and network.std and (len(network.mean) != len(network.std) or min(network.std) <= 0):
+        raise ConfigError(where, "network.mean and network.std do not fit", "give one positive std for each mean")
+    if validation.steps is not None and validation.epochs is not None:
+        raise ConfigError(where, "both of validation.steps and validation.epochs given", "give one of them")
+    if validation.patience is not None and not (validation.steps or validation.epochs):
+        raise ConfigError(where, "validation.patience without an interval", "give validation.steps or .epochs")
+
+
+def _check_data(config: Config, where: str) -> None:
+    data, split = config.data, config.data.split
+    if data.train is None and data.slides is None:
+        raise ConfigError(
+            where, "neither data.train nor data.slides given", "list names, or name a folder, glob or CSV"
+        )
+    if data.slides is not None and (data.train or data.val or data.test):
+        raise ConfigError(where, "both data.slides and lists of slides given", "give one of them")
+    if data.slides is None and split.model_fields_set:
+        raise ConfigError(where, "data.split without data.slides", "give data.slides, or the lists alone")
+    if data.mpp is not None and data.level is not None:
+        raise ConfigError(where, "data.mpp and data.level both given", "give one of them")
+    if data.crop is not None and min(data.crop) < 1:
+        raise ConfigError(where, f"data.crop is {list(data.crop)}", "give height and width of 1 or more")
+    if data.pad and data.crop is None:
+        raise ConfigError(where, "data.pad without data.crop", "give the size to pad to as data.crop")
+    if data.group is not None:
+        try:
+            re.compile(data.group)
+        except re.error as error:
+            raise ConfigError(where, f"data.group is no regular expression ({error})", "mend it") from None
+    if (split.folds is None) != (split.fold is None):
+        raise ConfigError(where, "one of data.split.folds and data.split.fold given", "give both")
+    if split.folds is not None and split.fold is not None and split.fold >= split.folds:
+        raise ConfigError(where, f"data.split.fold is {split.fold}", f"give 0 to {split.folds - 1}")
+    if split.folds is not None and split.test:
+        raise ConfigError(where, "both data.split.folds and data.split.test given", "the fold is the test")
+    if split.val + split.test >= 1:
+        raise ConfigError(where, "data.split leaves nothing to train on", "give fractions that sum to less than 1")
+    for part in ("val", "test"):
+        for shared in set(data.train or ()) & set(getattr(data, part)):
+            raise ConfigError(
+                where, f"{shared!r} is in data.train and in data.{part}", f"{part} on slides not trained on"
+            )
+
+
+def optimizers() -> list[str]:
+    """Names of ``torch.optim``'s optimisers that a run can use: those that need no closure and no sparse gradients."""
+    kinds = inspect.getmembers(torch.optim, inspect.isclass)
+    unfit = ("Optimizer", "LBFGS", "SparseAdam")
+    return [name for name, kind in kinds if issubclass(kind, torch.optim.Optimizer) and name not in unfit]
+
+
+def schedules() -> list[str]:
+    """Names of ``torch.optim.lr_scheduler``'s schedules that values alone describe."""
+    kinds = inspect.getmembers(torch.optim.lr_scheduler, inspect.isclass)
+    base = torch.optim.lr_scheduler.LRScheduler
+    return [n for n, kind in kinds if issubclass(kind, base) and n not in UNFIT and not n.startswith("_")]
+
+
+def _check_name(where: str, key: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ConfigError(where, f"{key} is {name!r}, which is not known", f"did you mean {near!r}?")

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import wholegrad as wg
+from wholegrad.errors import SlideError
 from wholegrad.losses import dice_counts, dice_from_counts
-from wholegrad.train.cases import Case
+from wholegrad.train.cases import Case, Readers
 
 METRICS = {"counts": dice_counts}
 
@@ -29,11 +30,16 @@ class Score:
 def evaluate(
     model: nn.Module,
     cases: Sequence[Case],
-    budget: str | int | None = None,
+    budget: str | int | Callable[[Readers], int] | None = None,
     progress: Callable[[wg.Progress], None] | None = None,
     on_case: Callable[[Score], None] | None = None,
+    on_error: Callable[[Case, SlideError], None] | None = None,
 ) -> list[Score]:
     """The score of ``model`` on each whole slide; its mode (train or eval) is put back afterwards.
+
+    Args:
+        budget: as for :func:`wholegrad.measure`, or a function of the slide's readers.
+        on_error: told of a slide that cannot be read, which is then left out; without it the error ends everything.
 
     Raises:
         BudgetError: a slide does not fit the budget.
@@ -43,8 +49,15 @@ def evaluate(
     model.eval()
     try:
         for case in cases:
-            with case.open() as (slide, mask):
-                values = wg.measure(model, slide, mask, metrics=METRICS, budget=budget, progress=progress)
+            try:
+                with case.open() as readers:
+                    allowed = budget(readers) if callable(budget) else budget
+                    values = wg.measure(model, *readers, metrics=METRICS, budget=allowed, progress=progress)
+            except SlideError as error:
+                if on_error is None:
+                    raise
+                on_error(case, error)
+                continue
             scores.append(score(case.name, values["counts"]))
             if on_case:
                 on_case(scores[-1])
@@ -66,5 +79,5 @@ def score(name: str, counts: torch.Tensor) -> Score:
 
 
 def mean_dice(scores: Sequence[Score]) -> float:
-    """The mean over slides, each slide counting once."""
-    return sum(score.dice for score in scores) / len(scores)
+    """The mean over slides, each slide counting once; 0 without any."""
+    return sum(score.dice for score in scores) / len(scores) if scores else 0.0

@@ -5,16 +5,49 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from wholegrad.errors import ConfigError
 from wholegrad.nets import unet4492
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet4492": unet4492}
+
+
+class Normalized(nn.Module):
+    """A network behind ``(image - mean) / std``, so that normalising is part of the graph.
+
+    Args:
+        network: takes images ``(N, C, H, W)``.
+        mean, std: a number a channel, in fractions of 255. They are no parameters: a weights file's card holds them.
+    """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.network, self.given = network, (list(mean), list(std))
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("scale", 1 / torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network((image - self.mean) * self.scale)
+        return logits
+
+
+def normalized(model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
+    """``model`` behind its normalisation, if there is one."""
+    return Normalized(model, mean, std) if mean and std else model
+
+
+def without_normalization(model: nn.Module) -> nn.Module:
+    """The network itself."""
+    return model.network if isinstance(model, Normalized) else model
 
 
 def build_network(name: str, args: dict[str, Any] | None = None) -> nn.Module:

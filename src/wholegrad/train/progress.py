@@ -7,7 +7,7 @@ line now and then.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -24,8 +24,9 @@ from rich.table import Table
 import wholegrad as wg
 from wholegrad.plan.plan import show_bytes
 from wholegrad.run.process import resident
-from wholegrad.train.loop import Step, Watch
+from wholegrad.train.events import Skip, Step, Validation, Watch
 from wholegrad.train.metrics import Score, mean_dice
+from wholegrad.train.split import Entry
 
 QUIET_SECONDS = 10.0  # between plain lines where output is no terminal
 REDRAW_SECONDS = 0.1  # a tile can take a millisecond; drawing each would cost more than running it
@@ -37,6 +38,13 @@ def step_line(step: Step) -> str:
         f"loss {step.loss:.4f}  Dice {step.dice:.3f}  {step.seconds:.1f} s/step  "
         f"{show_bytes(step.rss)} now, {show_bytes(step.projected)} projected"
     )
+
+
+def show_seconds(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def score_table(scores: list[Score], title: str) -> Table:
@@ -52,6 +60,17 @@ def score_table(scores: list[Score], title: str) -> Table:
         table.add_section()
         table.add_row("mean", "", f"{mean_dice(scores):.3f}")
     return table
+
+
+class _Recent:
+    """The mean of numbers, those far back counting less: what a step took lately."""
+
+    def __init__(self) -> None:
+        self.mean, self._count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        self._count += 1
+        self.mean += (value - self.mean) / min(self._count, 20)
 
 
 class Display:
@@ -72,12 +91,32 @@ class Display:
         self.steps = self.bars.add_task(title, total=None, note="")
         self.tiles = self.bars.add_task("tiles", total=None, note="", visible=False)
         self.printed = self.drawn = 0.0
+        self.total = self.left = 0
+        self.seconds = _Recent()
 
     def watch(self) -> Watch:
         """The callbacks that feed this display."""
-        return Watch(on_start=self.start, on_plan=self.plan, on_tile=self.tile, on_step=self.step, on_score=self.score)
+        return Watch(
+            on_split=self.split,
+            on_start=self.start,
+            on_plan=self.plan,
+            on_tile=self.tile,
+            on_step=self.step,
+            on_skip=self.skip,
+            on_validation=self.validation,
+            on_score=self.score,
+            on_note=self.note,
+        )
+
+    def split(self, entries: Sequence[Entry]) -> None:
+        words = {"train": "to learn from", "val": "to choose by", "test": "to be judged on"}
+        for part, word in words.items():
+            names = [entry.name for entry in entries if entry.part == part]
+            if names:
+                self.note(f"{len(names)} {word}: {', '.join(names)}")
 
     def start(self, first: int, total: int) -> None:
+        self.total, self.left = total, total - first
         self.bars.update(self.steps, completed=first, total=total)
 
     def plan(self, slide: str, plan: wg.Plan) -> None:
@@ -104,11 +143,26 @@ class Display:
         )
 
     def step(self, step: Step) -> None:
+        self.left -= 1
+        self.seconds.add(step.seconds)
         self.bars.update(self.steps, advance=1, note=step_line(step))
         now = time.monotonic()
         if not self.console.is_terminal and now - self.printed > QUIET_SECONDS:
             self.printed = now
-            self.console.print(f"{self.title} {step.step + 1}  {step_line(step)}", highlight=False)
+            left = f"{show_seconds(self.seconds.mean * self.left)} left"
+            self.note(f"{self.title} {step.step + 1} of {self.total}  {step_line(step)}  {left}")
+
+    def skip(self, skip: Skip) -> None:
+        self.left -= 1
+        self.bars.update(self.steps, advance=1)
+        self.note(f"{self.title} {skip.step + 1} skipped: {skip.reason}")
+
+    def validation(self, validation: Validation) -> None:
+        said = "the best so far" if validation.best else f"not better, {validation.stale} in a row"
+        self.note(f"validated after {validation.step} steps: Dice {validation.dice:.4f}, {said}")
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
 
     def score(self, score: Score) -> None:
         self.console.print(f"tested on {score.name}: Dice {score.dice:.3f}", highlight=False)

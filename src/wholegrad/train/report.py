@@ -13,7 +13,7 @@ import wholegrad as wg
 from wholegrad.slide.mask import open_mask
 from wholegrad.slide.reader import MapReader
 from wholegrad.slide.thumbnail import thumbnail
-from wholegrad.train.cases import Case
+from wholegrad.train.cases import Case, Readers
 from wholegrad.train.metrics import Score
 from wholegrad.train.panel import draw_panel
 
@@ -25,7 +25,7 @@ def report_case(
     case: Case,
     folder: Path,
     caption: str = "",
-    budget: str | int | None = None,
+    budget: str | int | Callable[[Readers], int] | None = None,
     progress: Callable[[wg.Progress], None] | None = None,
 ) -> Path:
     """Predict a whole slide to ``folder/NAME.tif`` and draw ``folder/NAME.png``; returns the picture's path.
@@ -37,7 +37,8 @@ def report_case(
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{case.name}.tif"
     with case.open() as (slide, mask):
-        wg.predict(model, slide, out=out, budget=budget, progress=progress)
+        allowed = budget(Readers(slide, mask)) if callable(budget) else budget
+        wg.predict(model, slide, out=out, budget=allowed, progress=progress)
         picture(out.with_suffix(".png"), slide, mask, out, case.name, caption)
     return out.with_suffix(".png")
 

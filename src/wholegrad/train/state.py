@@ -23,9 +23,10 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from wholegrad.errors import ConfigError, WholegradError
-from wholegrad.train.networks import NETWORKS, build_network
+from wholegrad.train.networks import NETWORKS, build_network, normalized, without_normalization
+from wholegrad.train.optim import AVERAGE, Mover
 
-MODEL, OPTIMIZER = "model/", "optimizer/"  # prefixes of tensor names in a checkpoint; a weights file has none
+MODEL = "model/"  # prefix of weights' names in a checkpoint; a weights file has none
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Card:
         dice: of each test slide, and ``"mean"``; empty before any test.
         config: the run's configuration.
         versions: of wholegrad, torch and Python.
+        mean, std: by which images are normalised in front of the network, a number a channel; None for not at all.
     """
 
     network: str
@@ -49,6 +51,8 @@ class Card:
     dice: dict[str, float]
     config: dict[str, Any]
     versions: dict[str, str]
+    mean: list[float] | None = None
+    std: list[float] | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -73,30 +77,37 @@ def save_weights(path: Path, model: nn.Module, card: Card) -> None:
     write_whole(path.with_suffix(".json"), card.to_json().encode())
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, card: Card) -> None:
-    """Write all that continuing the run takes, in one file: weights, buffers, optimiser state, card."""
-    tensors = {MODEL + name: tensor for name, tensor in _tensors(model).items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            tensors[f"{OPTIMIZER}{index}/{key}"] = torch.as_tensor(value).clone().contiguous()
-    write_whole(path, _pack(tensors, card))
+def save_checkpoint(path: Path, model: nn.Module, mover: Mover, card: Card, state: Mapping[str, Any]) -> None:
+    """Write all that continuing the run takes, in one file: weights, buffers, how they move, card.
 
-
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Card:
-    """Put a checkpoint back into a model and optimiser of the same making; returns its card.
+    Args:
+        state: plain values of the run itself.
 
     Raises:
-        ConfigError: it is not a checkpoint, or one of another network.
+        WholegradError: the file cannot be written; the one before it stays.
     """
-    tensors, card = _read(path)
+    tensors = {MODEL + name: tensor for name, tensor in _tensors(model).items()}
+    for name, tensor in mover.tensors().items():
+        tensors[name] = tensor.detach().clone().contiguous()
+    write_whole(path, _pack(tensors, card, {"mover": mover.values(), **state}))
+
+
+def load_checkpoint(path: Path, model: nn.Module, mover: Mover) -> tuple[Card, dict[str, Any]]:
+    """Put a checkpoint back into a model and mover of the same making; returns its card and the run's state.
+
+    Raises:
+        ConfigError: it is not a checkpoint, or one of another network or optimiser.
+    """
+    tensors, card, state = _read(path)
+    if "mover" not in state:
+        raise ConfigError(str(path), "is not a checkpoint of this version", "start the run anew")
     _fill(model, {k.removeprefix(MODEL): v for k, v in tensors.items() if k.startswith(MODEL)}, path)
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith(OPTIMIZER):
-            index, key = name.removeprefix(OPTIMIZER).split("/")
-            state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return card
+    try:
+        mover.restore(tensors, state["mover"])
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ConfigError(str(path), f"is of another optimiser or schedule ({said})", "resume with those") from error
+    return card, state
 
 
 def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -112,15 +123,16 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         ConfigError: no such file, not one of ours, or its weights do not fit.
     """
     file = find_weights(Path(path))
-    tensors, card = _read(file)
+    tensors, card, _ = _read(file)
     if model is None:
         if card.network not in NETWORKS:
             raise ConfigError(str(file), f"holds weights of {card.network}", "name that network yourself")
         model = build_network(card.network, card.args)
-    if any(name.startswith(MODEL) for name in tensors):
-        tensors = {k.removeprefix(MODEL): v for k, v in tensors.items() if k.startswith(MODEL)}
+    for prefix in (AVERAGE, MODEL):  # of a checkpoint: averaged weights if there are any
+        if any(name.startswith(prefix) for name in tensors):
+            tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     _fill(model, tensors, file)
-    return model.eval()
+    return normalized(model, card.mean, card.std).eval()
 
 
 def read_card(path: str | Path) -> Card:
@@ -173,27 +185,31 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    own = without_normalization(model).state_dict()
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in own.items()}
 
 
-def _pack(tensors: Mapping[str, torch.Tensor], card: Card) -> bytes:
-    data: bytes = to_safetensors(dict(tensors), metadata={"wholegrad": card.to_json()})
+def _pack(tensors: Mapping[str, torch.Tensor], card: Card, state: Mapping[str, Any] | None = None) -> bytes:
+    metadata = {"wholegrad": card.to_json(), **({} if state is None else {"state": json.dumps(state)})}
+    data: bytes = to_safetensors(dict(tensors), metadata=metadata)
     return data
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], Card]:
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], Card, dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(str(path), "no such file", "check the path")
     try:
         with safe_open(str(path), framework="pt") as file:
-            card = Card(**json.loads((file.metadata() or {})["wholegrad"]))
-            return {name: file.get_tensor(name) for name in file.keys()}, card  # noqa: SIM118 (not a dict)
+            metadata = file.metadata() or {}
+            card, state = Card(**json.loads(metadata["wholegrad"])), json.loads(metadata.get("state", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, card, state  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         cause = f"is not a weights file of wholegrad ({type(error).__name__})"
         raise ConfigError(str(path), cause, "use one that wholegrad train wrote") from error
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    model = without_normalization(model)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(wanted.keys() | given.keys()):

@@ -1,0 +1,108 @@
+"""The plans of a run, one for each size of image, and the same ones when the run is resumed.
+
+A plan depends on the memory that is left, and with it the order in which sums are rounded. So that a resumed run ends
+with the bits of an unbroken one, what is left is decided once, at the run's start: budget, threads and what the process
+held then are saved in ``run.json``, and plans are made for the room that follows from them, in whole steps of ``STEP``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import wholegrad as wg
+from wholegrad.api import budget_bytes
+from wholegrad.errors import BudgetError, ConfigError
+from wholegrad.losses import Loss
+from wholegrad.plan.memory import LIBRARIES
+from wholegrad.plan.plan import Room
+from wholegrad.plan.storage import NARROW
+from wholegrad.run.process import has_run, resident
+from wholegrad.train.cases import Readers
+from wholegrad.train.metrics import METRICS
+from wholegrad.train.tables import TrainConfig
+
+STEP = 64 << 20  # bytes in which room is counted
+GROWTH = 64 << 20  # bytes by which a process may come to hold more than at the start of its run
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a run decided at its start.
+
+    Attributes:
+        budget: bytes of the process's peak.
+        held: bytes that the process held, and libraries will.
+        threads: of PyTorch.
+    """
+
+    budget: int
+    held: int
+    threads: int
+
+    @staticmethod
+    def now(train: TrainConfig) -> Conditions:
+        """Of a run that starts."""
+        held = resident() + LIBRARIES // (4 if has_run() else 1)
+        return Conditions(budget_bytes(train.budget), held, torch.get_num_threads())
+
+    def room(self, cache_bytes: int) -> int:
+        """Bytes for a plan beside readers that keep so many, in whole steps; less than one step where it is tight."""
+        left = self.budget - self.held - GROWTH - cache_bytes
+        return left // STEP * STEP if left >= STEP else left
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def read(path: Path) -> Conditions:
+        """Those that ``to_json`` wrote.
+
+        Raises:
+            ConfigError: something else is in the file.
+        """
+        try:
+            return Conditions(**{k: int(v) for k, v in json.loads(path.read_text()).items()})
+        except (OSError, ValueError, TypeError, AttributeError):
+            raise ConfigError(str(path), "is not what a run saved", "restore it, or start the run anew") from None
+
+
+class Plans:
+    """Plans by size of image and readers' memory; each is made once, since capture and planning take seconds."""
+
+    def __init__(self, train: TrainConfig, conditions: Conditions) -> None:
+        self.train, self.conditions = train, conditions
+        self.made: dict[tuple[tuple[int, ...], int], wg.Plan] = {}
+
+    def budget(self, readers: Readers) -> int:
+        """What to hand to ``plan`` or ``measure`` for these readers."""
+        held = resident() + LIBRARIES // (4 if has_run() else 1)
+        caches = readers.slide.cache_bytes + readers.mask.cache_bytes
+        room = self.conditions.room(caches)
+        left = self.conditions.budget - held - caches
+        return Room(room) if 0 < room <= left else self.conditions.budget  # grown beyond what was allowed for
+
+    def of(self, model: nn.Module, loss_fn: Loss, readers: Readers) -> tuple[wg.Plan, bool]:
+        """The plan for a step on these readers, and whether it is new.
+
+        Raises:
+            BudgetError: none fits.
+        """
+        key = (readers.slide.shape, readers.slide.cache_bytes + readers.mask.cache_bytes)
+        if key in self.made:
+            return self.made[key], False
+        dtype = NARROW.get(self.train.boundary_dtype or "")
+        slide, mask = readers
+        try:
+            made = wg.plan(
+                model, loss_fn, slide, mask, budget=self.budget(readers), metrics=METRICS, boundary_dtype=dtype
+            )
+        except BudgetError:  # tight: without the allowance for growth
+            budget = self.conditions.budget
+            made = wg.plan(model, loss_fn, slide, mask, budget=budget, metrics=METRICS, boundary_dtype=dtype)
+        self.made[key] = made
+        return made, True
