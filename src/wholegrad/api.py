@@ -26,7 +26,8 @@ from wholegrad.plan.planner import Request, check_elements, make_plan
 from wholegrad.plan.storage import NARROW
 from wholegrad.run import process
 from wholegrad.run.blocks import drop_blocks
-from wholegrad.run.executor import Executor, ProgressFn, Sink
+from wholegrad.run.executor import Executor, ProgressFn
+from wholegrad.run.sink import Sink
 from wholegrad.run.sources import model_dtype, raw_images
 from wholegrad.run.store import check_space
 from wholegrad.run.workers import default_workers

@@ -73,8 +73,9 @@ def backward_seconds(
 def _multiplying(macs: Sequence[float], how: Inlined, rows: AxisTiles, cols: AxisTiles) -> tuple[float, float]:
     """Seconds of multiply-adds by the library and by the project's own kernels."""
     work = [0.0, 0.0]
-    for i in how.nodes:
-        work[_own(how, i)] += macs[i] * rows.total.get(i, 0) * cols.total.get(i, 0)
+    for index in how.nodes:
+        for i in how.runs(index):
+            work[_own(how, i)] += macs[i] * rows.total.get(i, 0) * cols.total.get(i, 0)
     return work[0] * SECONDS_PER_MAC, work[1] * THIN_SECONDS_PER_MAC
 
 

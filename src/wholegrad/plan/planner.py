@@ -271,7 +271,7 @@ class _Search:
     def how(self, segment: Segment) -> Inlined:
         """What of a segment is computed where it is read."""
         if segment not in self.inlined:
-            self.inlined[segment] = inline(self.graph, segment, self.request.raw)
+            self.inlined[segment] = inline(self.graph, segment, self.request.raw, not self.request.backward)
         return self.inlined[segment]
 
     def axis(self, segment: Segment, role: Role, tile: int) -> AxisTiles:
