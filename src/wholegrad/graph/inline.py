@@ -61,6 +61,12 @@ class Inlined:
         """The nodes that run where this one of ``nodes`` does."""
         return self.strip.nodes if self.strip is not None and self.strip.out.node == index else (index,)
 
+    def pixel_bytes(self, graph: Graph, index: int) -> int:
+        """Bytes of a pixel of the largest map that a node makes."""
+        as_bytes = self.strip is not None and self.strip.as_bytes and self.strip.out.node == index
+        specs = graph.nodes[index].outputs
+        return max(spec.pixel_bytes // (spec.dtype.itemsize if as_bytes else 1) for spec in specs)
+
     def reads(self, graph: Graph, index: int) -> tuple[Ref, ...]:
         """Every value that a node takes when it runs."""
         node = graph.nodes[index]
@@ -73,17 +79,25 @@ class Inlined:
         return reading.leaves if reading else node.operands
 
 
-def inline(graph: Graph, segment: Segment, raw: frozenset[Ref] = frozenset(), strips: bool = False) -> Inlined:
+def inline(
+    graph: Graph,
+    segment: Segment,
+    raw: frozenset[Ref] = frozenset(),
+    strips: bool = False,
+    as_bytes: frozenset[Ref] = frozenset(),
+) -> Inlined:
     """Decide it for one segment.
 
     Args:
         raw: the images whose pixels are 8-bit fractions of 255.
         strips: whether convolutions may run strip by strip: where no gradient is wanted.
+        as_bytes: outputs that a strip may store as bytes.
     """
     how = _Inliner(graph, segment, raw).run()
     found = find(graph, segment, how) if strips else None
     if found is None:
         return how
+    found = replace(found, as_bytes=found.out in as_bytes)
     return replace(how, nodes=tuple(i for i in how.nodes if i not in found.inside), strip=found)
 
 

@@ -39,12 +39,14 @@ class Strip:
         out: the output that the result is, cropped.
         inside: the nodes that do not run by themselves: all but that of ``out``.
         edges: rows of a strip and columns of a panel, of the result.
+        as_bytes: whether a mask is stored instead of the result.
     """
 
     nodes: tuple[int, ...]
     out: Ref
     inside: frozenset[int]
     edges: tuple[int, int]
+    as_bytes: bool = False
 
     @property
     def last(self) -> int:

@@ -94,7 +94,7 @@ def _making(graph: Graph, segment: Segment, how: Inlined, rows: AxisTiles, cols:
     summed = [graph.nodes[i].operands[0].node for i in segment.reductions if i not in how.sums]
     total = 0.0
     for i in (*how.nodes, *(ref.node for ref in segment.outputs), *summed):
-        pixel = max(spec.pixel_bytes for spec in graph.nodes[i].outputs)
+        pixel = how.pixel_bytes(graph, i)
         rate = THIN_SECONDS_PER_BYTE if _own(how, i) else SECONDS_PER_BYTE
         if rows.largest.get(i, 0) * cols.largest.get(i, 0) * pixel >= LARGE:
             rate += SECONDS_PER_FRESH_BYTE

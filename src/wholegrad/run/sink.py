@@ -25,6 +25,11 @@ class Sink:
     make: Callable[[torch.Tensor], torch.Tensor] | None = None
     store: Program | None = None
 
+    @property
+    def masks(self) -> bool:
+        """Whether a kernel may store bytes instead of the output's values."""
+        return self.store is not None and self.store.mask
+
     def made(self, value: torch.Tensor) -> torch.Tensor:
         """What ``take`` gets for this value."""
         return value if self.make is None else self.make(value)

@@ -17,7 +17,7 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-AHEAD = 4  # results that may wait beyond the tiles being run
+AHEAD = 1  # results that may wait beyond the tiles being run
 
 
 def default_workers() -> int:
