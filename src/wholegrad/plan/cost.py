@@ -108,7 +108,10 @@ def _reading(graph: Graph, segment: Segment, how: Inlined, rows: AxisTiles, cols
     for ref in segment.maps:
         pixel, item = graph.spec(ref).pixel_bytes, graph.spec(ref).dtype.itemsize
         size = pixel // item if ref in how.raw else pixel
-        total += rows.total.get(ref.node, 0) * cols.total.get(ref.node, 0) * size * SECONDS_PER_BYTE
+        area = rows.largest.get(ref.node, 0) * cols.largest.get(ref.node, 0)
+        fresh = ref in how.raw and area * size >= LARGE
+        rate = SECONDS_PER_BYTE + (SECONDS_PER_FRESH_BYTE if fresh else 0.0)
+        total += rows.total.get(ref.node, 0) * cols.total.get(ref.node, 0) * size * rate
         if graph.nodes[ref.node].kind in READERS:
             total += pixel // item * rows.total.get(ref.node, 0) * cols.count * SECONDS_PER_ROW
     return total
