@@ -26,7 +26,8 @@ from wholegrad.plan.planner import Request, check_elements, make_plan
 from wholegrad.plan.storage import NARROW
 from wholegrad.run import process
 from wholegrad.run.blocks import drop_blocks
-from wholegrad.run.executor import Executor, ProgressFn, Sink
+from wholegrad.run.executor import Executor, ProgressFn
+from wholegrad.run.sink import Sink
 from wholegrad.run.sources import model_dtype, raw_images
 from wholegrad.run.store import check_space
 from wholegrad.run.workers import default_workers
@@ -435,7 +436,8 @@ def run_outputs(
     graph = _capture(model, None, inputs, None)
     taken = dict(sinks(graph))
     request, held = _request(graph, inputs, budget, False, tuple(taken)), sink_bytes()
-    request = replace(request, tile=tile, sink_bytes=held[0], sink_held=held[1])
+    masks = frozenset(ref for ref, sink in taken.items() if sink.masks)
+    request = replace(request, tile=tile, sink_bytes=held[0], sink_held=held[1], as_bytes=masks)
     made = make_plan(graph, request)
     check_elements(made)
     tensors = joint_tensors(model, None, None)

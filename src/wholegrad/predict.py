@@ -24,9 +24,11 @@ from wholegrad.errors import ConfigError, ShapeError
 from wholegrad.given import given
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Graph, Ref, Spec
+from wholegrad.kernels.expression import Leaf, Program, Step
 from wholegrad.outputs import Depth, Kind, Paths, Result, Several, checked_paths, open_outputs
 from wholegrad.plan.boundaries import storable
-from wholegrad.run.executor import ProgressFn, Sink
+from wholegrad.run.executor import ProgressFn
+from wholegrad.run.sink import Sink
 from wholegrad.run.sources import model_dtype
 from wholegrad.slide.bigtiff import PartialFile
 from wholegrad.slide.outlines import OutlineOptions
@@ -136,8 +138,13 @@ def decide(logits: torch.Tensor, kind: Kind, threshold: float) -> torch.Tensor:
     if kind == "probability":
         return (torch.sigmoid(logits) if logits.shape[0] == 1 else torch.softmax(logits, 0)).float()
     if logits.shape[0] == 1:
-        return _above(logits, math.log(threshold / (1 - threshold)))
+        return _above(logits, _edge(threshold))
     return logits.argmax(0, keepdim=True).to(torch.uint8)
+
+
+def _edge(threshold: float) -> float:
+    """The logit of a probability."""
+    return math.log(threshold / (1 - threshold))
 
 
 def _above(logits: torch.Tensor, edge: float) -> torch.Tensor:
@@ -204,7 +211,7 @@ def predict(
         names = ClassNames.of(classes, max(1, spec.shape[1] - 1) if len(spec.shape) == 4 else 1)
         writer = _writer(paths, spec, kind, partial(_result, image, names, depth, outlines, first.shape))
         writers.append(writer)
-        return {graph.outputs[0]: lambda box, value: writer.take(box, _as_array(writer, value, kind, threshold))}
+        return {graph.outputs[0]: _sink(writer, spec, kind, threshold)}
 
     try:
         with torch.no_grad():
@@ -224,11 +231,19 @@ def _held(kind: Kind, writers: Sequence[_Bands]) -> tuple[int, int]:
     return 4 if kind == "mask" else 16, sum(writer.held_bytes for writer in writers)
 
 
-def _as_array(writer: _Bands, value: torch.Tensor, kind: Kind, threshold: float) -> Array:
-    found = decide(value[0], kind, threshold)
-    if writer.dtype == np.uint8 and kind == "probability":
-        found = (found * 255).round().to(torch.uint8)
-    return (found.float() if found.dtype == torch.bfloat16 else found).numpy()
+def _sink(writer: _Bands, spec: Spec, kind: Kind, threshold: float) -> Sink:
+    """What makes of logits what was asked for, and hands it to ``writer``."""
+
+    def make(logits: torch.Tensor) -> torch.Tensor:
+        found = decide(logits[0], kind, threshold)[None]
+        if writer.dtype == np.uint8 and kind == "probability":
+            found = (found * 255).round().to(torch.uint8)
+        return found.float() if found.dtype == torch.bfloat16 else found
+
+    store = None
+    if kind == "mask" and spec.shape[1] == 1:
+        store = Program((Leaf(),), (Step("gt", (0,), (_edge(threshold),)),))
+    return Sink(lambda box, found: writer.take(box, found[0].numpy()), make, store)
 
 
 def _numpy_dtype(dtype: torch.dtype) -> Any:

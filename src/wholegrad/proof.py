@@ -17,8 +17,8 @@ from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.rules.reduction import gather
 from wholegrad.plan.boundaries import candidates, storable
 from wholegrad.plan.plan import Plan
-from wholegrad.run.executor import Sink
 from wholegrad.run.reference import Reference, buffers, gradients, named, parts, whole_image
+from wholegrad.run.sink import Sink
 
 ZERO = 1e-10  # float64: a gradient of this share of its module's largest is rounding
 LARGE = 768 * 768  # pixels above which no tile is the whole image
@@ -134,7 +134,7 @@ def _into(whole: torch.Tensor) -> Sink:
         rows, cols = box.slices()
         whole[..., rows, cols] = value
 
-    return take
+    return Sink(take)
 
 
 def scales(wanted: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -9,7 +9,7 @@ that nobody inlines run as chains: one pass forward, one back. Everything else r
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from wholegrad.graph.programs import OPS, REALS, Build, Scope, Stop, planar_layo
 from wholegrad.graph.rules.base import bind
 from wholegrad.graph.rules.reduction import SumOrMean
 from wholegrad.graph.segment import Segment, reduction_rule
+from wholegrad.graph.strips import Strip, find
 from wholegrad.kernels.choice import THIN, suits
 from wholegrad.kernels.expression import IDENTITY, MAP, Leaf
 from wholegrad.kernels.host import host
@@ -45,6 +46,7 @@ class Inlined:
         chains: of pointwise nodes by index: what computes them.
         sums: of reductions by index: what computes their terms.
         raw: images that are read as the bytes that they are; those in ``floats`` are wanted as floats too.
+        strip: convolutions that run together where ``nodes`` has the strip's output, if any.
     """
 
     nodes: tuple[int, ...]
@@ -53,19 +55,50 @@ class Inlined:
     sums: dict[int, Reading]
     raw: frozenset[Ref]
     floats: frozenset[Ref]
+    strip: Strip | None = None
+
+    def runs(self, index: int) -> tuple[int, ...]:
+        """The nodes that run where this one of ``nodes`` does."""
+        return self.strip.nodes if self.strip is not None and self.strip.out.node == index else (index,)
+
+    def pixel_bytes(self, graph: Graph, index: int) -> int:
+        """Bytes of a pixel of the largest map that a node makes."""
+        as_bytes = self.strip is not None and self.strip.as_bytes and self.strip.out.node == index
+        specs = graph.nodes[index].outputs
+        return max(spec.pixel_bytes // (spec.dtype.itemsize if as_bytes else 1) for spec in specs)
 
     def reads(self, graph: Graph, index: int) -> tuple[Ref, ...]:
         """Every value that a node takes when it runs."""
         node = graph.nodes[index]
+        if self.strip is not None and index == self.strip.out.node:
+            weights = (ref for i in self.strip.nodes for ref in graph.nodes[i].operands[1:])
+            return (*self.strip.leaves(self), *weights)
         if index in self.convolutions:
             return (*self.convolutions[index].leaves, *node.operands[1:])
         reading = self.chains.get(index) or self.sums.get(index)
         return reading.leaves if reading else node.operands
 
 
-def inline(graph: Graph, segment: Segment, raw: frozenset[Ref] = frozenset()) -> Inlined:
-    """Decide it for one segment; ``raw`` are the images whose pixels are 8-bit fractions of 255."""
-    return _Inliner(graph, segment, raw).run()
+def inline(
+    graph: Graph,
+    segment: Segment,
+    raw: frozenset[Ref] = frozenset(),
+    strips: bool = False,
+    as_bytes: frozenset[Ref] = frozenset(),
+) -> Inlined:
+    """Decide it for one segment.
+
+    Args:
+        raw: the images whose pixels are 8-bit fractions of 255.
+        strips: whether convolutions may run strip by strip: where no gradient is wanted.
+        as_bytes: outputs that a strip may store as bytes.
+    """
+    how = _Inliner(graph, segment, raw).run()
+    found = find(graph, segment, how) if strips else None
+    if found is None:
+        return how
+    found = replace(found, as_bytes=found.out in as_bytes)
+    return replace(how, nodes=tuple(i for i in how.nodes if i not in found.inside), strip=found)
 
 
 class _Inliner:

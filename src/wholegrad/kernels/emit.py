@@ -142,6 +142,16 @@ class Code:
         name = f"@llvm.masked.store.{self.suffix}.p0"
         self.do(f"call void {name}({self.vector} {value}, ptr {pointer}, i32 {self.bytes}, <{self.lanes} x i1> {mask})")
 
+    def store_mask(self, values: str, pointer: str, mask: str = "") -> None:
+        """A byte for each lane, 1 where ``values``, a mask, is on; only where the other mask is on, if there is one."""
+        kind = f"<{self.lanes} x i8>"
+        found = self.set(f"zext <{self.lanes} x i1> {values} to {kind}")
+        if not mask:
+            self.do(f"store {kind} {found}, ptr {pointer}, align 1")
+            return
+        name = f"@llvm.masked.store.v{self.lanes}i8.p0"
+        self.do(f"call void {name}({kind} {found}, ptr {pointer}, i32 1, <{self.lanes} x i1> {mask})")
+
     # Vectors
 
     def _spread(self, kind: str, value: Value) -> str:

@@ -55,6 +55,11 @@ class Program(NamedTuple):
         """The leaves whose derivatives are wanted."""
         return tuple(i for i, leaf in enumerate(self.leaves) if leaf.grad)
 
+    @property
+    def mask(self) -> bool:
+        """Whether the last value is a mask: it is stored as bytes, 0 or 1."""
+        return bool(self.steps) and self.steps[-1].op in MASKS
+
     def cost(self) -> int:
         """Instructions for a vector, about."""
         return sum(COSTS.get(step.op, 1) for step in self.steps)

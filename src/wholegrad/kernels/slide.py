@@ -3,7 +3,8 @@
 A block is some output channels x rows x column phases x vectors. Each row of the (staged) input that it needs is loaded
 once for all its output rows and channels; each weight is spread over a vector's lanes once for all its vectors.
 What is staged may be computed on the way (``parts``), and outputs may be multiplied by a derivative as they are stored
-(``factor``), so that activations before a convolution cost no map of their own, neither forward nor backward.
+(``factor``), so that activations before a convolution cost no map of their own, neither forward nor backward. Or a
+program is computed of each output (``store``): a mask of logits is stored as bytes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Shape(NamedTuple):
         residue: 0 unless ``transposed``.
         parts: how the input's channels are had; a tensor as it is where empty.
         factor: outputs are multiplied by its derivative with respect to its one wanted leaf.
+        store: what is made of an output, its only leaf, as it is stored.
     """
 
     inputs: int
@@ -50,6 +52,12 @@ class Shape(NamedTuple):
     real: str
     parts: tuple[Part, ...] = ()
     factor: Program | None = None
+    store: Program | None = None
+
+    @property
+    def bytes(self) -> bool:
+        """Whether outputs are stored as bytes."""
+        return self.store is not None and self.store.mask
 
     def axes(self) -> tuple[Axis, Axis]:
         rows, cols = (
@@ -235,9 +243,10 @@ class _Writer:
     def _put(self, channel: Value, y: Value, x: str, values: dict[tuple[int, int], str]) -> None:
         code, arg, phases = self.code, self.arg, self.cols.targets
         n, v = code.lanes, len(values) // phases
-        row = code.at(code.at("%out", code.mul(arg["out_channel"], channel)), code.mul(y, arg["out_pitch"]))
+        kind = "i8" if self.shape.bytes else None
+        row = code.at("%out", code.add(code.mul(arg["out_channel"], channel), code.mul(y, arg["out_pitch"])), kind)
         column = code.mul(x, phases)
-        pointer = code.at(row, column)
+        pointer = code.at(row, column, kind)
         vectors = [each for k in range(v) for each in code.interleave([values[p, k] for p in range(phases)])]
         left = code.sub(arg["out_width"], column)
         whole = code.set(f"icmp sge i64 {left}, {len(vectors) * n}")
@@ -250,10 +259,20 @@ class _Writer:
             slope = evaluate(code, factor, line.vectors(place, mask), factor.wanted[0]).slope
             return code.real2("fmul", each, slope) if slope else "zeroinitializer"
 
+        def put(each: str, place: int, mask: str = "") -> None:
+            value, to = scaled(each, place, mask), code.at(pointer, place, kind)
+            if self.shape.store is not None:
+                value = evaluate(code, self.shape.store, [value]).value
+            if kind:
+                code.store_mask(value, to, mask)
+            elif mask:
+                code.store_where(mask, value, to)
+            else:
+                code.store(value, to)
+
         with code.when(whole):
             for i, each in enumerate(vectors):
-                code.store(scaled(each, i * n), code.at(pointer, i * n))
+                put(each, i * n)
         with code.unless(whole):
             for i, each in enumerate(vectors):
-                mask = code.lanes_within(0, code.sub(left, i * n))
-                code.store_where(mask, scaled(each, i * n, mask), code.at(pointer, i * n))
+                put(each, i * n, code.lanes_within(0, code.sub(left, i * n)))

@@ -267,6 +267,7 @@ def declarations(real: str, lanes: int) -> str:
             f"declare {vector} @llvm.masked.load.{code.suffix}.p0(ptr, i32 immarg, {mask}, {vector})",
             f"declare {small} @llvm.masked.load.v{lanes}i8.p0(ptr, i32 immarg, {mask}, {small})",
             f"declare void @llvm.masked.store.{code.suffix}.p0({vector}, ptr, i32 immarg, {mask})",
+            f"declare void @llvm.masked.store.v{lanes}i8.p0({small}, ptr, i32 immarg, {mask})",
             "declare void @llvm.prefetch.p0(ptr, i32 immarg, i32 immarg, i32 immarg)",
             "declare i64 @llvm.smin.i64(i64, i64)",
             "declare i64 @llvm.smax.i64(i64, i64)",

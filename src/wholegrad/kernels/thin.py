@@ -74,11 +74,11 @@ def _mixed(x: torch.Tensor | Mixed) -> Mixed:
     return x if isinstance(x, Mixed) else Mixed((Part(IDENTITY, x.shape[1]),), (x,))
 
 
-def _kernel_parts(x: Mixed) -> tuple[Part, ...]:
+def kernel_parts(parts: tuple[Part, ...]) -> tuple[Part, ...]:
     """The parts as a kernel is compiled for them: none where a tensor is taken as it is."""
-    if len(x.parts) == 1 and x.parts[0].program.plain:
+    if len(parts) == 1 and parts[0].program.plain:
         return ()
-    return tuple(Part(_without_grad(part.program), part.channels) for part in x.parts)
+    return tuple(Part(_without_grad(part.program), part.channels) for part in parts)
 
 
 def _without_grad(program: Program) -> Program:
@@ -107,7 +107,7 @@ def forward(
     high = (height + padding[0] + padding[1] - dilation[0] * (k - 1) - 1) // stride[0] + 1
     wide = (width + padding[2] + padding[3] - dilation[1] * (l - 1) - 1) // stride[1] + 1
     real = REAL[weight.dtype]
-    shape = slide.Shape(inputs, outputs, (k, l), stride, dilation, False, (0, 0), real, _kernel_parts(x))
+    shape = slide.Shape(inputs, outputs, (k, l), stride, dilation, False, (0, 0), real, kernel_parts(x.parts))
     return _slide(shape, x, weight, bias, (high, wide), (padding[0], padding[2]), factor)
 
 
@@ -129,7 +129,7 @@ def input_gradient(
     grad = _mixed(grad)
     residue = (padding[0] % stride[0], padding[2] % stride[1])
     real = REAL[weight.dtype]
-    shape = slide.Shape(outputs, inputs, (k, l), stride, dilation, True, residue, real, _kernel_parts(grad))
+    shape = slide.Shape(outputs, inputs, (k, l), stride, dilation, True, residue, real, kernel_parts(grad.parts))
     return _slide(shape, grad, weight.transpose(0, 1), bias, input_size, (padding[0], padding[2]), factor)
 
 
@@ -153,7 +153,7 @@ def weight_gradient(
     grad, x = _mixed(grad), _mixed(x)
     outputs, inputs = grad.shape[1], x.shape[1]
     shape = correlate.Shape(
-        inputs, outputs, kernel, stride, dilation, REAL[dtype], _kernel_parts(x), _kernel_parts(grad),
+        inputs, outputs, kernel, stride, dilation, REAL[dtype], kernel_parts(x.parts), kernel_parts(grad.parts),
         "" if sums is None else sums.of,
     )  # fmt: skip
     kernel_found = _correlate_kernel(shape)
@@ -161,7 +161,7 @@ def weight_gradient(
     added = torch.zeros((max(outputs, inputs), kernel_found.lanes), dtype=torch.float64)
     if prod(grad.shape) and prod(x.shape):
         plan = _correlate_plan(shape, x.shape[2:], grad.shape[2:], padding)
-        memory = _scratch(plan.bytes)
+        memory = scratch(plan.bytes)
         of_x, of_grad = x.table, grad.table
         for n in range(x.shape[0]):
             kernel_found.call(
@@ -223,15 +223,14 @@ def _slide(
     """``weight`` is ``(outputs, inputs, k, l)`` whichever way the window slides; ``lead`` is the padding before."""
     if factor is not None:
         shape = shape._replace(factor=factor.parts[0].program)
-    kernel = _slide_kernel(shape)
+    kernel = slide_kernel(shape)
     out = torch.empty((x.shape[0], shape.outputs, *size), dtype=weight.dtype)
     if out.numel() == 0:
         return out
-    parts = [weight[g : g + kernel.block.channels].permute(1, 2, 3, 0) for g in kernel.block.groups(shape.outputs)]
-    packed = (torch.stack(parts) if len(parts) > 1 else parts[0]).contiguous()
-    added = _zeros(shape.outputs, weight.dtype) if bias is None else bias.contiguous()
-    plan = _slide_plan(shape, x.shape[2:], size, lead)
-    memory = _scratch(plan.bytes)
+    packed = packed_weight(weight, kernel.block)
+    added = zeros(shape.outputs, weight.dtype) if bias is None else bias.contiguous()
+    plan = slide_plan(shape, x.shape[2:], size, lead, (size[0] * size[1], size[1]))
+    memory = scratch(plan.bytes)
     given, scaled = x.table, None if factor is None else factor.table
     for n in range(x.shape[0]):
         to = out.data_ptr() + n * out.stride(0) * out.element_size()
@@ -240,6 +239,12 @@ def _slide(
             plan.sizes, given.of(n), packed.data_ptr(), added.data_ptr(), to, by, memory + plan.starts[0], memory
         )
     return out
+
+
+def packed_weight(weight: torch.Tensor, block: slide.Block) -> torch.Tensor:
+    """``(outputs, inputs, k, l)`` as the kernel reads it: for each group of output channels, these last."""
+    parts = [weight[g : g + block.channels].permute(1, 2, 3, 0) for g in block.groups(weight.shape[0])]
+    return (torch.stack(parts) if len(parts) > 1 else parts[0]).contiguous()
 
 
 class _SlideKernel(NamedTuple):
@@ -255,7 +260,7 @@ class _CorrelateKernel(NamedTuple):
 
 @cache
 @clock.timed("preparing", "machine code")
-def _slide_kernel(shape: slide.Shape) -> _SlideKernel:
+def slide_kernel(shape: slide.Shape) -> _SlideKernel:
     machine = _machine()
     call = function(slide.write(shape, machine), "slide", slide.POINTERS)
     return _SlideKernel(call, slide.block(shape, machine), machine.lanes(shape.real))
@@ -295,8 +300,14 @@ def _notes(channels: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _slide_plan(shape: slide.Shape, given: Pair, size: Pair, lead: Pair) -> _Plan:
-    kernel, (rows, cols) = _slide_kernel(shape), shape.axes()
+def slide_plan(shape: slide.Shape, given: Pair, size: Pair, lead: Pair, steps: Pair) -> _Plan:
+    """What the kernel is told of an input of size ``given`` and an output of ``size``.
+
+    Args:
+        lead: the padding before the input, rows and columns.
+        steps: elements from channel to channel of the output, and from row to row.
+    """
+    kernel, (rows, cols) = slide_kernel(shape), shape.axes()
     item = 4 if shape.real == "float" else 8
     starts = [
         lead[i] // shape.stride[i] + each.lead if shape.transposed else -lead[i] for i, each in enumerate((rows, cols))
@@ -307,7 +318,7 @@ def _slide_plan(shape: slide.Shape, given: Pair, size: Pair, lead: Pair) -> _Pla
     step = kernel.block.rows
     band = min(ceil(max(1, BAND_BYTES // row_bytes - rows.reach) / step), ceil(many / step)) * step
     channel = (band + rows.reach) * rows.sources * cols.sources * places
-    values = (*given, *size, size[0] * size[1], size[1], *starts, many, wide, band, places, channel)
+    values = (*given, *size, *steps, *starts, many, wide, band, places, channel)
     first = _notes(shape.inputs)
     sizes = (ctypes.c_int64 * len(slide.SIZES))(*values)
     return _Plan(sizes, first + shape.inputs * channel * item, (first,))
@@ -350,11 +361,11 @@ def _columns_adjacent(x: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
+def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(count, dtype=dtype)
 
 
-def _scratch(size: int) -> int:
+def scratch(size: int) -> int:
     """The address of ``size`` bytes of this thread's own, at a multiple of 64, valid until the thread asks again."""
     memory: torch.Tensor | None = getattr(_own, "memory", None)
     if memory is None or memory.numel() < size + 64:

@@ -73,8 +73,9 @@ def backward_seconds(
 def _multiplying(macs: Sequence[float], how: Inlined, rows: AxisTiles, cols: AxisTiles) -> tuple[float, float]:
     """Seconds of multiply-adds by the library and by the project's own kernels."""
     work = [0.0, 0.0]
-    for i in how.nodes:
-        work[_own(how, i)] += macs[i] * rows.total.get(i, 0) * cols.total.get(i, 0)
+    for index in how.nodes:
+        for i in how.runs(index):
+            work[_own(how, i)] += macs[i] * rows.total.get(i, 0) * cols.total.get(i, 0)
     return work[0] * SECONDS_PER_MAC, work[1] * THIN_SECONDS_PER_MAC
 
 
@@ -93,7 +94,7 @@ def _making(graph: Graph, segment: Segment, how: Inlined, rows: AxisTiles, cols:
     summed = [graph.nodes[i].operands[0].node for i in segment.reductions if i not in how.sums]
     total = 0.0
     for i in (*how.nodes, *(ref.node for ref in segment.outputs), *summed):
-        pixel = max(spec.pixel_bytes for spec in graph.nodes[i].outputs)
+        pixel = how.pixel_bytes(graph, i)
         rate = THIN_SECONDS_PER_BYTE if _own(how, i) else SECONDS_PER_BYTE
         if rows.largest.get(i, 0) * cols.largest.get(i, 0) * pixel >= LARGE:
             rate += SECONDS_PER_FRESH_BYTE
@@ -107,7 +108,10 @@ def _reading(graph: Graph, segment: Segment, how: Inlined, rows: AxisTiles, cols
     for ref in segment.maps:
         pixel, item = graph.spec(ref).pixel_bytes, graph.spec(ref).dtype.itemsize
         size = pixel // item if ref in how.raw else pixel
-        total += rows.total.get(ref.node, 0) * cols.total.get(ref.node, 0) * size * SECONDS_PER_BYTE
+        area = rows.largest.get(ref.node, 0) * cols.largest.get(ref.node, 0)
+        fresh = ref in how.raw and area * size >= LARGE
+        rate = SECONDS_PER_BYTE + (SECONDS_PER_FRESH_BYTE if fresh else 0.0)
+        total += rows.total.get(ref.node, 0) * cols.total.get(ref.node, 0) * size * rate
         if graph.nodes[ref.node].kind in READERS:
             total += pixel // item * rows.total.get(ref.node, 0) * cols.count * SECONDS_PER_ROW
     return total

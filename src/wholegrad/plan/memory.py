@@ -61,6 +61,9 @@ class _Tile:
     def __init__(self, graph: Graph, segment: Segment, how: Inlined, rows: AxisTiles, cols: AxisTiles) -> None:
         self.graph, self.segment, self.how = graph, segment, how
         self.sizes = {i: node_bytes(graph, i, rows, cols) for i in (*how.nodes, *(ref.node for ref in segment.maps))}
+        if how.strip is not None:
+            out = how.strip.out.node
+            self.sizes[out] = rows.largest.get(out, 0) * cols.largest.get(out, 0) * how.pixel_bytes(graph, out)
         for ref in how.raw:
             if ref.node in self.sizes:
                 floats, spec = self.sizes[ref.node], graph.spec(ref)

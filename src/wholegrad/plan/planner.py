@@ -28,6 +28,7 @@ from wholegrad.plan.tiles import AxisTiles, axis_tiles
 
 ELEMENT_LIMIT = 2**31  # rule 8
 TILE_EDGES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+WIDE_EDGES = (8192, 16384)  # also columns of a tile where no gradient is wanted: few of its maps are held whole
 HIGHEST = 2048  # rows of a tile; wide ones are read faster
 COARSE_EDGES = (64, 256, 512, 1024)  # while boundaries are being chosen
 LOOKED_AT = 8  # boundaries weighed anew at each step
@@ -63,6 +64,7 @@ class Request:
     boundary_dtype: torch.dtype | None = None
     sink_bytes: int = 0  # what sinks hold, in bytes for each pixel of one row of tiles
     sink_held: int = 0  # bytes that sinks hold beside
+    as_bytes: frozenset[Ref] = frozenset()  # outputs of which masks are stored where a kernel can
     raw: frozenset[Ref] = frozenset()  # images whose pixels are 8-bit fractions of 255
 
 
@@ -265,13 +267,16 @@ class _Search:
             return [self.request.tile]
         spec = self.graph.spec(segment.base)
         edges = self.edges
-        shapes = [(h, w) for h in edges for w in edges if h <= HIGHEST and w in [h << k for k in range(5)]]
+        widths = edges if self.request.backward else edges + WIDE_EDGES
+        shapes = [(h, w) for h in edges for w in widths if h <= HIGHEST and w in [h << k for k in range(5)]]
         return list(dict.fromkeys((min(h, spec.rows), min(w, spec.cols)) for h, w in shapes))
 
     def how(self, segment: Segment) -> Inlined:
         """What of a segment is computed where it is read."""
         if segment not in self.inlined:
-            self.inlined[segment] = inline(self.graph, segment, self.request.raw)
+            self.inlined[segment] = inline(
+                self.graph, segment, self.request.raw, not self.request.backward, self.request.as_bytes
+            )
         return self.inlined[segment]
 
     def axis(self, segment: Segment, role: Role, tile: int) -> AxisTiles:

@@ -34,9 +34,11 @@ from wholegrad.plan.storage import dtype_name, stored_bytes
 from wholegrad.plan.tiles import Tile
 from wholegrad.run import process
 from wholegrad.run.blocks import blocks_of
+from wholegrad.run.sink import Sink
 from wholegrad.run.small import SmallValues
 from wholegrad.run.sources import Source, raw_images
 from wholegrad.run.store import DiskStore, HostStore, MapStore, overflows
+from wholegrad.run.strips import Strips
 from wholegrad.run.tile import Pull, partials, pull_back, run_tile
 from wholegrad.run.workers import in_order
 
@@ -52,7 +54,6 @@ class Progress:
 
 Result = TypeVar("Result")
 ProgressFn = Callable[[Progress], None]
-Sink = Callable[[Box, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -142,16 +143,27 @@ class Executor:
         self._make_room(self.plan.segments[i].working.forward, sizes)
         self.maps.update({ref: self._new_store(ref, self.plan.stored_dtype(ref), zero=False) for ref in kept})
         how = self._how(self.graph, segment)
+        sunk = {ref: self.sinks[ref] for ref in segment.outputs if ref in self.sinks}
+        strips = None
+        if how.strip is not None:
+            out = how.strip.out
+            store = sunk[out].store if out in sunk and out not in kept else None
+            sunk |= {out: replace(sunk[out], make=None)} if store else {}
+            strips = Strips(self.graph, how, self.small.leaf, store)
 
-        def work(tile: Tile) -> tuple[dict[Ref, torch.Tensor], dict[int, State]]:
+        def work(tile: Tile) -> tuple[dict[Ref, torch.Tensor], dict[Ref, torch.Tensor], dict[int, State]]:
             with torch.no_grad():
-                run = run_tile(self.graph, segment, tile, self._fetch, self.small.leaf, False, self.seed, how)
-                outputs = {ref: run.owned[ref] for ref in segment.outputs if ref in run.owned}
-                return outputs, partials(self.graph, segment, run)
+                fetch, small = self._fetch, self.small.leaf
+                run = run_tile(self.graph, segment, tile, fetch, small, False, self.seed, how, strips=strips)
+                outputs = {ref: run.owned[ref] for ref in kept if ref in run.owned}
+                made = {ref: sink.made(run.owned[ref]) for ref, sink in sunk.items() if ref in run.owned}
+                return outputs, made, partials(self.graph, segment, run)
 
-        for tile, (outputs, parts) in self._tiles(i, work, clock.FORWARD):
+        for tile, (outputs, made, parts) in self._tiles(i, work, clock.FORWARD):
             for ref, value in outputs.items():
                 self._keep(ref, tile.owned[ref], value)
+            for ref, value in made.items():
+                self._hand_on(ref, tile.owned[ref], value)
             self._merge(parts, tile)
             self._tick("forward")
         self._finish(segment.reductions)
@@ -185,17 +197,16 @@ class Executor:
             self.blocks.clear()
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
-        path = self.graph.nodes[ref.node].path
-        if ref in self.sinks:
-            with clock.span("writing", "output", path) as span:
-                span.moved(value)
-                self.sinks[ref](box, value)
-        if ref in self.maps:
-            if overflows(value, self.maps[ref].dtype):
-                self._too_large(ref, box, value)
-            with clock.span("writing", "boundary", path) as span:
-                span.moved(value)
-                self.maps[ref].write(box, value)
+        if overflows(value, self.maps[ref].dtype):
+            self._too_large(ref, box, value)
+        with clock.span("writing", "boundary", self.graph.nodes[ref.node].path) as span:
+            span.moved(value)
+            self.maps[ref].write(box, value)
+
+    def _hand_on(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
+        with clock.span("writing", "output", self.graph.nodes[ref.node].path) as span:
+            span.moved(value)
+            self.sinks[ref].take(box, value)
 
     def _merge(self, found: Mapping[int, State], tile: Tile) -> None:
         """Merge a tile's partial results into the totals, in tile order."""
@@ -315,7 +326,7 @@ class Executor:
     def _how(self, graph: Graph, segment: Segment) -> Inlined:
         """What of a segment is computed where it is read."""
         with clock.span("preparing", "what is read as it is computed"):
-            return inline(graph, segment, raw_images(graph, self.sources))
+            return inline(graph, segment, raw_images(graph, self.sources), not self.plan.backward)
 
     def _pull_tile(self, again: Recall, how: Inlined, pull: Pull, fused: bool, tile: Tile) -> _Pulled:
         """Run a tile forward and pull it back; touches nothing that other tiles see."""

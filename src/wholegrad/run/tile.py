@@ -21,6 +21,7 @@ from wholegrad.kernels import pointwise
 from wholegrad.kernels.thin import REAL, Mixed
 from wholegrad.plan.tiles import Tile
 from wholegrad.run.spans import node_span, op_name
+from wholegrad.run.strips import Strips
 
 
 @dataclass
@@ -57,6 +58,7 @@ def run_tile(
     seed: int = 0,
     how: Inlined | None = None,
     shares: Shares = NO_SHARES,
+    strips: Strips | None = None,
 ) -> TileRun:
     """Run the nodes of ``segment`` on ``tile``.
 
@@ -67,15 +69,21 @@ def run_tile(
         seed: of the step, for random ops.
         how: which nodes run, and which are computed where they are read.
         shares: the gradients of each reduction's outputs, as far as they are known.
+        strips: what runs the strip of ``how``, if it has one.
     """
-    return _TileRunner(graph, segment, tile, how or inline(graph, segment), seed, grad).run(fetch, small, shares)
+    return _TileRunner(graph, segment, tile, how or inline(graph, segment), seed, grad, strips).run(
+        fetch, small, shares
+    )
 
 
 class _TileRunner:
     """Runs one tile; ``env`` has the values that are still needed, ``raw`` images as bytes."""
 
-    def __init__(self, graph: Graph, segment: Segment, tile: Tile, how: Inlined, seed: int, grad: bool) -> None:
+    def __init__(
+        self, graph: Graph, segment: Segment, tile: Tile, how: Inlined, seed: int, grad: bool, strips: Strips | None
+    ) -> None:
         self.graph, self.segment, self.tile, self.how, self.seed, self.grad = graph, segment, tile, how, seed, grad
+        self.strips = strips
         self.result = TileRun()
         self.env: dict[Ref, torch.Tensor] = {}
         self.raw: dict[Ref, torch.Tensor] = {}
@@ -150,6 +158,9 @@ class _TileRunner:
 
     def _run_node(self, node: Node) -> tuple[torch.Tensor, ...]:
         box = self.tile.boxes[node.index]
+        if self.how.strip is not None and node.index == self.how.strip.out.node:
+            assert self.strips is not None
+            return (self.strips.run(self.tile.boxes, lambda ref: self._value(ref, None, ref in self.how.raw)),)
         if (chain := self.how.chains.get(node.index)) is not None:
             return (thin.chain(self._mixed(chain, box), node.outputs[0].dtype),)
         wanted = operand_boxes(self.graph, node, box)

@@ -20,6 +20,8 @@ SHORT, LONG, RATIONAL, LONG8, ASCII = 3, 4, 5, 16, 2
 SUB_IFDS = 330
 _FORMATS = {SHORT: "H", LONG: "I", RATIONAL: "I", LONG8: "Q", ASCII: "B"}
 
+BEHIND = 1 << 20  # bytes written at once from which on the disk is set to work meanwhile
+
 Tag = tuple[int, int, Sequence[int]]  # number, type, values (a rational is two values)
 
 
@@ -62,8 +64,16 @@ class PartialFile:
             self._file.seek(offset)
             self._file.write(data)
             self._file.seek(self.end)
+            size = memoryview(data).nbytes
+            if size >= BEHIND:
+                self._write_behind(offset, size)
         except OSError as error:
             raise SlideError(str(self.path), f"cannot be written ({error.strerror})", "free disk space") from error
+
+    def _write_behind(self, offset: int, size: int) -> None:
+        """Have these bytes written to disk meanwhile: ``seal`` waits for the last only, pages serve what follows."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), offset, size, os.POSIX_FADV_DONTNEED)
 
     def seal(self) -> None:
         """Sync and close: all is written but the name."""

@@ -77,6 +77,11 @@ class Convolution(MapRule):
         size = specs[0].rows if role is Role.ROW else specs[0].cols
         return clip(sources(out, *axis) if node.args[6] else window(out, *axis), size)
 
+    def lead(self, node: Node, specs: Sequence[Spec], role: Role, out: Interval, have: Interval) -> int:
+        """Padding before ``have`` of the input, which ``out`` is computed from; transposed: what is cropped."""
+        axis = self._axis(node, specs, role)
+        return out.lo - reach(have, *axis).lo if node.args[6] else have.lo - window(out, *axis).lo
+
     def macs(self, node: Node, specs: Sequence[Spec]) -> float:
         batch, channels = node.outputs[0].shape[:2]
         taps = prod(specs[1].shape[1:])  # (inputs / groups) x kernel area, or its mirror image if transposed
