@@ -18,6 +18,7 @@ from wholegrad.graph.rules import Tile as Place
 from wholegrad.graph.rules.reduction import wide
 from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.kernels import pointwise
+from wholegrad.kernels.choice import THIN
 from wholegrad.kernels.thin import REAL, Mixed
 from wholegrad.plan.tiles import Tile
 from wholegrad.run.spans import node_span, op_name
@@ -124,10 +125,10 @@ class _TileRunner:
             self.env[ref] = _leaf(graph, self.result, ref, small(ref), self.grad)
 
     def _read_by_kernels(self) -> set[Ref]:
+        """The maps that kernels want planar: thin convolutions, sums, and passes over few channels."""
         how = self.how
-        return {
-            ref for table in (how.convolutions, how.chains, how.sums) for each in table.values() for ref in each.leaves
-        }
+        chains = [chain for chain in how.chains.values() if chain.parts[0].channels <= THIN]
+        return {ref for each in (*how.convolutions.values(), *chains, *how.sums.values()) for ref in each.leaves}
 
     def _own(self, ref: Ref) -> None:
         mine = self.tile.owned.get(ref)
@@ -252,8 +253,8 @@ def pull_back(graph: Graph, segment: Segment, run: TileRun, pull: Pull, tile: Ti
             continue
         mine, box, rule = run.owned[ref], tile.owned[ref], reduction_rule(graph, index)
         with torch.no_grad(), clock.span("sums", op_name(node), node.path or "loss"):
-            found = rule.pull(node, graph.spec(ref), mine.detach(), box, pull.totals.get(index, ()), given)
-        grads[ref] = grads[ref] + found if ref in grads else found
+            total = pull.totals.get(index, ())
+            grads[ref] = rule.pull_onto(grads.get(ref), node, graph.spec(ref), mine.detach(), box, total, given)
     if not (grads or run.roots) or not run.leaves:
         return {}
     roots = [run.owned[ref] for ref in grads] + [root for root, _ in run.roots]
