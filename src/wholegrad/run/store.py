@@ -13,7 +13,6 @@ import errno
 import os
 import shutil
 import tempfile
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import prod
@@ -137,6 +136,14 @@ class HostStore(MapStore):
             self._blocks.give(self._block)
 
 
+def _read_at(descriptor: int, run: memoryview, offset: int) -> int:
+    return os.preadv(descriptor, [run], offset)
+
+
+def _write_at(descriptor: int, run: memoryview, offset: int) -> int:
+    return os.pwrite(descriptor, run, offset)
+
+
 class DiskStore(MapStore):
     """A map in an unnamed file of ``folder``: gone with the process, however that ends."""
 
@@ -151,44 +158,44 @@ class DiskStore(MapStore):
                 f"cannot hold a boundary of {self.nbytes} bytes: {error.strerror}",
                 "choose another spill folder or a larger budget",
             ) from error
-        self._lock = threading.Lock()
         self._bits = _BITS[self.dtype.itemsize]  # NumPy knows no bfloat16
 
-    def _offsets(self, box: Box) -> list[tuple[int, int, int]]:
-        """Batch index, row within the box and byte offset of each contiguous run of pixels."""
+    def _runs(self, box: Box, pixels: torch.Tensor) -> list[tuple[memoryview, int]]:
+        """Each run of ``pixels`` that lies in one piece in the file, with its byte offset: a row, or all full rows."""
         n, height, width, channels = self.stored
         step = channels * self.dtype.itemsize
+        whole = pixels.view(self._bits).numpy()
+        if box.width == width:
+            return [(memoryview(whole[i]).cast("B"), (i * height + box.y0) * width * step) for i in range(n)]
         return [
-            (i, y - box.y0, ((i * height + y) * width + box.x0) * step) for i in range(n) for y in range(box.y0, box.y1)
+            (memoryview(whole[i, y - box.y0]).cast("B"), ((i * height + y) * width + box.x0) * step)
+            for i in range(n)
+            for y in range(box.y0, box.y1)
         ]
 
     def read(self, box: Box) -> torch.Tensor:
         result = torch.empty((self.stored[0], box.height, box.width, self.stored[3]), dtype=self.dtype)
-        rows = result.view(self._bits).numpy()
-        for i, y, offset in self._offsets(box):
-            self._each(self._file.readinto, memoryview(rows[i, y]).cast("B"), offset)
+        self._each(_read_at, self._runs(box, result))
         return self._tile(result.to(self.read_dtype))
 
     def write(self, box: Box, tile: torch.Tensor) -> None:
         narrow = self._pixels(tile).to(self.dtype, memory_format=torch.contiguous_format)
-        pixels = narrow.contiguous().view(self._bits).numpy()
-        for i, y, offset in self._offsets(box):
-            self._each(self._file.write, memoryview(pixels[i, y]).cast("B"), offset)
+        self._each(_write_at, self._runs(box, narrow.contiguous()))
 
-    def _each(self, move: Callable[[memoryview], int], row: memoryview, offset: int) -> None:
-        """Read or write all of ``row`` at ``offset``; one thread at a time, since a file has one position."""
-        with self._lock:
-            try:
-                self._file.seek(offset)
-                while row:
-                    count = move(row)
+    def _each(self, move: Callable[[int, memoryview, int], int], runs: list[tuple[memoryview, int]]) -> None:
+        """Read or write every run at its offset."""
+        descriptor = self._file.fileno()
+        try:
+            for run, offset in runs:
+                while run:
+                    count = move(descriptor, run, offset)
                     if not count:
                         raise OSError(errno.EIO, "the file ends early")
-                    row = row[count:]
-            except OSError as error:
-                raise PlanError(
-                    "spill folder", f"failed: {error.strerror}", "free space or choose another folder"
-                ) from error
+                    run, offset = run[count:], offset + count
+        except OSError as error:
+            raise PlanError(
+                "spill folder", f"failed: {error.strerror}", "free space or choose another folder"
+            ) from error
 
     def add(self, box: Box, tile: torch.Tensor) -> None:
         self.write(box, self.read(box) + tile)
