@@ -60,6 +60,10 @@ class MapStore(ABC):
     def read(self, box: Box) -> torch.Tensor:
         """A copy of the elements on ``box``."""
 
+    def look(self, box: Box) -> torch.Tensor:
+        """The elements on ``box``, perhaps the store's own: not to be written into, nor looked at once it is closed."""
+        return self.read(box)
+
     @abstractmethod
     def write(self, box: Box, tile: torch.Tensor) -> None:
         """Set the elements on ``box``."""
@@ -123,6 +127,9 @@ class HostStore(MapStore):
     def read(self, box: Box) -> torch.Tensor:
         stored = self._box(box)
         return self._tile(torch.empty(stored.shape, dtype=self.read_dtype).copy_(stored))
+
+    def look(self, box: Box) -> torch.Tensor:
+        return self._tile(self._box(box)) if self.dtype == self.read_dtype else self.read(box)
 
     def write(self, box: Box, tile: torch.Tensor) -> None:
         self._box(box).copy_(self._pixels(tile))

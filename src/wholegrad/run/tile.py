@@ -62,7 +62,7 @@ def run_tile(
     """Run the nodes of ``segment`` on ``tile``.
 
     Args:
-        fetch: a map's elements on a box, as a tensor of the tile's own; as raw bytes if the last argument says so.
+        fetch: a map's elements on a box, which the tile does not write into; as raw bytes if the last argument says so.
         small: a small value in the graph's dtype, detached.
         grad: whether to record for :func:`pull_back`.
         seed: of the step, for random ops.
