@@ -10,11 +10,13 @@ import torch
 
 from wholegrad import clock
 from wholegrad.graph.geometry import Box, Interval
-from wholegrad.graph.graph import Graph, Node, Ref
+from wholegrad.graph.graph import Graph, Node, Ref, Spec
 from wholegrad.graph.inline import Inlined, Reading, inline
 from wholegrad.graph.layout import Role, crop
+from wholegrad.graph.programs import planar_layout
 from wholegrad.graph.rules import MapRule, State, rule_for, thin
 from wholegrad.graph.rules import Tile as Place
+from wholegrad.graph.rules.cropping import cropped
 from wholegrad.graph.rules.reduction import wide
 from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.kernels import pointwise
@@ -133,7 +135,7 @@ class _TileRunner:
     def _own(self, ref: Ref) -> None:
         mine = self.tile.owned.get(ref)
         if mine is not None and ref in self.wanted:
-            self.result.owned[ref] = crop(self.env[ref], self.graph.spec(ref).layout, self.tile.boxes[ref.node], mine)
+            self.result.owned[ref] = _cropped(self.env[ref], self.graph.spec(ref), self.tile.boxes[ref.node], mine)
 
     def _last_readers(self) -> dict[Ref, int]:
         last = {ref: i for i in self.how.nodes if i in self.tile.boxes for ref in self.how.reads(self.graph, i)}
@@ -143,7 +145,7 @@ class _TileRunner:
         """A value on a box of it; small ones whole."""
         value = self.raw[ref] if raw else self.env[ref]
         spec = self.graph.spec(ref)
-        return value if want is None or not spec.is_map else crop(value, spec.layout, self.tile.boxes[ref.node], want)
+        return value if want is None or not spec.is_map else _cropped(value, spec, self.tile.boxes[ref.node], want)
 
     def _mixed(self, reading: Reading, want: Box | None) -> Mixed:
         leaves = tuple(self._value(ref, want, ref in self.how.raw) for ref in reading.leaves)
@@ -186,6 +188,13 @@ class _TileRunner:
             total = found.total.sum().to(wide(node.outputs[0].dtype))
             self.result.parts[index] = (total.reshape(node.outputs[0].shape),)
         self.result.roots += [(x.leaves[i], grad) for i, grad in found.grads.items() if x.leaves[i].requires_grad]
+
+
+def _cropped(tile: torch.Tensor, spec: Spec, have: Box, want: Box) -> torch.Tensor:
+    """The part of ``tile`` (a value's elements on ``have``) that lies on ``want``."""
+    if not planar_layout(spec):
+        return crop(tile, spec.layout, have, want)
+    return cropped(tile, (want.y0 - have.y0, have.y1 - want.y1, want.x0 - have.x0, have.x1 - want.x1))
 
 
 def _leaf(graph: Graph, result: TileRun, ref: Ref, tensor: torch.Tensor, grad: bool) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from wholegrad import clock
 from wholegrad.graph.rules import thin
+from wholegrad.graph.rules.cropping import cropped
 from wholegrad.kernels.choice import serves
 from wholegrad.kernels.thin import Mixed
 
@@ -176,18 +177,18 @@ def convolve(
         return thin.convolve(x, weight, bias, thin.Window(steps, padding, gaps, size))  # type: ignore[arg-type]
     top, bottom, left, right = padding
     if transposed:
-        cropped = min(padding) >= 0
+        inside = min(padding) >= 0
         settings = Settings(steps, (0, 0), gaps, True, (0, 0), groups)
-        around = None if known is None or not cropped else padded(known, padding)  # what is cropped off again
-        whole = _convolve(x, weight, bias if cropped else None, settings, around)
-        if cropped:
-            return whole[:, :, top : whole.shape[2] - bottom, left : whole.shape[3] - right]
+        given = None if known is None or not inside else padded(known, padding)  # what is cropped off again
+        whole = _convolve(x, weight, bias if inside else None, settings, given)
+        if inside:
+            return cropped(whole, padding)
         whole = padded(whole, (-top, -bottom, -left, -right))
         return whole if bias is None else whole + bias.view(1, -1, 1, 1)
-    inside = (top, left)
+    around = (top, left)
     if not (top == bottom >= 0 and left == right >= 0):
-        x, inside = padded(x, padding), (0, 0)
-    return _convolve(x, weight, bias, Settings(steps, inside, gaps, False, (0, 0), groups), known)
+        x, around = padded(x, padding), (0, 0)
+    return _convolve(x, weight, bias, Settings(steps, around, gaps, False, (0, 0), groups), known)
 
 
 def padded(x: torch.Tensor, edges: tuple[int, int, int, int]) -> torch.Tensor:
