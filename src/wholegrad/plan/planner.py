@@ -397,7 +397,7 @@ class _Search:
 
     def disk_seconds(self, places: Mapping[Ref, Placement]) -> float:
         spilled = sum(self.with_gradient(ref) for ref, place in places.items() if place is Placement.DISK)
-        return 2 * spilled * 1e-9
+        return spilled * cost.SECONDS_PER_DISK_BYTE
 
 
 def check_elements(plan: Plan) -> None:

@@ -25,6 +25,7 @@ from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Spec
 from wholegrad.run.blocks import Blocks
 
+BAND = 1 << 19  # bytes that are read, added to and written back at once: they stay in the cache
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -180,10 +181,14 @@ class DiskStore(MapStore):
             for y in range(box.y0, box.y1)
         ]
 
-    def read(self, box: Box) -> torch.Tensor:
+    def _pixels_on(self, box: Box) -> torch.Tensor:
+        """The pixels on ``box`` as they are stored."""
         result = torch.empty((self.stored[0], box.height, box.width, self.stored[3]), dtype=self.dtype)
         self._each(_read_at, self._runs(box, result))
-        return self._tile(result.to(self.read_dtype))
+        return result
+
+    def read(self, box: Box) -> torch.Tensor:
+        return self._tile(self._pixels_on(box).to(self.read_dtype))
 
     def write(self, box: Box, tile: torch.Tensor) -> None:
         narrow = self._pixels(tile).to(self.dtype, memory_format=torch.contiguous_format)
@@ -205,7 +210,14 @@ class DiskStore(MapStore):
             ) from error
 
     def add(self, box: Box, tile: torch.Tensor) -> None:
-        self.write(box, self.read(box) + tile)
+        if self.dtype != self.read_dtype:
+            return self.write(box, self.read(box) + tile)
+        pixels = self._pixels(tile)
+        rows = max(1, BAND // max(1, box.width * self.stored[0] * self.stored[3] * self.dtype.itemsize))
+        for top in range(box.y0, box.y1, rows):
+            band = Box(top, min(top + rows, box.y1), box.x0, box.x1)
+            added = self._pixels_on(band).add_(pixels[:, top - box.y0 : band.y1 - box.y0])
+            self._each(_write_at, self._runs(band, added))
 
     def close(self) -> None:
         self._file.close()
