@@ -20,6 +20,9 @@ from wholegrad.graph.rules.normalize import _Normalize
 from wholegrad.graph.rules.reduction import SumOrMean
 from wholegrad.graph.rules.variance import Variance
 from wholegrad.graph.rules.window import Convolution
+from wholegrad.kernels import pointwise
+from wholegrad.kernels.expression import EACH
+from wholegrad.kernels.thin import Mixed
 from wholegrad.run.executor import Executor
 from wholegrad.verify import Report
 
@@ -159,12 +162,17 @@ def test_a_reduction_whose_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_norm_whose_backward_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = _Normalize.backward
+    true, plain = pointwise.pull, _Normalize.backward
 
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        of_x, of_mean, of_scale, of_shift = true(ctx, grad)
+    def pull(x: Mixed, grad: torch.Tensor) -> dict[int, torch.Tensor]:
+        found = true(x, grad)
+        return {i: each * 1.01 if x.parts[0].program.leaves[i].kind == EACH else each for i, each in found.items()}
+
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # where there are no kernels
+        of_x, of_mean, of_scale, of_shift = plain(ctx, grad)
         return of_x, of_mean, of_scale * 1.01, of_shift
 
+    monkeypatch.setattr(pointwise, "pull", pull)
     monkeypatch.setattr(_Normalize, "backward", staticmethod(backward))
     assert blamed().startswith("norm (wholegrad.normalize.default): backward is wrong by 0.0")
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import wholegrad as wg
 from wholegrad.api import joint_tensors
 from wholegrad.graph.inline import OPS, inline
+from wholegrad.graph.rules.normalize import NORMALIZE
 from wholegrad.kernels import expression, pointwise
 from wholegrad.kernels.emit import Code
 from wholegrad.kernels.expression import EACH, MAP, ONE, Leaf, Program, Step
@@ -26,24 +27,7 @@ pytestmark = pytest.mark.skipif(host() is None, reason="no kernels for this proc
 aten = torch.ops.aten
 INF, NAN = math.inf, math.nan
 TAME = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 6.0, 3.0, -3.0, 1e-3, 20.0, -20.0, 1 / 3, 0.1]
-EDGES = [
-    1e-40,
-    -1e-40,
-    1e30,
-    -1e30,
-    40.0,
-    88.5,
-    -88.5,
-    89.5,
-    -95.0,
-    -103.9,
-    -110.0,
-    710.0,
-    -746.0,
-    INF,
-    -INF,
-    NAN,
-]
+EDGES = [1e-40, -1e-40, 1e30, -1e30, 40.0, 88.5, -88.5, 89.5, -95.0, -103.9, -110.0, 710.0, -746.0, INF, -INF, NAN]
 Call = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -73,6 +57,10 @@ def bytes_with_number(number: float) -> Call:
     return lambda op, a, b, t: torch.where(op(t, number), a, b)
 
 
+def each_channel(x: torch.Tensor, number: float) -> torch.Tensor:
+    return torch.full((1, 1, 1, 1), number, dtype=x.dtype)
+
+
 CASES: dict[Any, list[Call]] = {
     aten.add.Tensor: [two, lambda op, a, b, t: op(a, b, alpha=-2), lambda op, a, b, t: op(a, t)],
     aten.add.Scalar: [lambda op, a, b, t: op(a, 0.1, 3)],
@@ -87,6 +75,11 @@ CASES: dict[Any, list[Call]] = {
     aten.neg.default: [one],
     aten.leaky_relu.default: [one, lambda op, a, b, t: op(a, 0.1), lambda op, a, b, t: op(a, -0.5)],
     aten.relu.default: [one],
+    aten._prelu_kernel.default: [
+        lambda op, a, b, t: op(a, each_channel(a, 0.1)),
+        lambda op, a, b, t: op(a, each_channel(a, -0.5)),
+    ],
+    NORMALIZE: [lambda op, a, b, t: op(a, *(each_channel(a, number) for number in (0.1, 3.0, -1.0)))],
     aten.hardtanh.default: [one, lambda op, a, b, t: op(a, 0, 6)],
     aten.clamp.default: [
         lambda op, a, b, t: op(a, -1, 0.5),
@@ -434,7 +427,7 @@ def test_a_mask_one_lane_short_is_noticed(monkeypatch: pytest.MonkeyPatch, fresh
     whole = Code.lanes_within
     monkeypatch.setattr(Code, "lanes_within", lambda self, low, high: whole(self, low, self.sub(high, 1)))
     # Memory that nobody wrote must not hold what an earlier pass left there.
-    monkeypatch.setattr(torch, "empty", lambda shape, dtype: torch.full(shape, 7.0, dtype=dtype))
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, **_: torch.full(shape, 7.0, dtype=dtype))
     assert max(pass_errors(16).values()) <= 1e-13  # of whole vectors alone
     assert max(pass_errors(17).values()) > 1e-3
 

@@ -9,20 +9,22 @@ from torch import nn
 from oracle import assert_exact, captured
 from wholegrad.graph.graph import Kind, Ref
 from wholegrad.graph.recall import recall, recallable
+from wholegrad.graph.rules import convolve
 from wholegrad.graph.segment import cut
 
-BOUNDARIES = ["first", "second", "third"]
+BOUNDARIES = ["first", "second", "third", "fourth"]
 
 
 class Wide(nn.Module):
-    """Convolutions of 16 channels with a stride, dilation and a skip; norms over the map in between."""
+    """Convolutions of 16 channels: strided, dilated, transposed; a skip, and norms over the map in between."""
 
     def __init__(self, norm: type[nn.Module]) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 16, 3, padding=1)
         self.second = nn.Conv2d(16, 16, 3, stride=2, padding=1)
         self.third = nn.Conv2d(16, 16, (3, 2), padding=(2, 1), dilation=2)
-        self.norms = nn.ModuleList(norm(16, affine=True) for _ in range(3))
+        self.fourth = nn.ConvTranspose2d(16, 16, 3, stride=2, padding=1, output_padding=1)
+        self.norms = nn.ModuleList(norm(16, affine=True) for _ in range(4))
         self.head = nn.Conv2d(16, 1, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -30,7 +32,8 @@ class Wide(nn.Module):
         y = self.second(x)
         x = nn.functional.leaky_relu(self.norms[1](y), 0.1)
         x = torch.tanh(self.norms[2](self.third(x)))
-        return self.head(x) + y.mean(1, keepdim=True)[..., : x.shape[-2], : x.shape[-1]]
+        x = x + y.mean(1, keepdim=True)[..., : x.shape[-2], : x.shape[-1]]
+        return self.head(torch.tanh(self.norms[3](self.fourth(x))))
 
 
 def mean_square(output: torch.Tensor, target: None) -> torch.Tensor:
@@ -55,7 +58,7 @@ def test_a_boundary_is_read_back_where_a_convolution_of_many_channels_makes_it()
     made = {node.path: Ref(node.index) for node in graph.of_kind(Kind.MAP) if node.path in BOUNDARIES}
     segments = cut(graph, frozenset(made.values()))
     found = {ref for segment in segments for ref in recallable(graph, segment, set(made.values()))}
-    assert found == {made["second"], made["third"]}  # the first reads three channels: computed again
+    assert found == {made["second"], made["third"], made["fourth"]}  # the first reads three channels: computed again
     again = recall(graph, next(s for s in segments if made["second"] in s.outputs), set(made.values()))
     assert [again.original(ref) for ref in again.segment.maps][-1] == made["second"]
 
@@ -64,7 +67,21 @@ def test_statistics_are_taken_in_the_pass_that_makes_the_map() -> None:
     graph = captured(wide(nn.BatchNorm2d), (1, 3, 37, 42))
     made = {Ref(node.index) for node in graph.of_kind(Kind.MAP) if node.path in BOUNDARIES}
     summing = [segment for segment in cut(graph, frozenset(made)) if segment.reductions]
-    assert len(summing) == 3 and all(segment.outputs for segment in summing)
+    assert len(summing) == 4 and all(segment.outputs for segment in summing)
+
+
+@pytest.mark.parametrize(
+    ("k", "stride", "dilation", "groups"), [(3, 2, 1, 1), (4, 3, 2, 2), (2, 2, 1, 1), (5, 1, 1, 1)]
+)
+def test_a_transposed_convolution_is_the_gradient_that_it_is_computed_as(
+    k: int, stride: int, dilation: int, groups: int
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((2, 32, 9, 7), (32, 16, k, k), (16 * groups,)))
+    settings = convolve.Settings((stride,) * 2, (0, 0), (dilation,) * 2, True, (0, 0), groups)
+    found = convolve._forward(convolve.interleaved(x), weight, bias, settings)
+    wanted = torch.ops.aten.convolution(x.double(), weight.double(), bias.double(), *settings)
+    assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
 
 
 class Viewed(nn.Module):

@@ -1,15 +1,16 @@
 """One exact step of MONAI's wide networks: wholegrad in a fifth of the memory against whole-image PyTorch.
 
-    python benchmarks/wide/main.py --size 2048x2048 --steps 3
+    python benchmarks/wide/main.py --size 2048x2048 --steps 3 [--write]
 
 Needs MONAI. Networks are in training mode, in float32, with a mean binary cross-entropy over every pixel. Whole-image
 PyTorch runs in both memory layouts, with the allocator told to keep what it has. Every contender is a process of its
 own; times are medians of the steps after one that is not timed. *Activation memory* is the peak of the steps less what
 was resident before the first. wholegrad's budget is what was resident and reserved, and ``--share`` of the activation
-memory that whole-image PyTorch took (or, where ``--activations`` names bytes a pixel, of those). Gradients are compared
-tensor by tensor.
+memory that whole-image PyTorch took. ``--from HxW`` takes whole-image PyTorch's time and memory from the kept result of
+that size, multiplied by pixels, where it cannot run at ``--size``. Gradients are compared tensor by tensor.
 
-Prints a table; the last line is one JSON object.
+Every row is kept as JSON under ``out/wide``; the table is made from all, and ``--write`` puts it into this
+folder's README.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 MIB = 1 << 20
+LOAD = os.getloadavg()[0]  # before this process did anything
+HERE = Path(__file__).resolve().parent
+MARKS = ("<!-- results: written by main.py --write -->", "<!-- end of results -->")
 WAYS = ("planar", "channels_last")  # memory layouts of whole-image PyTorch
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -52,8 +56,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", default="2048x2048", help="height x width in pixels (default %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps (default %(default)s)")
     parser.add_argument("--networks", default=",".join(NETWORKS), help="which (default %(default)s)")
-    parser.add_argument("--share", type=float, default=0.2, help="of the activation memory (default %(default)s)")
-    parser.add_argument("--activations", type=float, help="bytes a pixel, where whole-image PyTorch is not to be run")
+    parser.add_argument("--share", type=float, default=0.195, help="of the activation memory (default %(default)s)")
+    parser.add_argument("--from", dest="scaled", help="size whose kept whole-image result is scaled by pixels")
+    parser.add_argument("--folder", type=Path, default=HERE.parents[1] / "out" / "wide", help="of results kept")
+    parser.add_argument("--write", action="store_true", help="write the table into this folder's README")
     parser.add_argument("--child", help=argparse.SUPPRESS)  # from here on: what a child is told
     parser.add_argument("--gradients", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -78,15 +84,18 @@ def measure(net: nn.Module, step: Any, steps: int) -> dict[str, Any]:
     """Median seconds of a step, and memory before and at the peak."""
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    seconds = []
+    seconds, cpu = [], []
     for _ in range(steps + 1):
         net.zero_grad(set_to_none=True)
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         loss = step().item()
         seconds.append(time.perf_counter() - started)
+        cpu.append(time.process_time() - used)
     return {
         "seconds": statistics.median(seconds[1:]),
+        "cpu": statistics.median(cpu[1:]),
         "every": [round(each, 2) for each in seconds],
+        "load": round(LOAD, 1),
         "activations": status("VmHWM") - before,
         "peak": status("VmHWM"),
         "loss": loss,
@@ -166,49 +175,82 @@ def worst(row: dict[str, Any], folder: Path, mine: Path) -> None:
     row["left_out"] = sorted(set(sizes) - set(kept))
 
 
+def pixels(size: str) -> int:
+    height, width = (int(side) for side in size.split("x"))
+    return height * width
+
+
+def whole_image(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
+    """Both layouts of whole-image PyTorch: measured, or scaled from another size."""
+    if not args.scaled:
+        return {layout: run(args, name, layout, folder / f"{name}-{layout}.pt") for layout in WAYS}
+    kept = json.loads((args.folder / f"{name}-{args.scaled}.json").read_text())
+    by = pixels(args.size) / pixels(args.scaled)
+    numbers = ("seconds", "cpu", "activations")
+    return {
+        layout: kept[layout] | {number: kept[layout][number] * by for number in numbers}
+        for layout in WAYS
+        if "error" not in kept[layout]
+    }
+
+
 def compare(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     """One network: whole-image PyTorch in both layouts, then wholegrad with a share of the better one's memory."""
-    pixels = int(args.size.split("x")[0]) * int(args.size.split("x")[1])
-    layouts = {} if args.activations else {
-        layout: run(args, name, layout, folder / f"{name}-{layout}.pt") for layout in WAYS
-    }  # fmt: skip
+    layouts = whole_image(args, name, folder)
     fit = {layout: found for layout, found in layouts.items() if "error" not in found}
-    best = min(fit, key=lambda layout: fit[layout]["seconds"], default=None)
-    activations = args.activations * pixels if args.activations else min(f["activations"] for f in fit.values())
+    best = min(fit, key=lambda layout: fit[layout]["seconds"])
+    activations = min(found["activations"] for found in fit.values())
     mine = folder / f"{name}-wholegrad.pt"
-    row = {"network": name, "size": args.size, **layouts, "best": best}
+    row = {"network": name, "size": args.size, "scaled": args.scaled, **layouts, "best": best}
     row["wholegrad"] = run(args, name, f"wholegrad:{int(activations * args.share)}", mine)
-    row["bytes_per_pixel"] = activations / pixels
-    if best and "error" not in row["wholegrad"]:
+    row["activations"] = activations
+    if "error" not in row["wholegrad"]:
         row["ratio"] = row["wholegrad"]["seconds"] / fit[best]["seconds"]
-        if len(fit) == len(layouts) == 2:
+        row["cpu_ratio"] = row["wholegrad"]["cpu"] / fit[best]["cpu"]
+        if not args.scaled and len(fit) == len(WAYS):
             worst(row, folder, mine)
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| network | PyTorch s/step (planar, channels_last) | activations (MiB) | wholegrad s/step | its memory (MiB) "
-        "| share | time ratio | worst difference |",
-        "|---|---|---|---|---|---|---|---|",
+HEAD = (
+    "network, size", "PyTorch s/step (planar, channels_last)", "activations (MiB)", "wholegrad s/step",
+    "its memory (MiB)", "share", "time ratio", "ratio of processor time", "worst difference", "load before",
+)  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    layouts = [row[layout] for layout in WAYS if layout in row]
+    mine, about = row["wholegrad"], "about " if row["scaled"] else ""
+    first = [
+        f"{row['network']}, {row['size'].replace('x', ' x ')}",
+        about + ", ".join(f"{each['seconds']:.1f}" if "seconds" in each else each["error"] for each in layouts),
+        f"{about}{row['activations'] / MIB:.0f}",
     ]
-    for row in rows:
-        mine = row["wholegrad"]
-        layouts = [row[layout] for layout in WAYS if layout in row]
-        cells = [row["network"], ", ".join(f"{f['seconds']:.1f}" if "seconds" in f else f["error"] for f in layouts)]
-        pixels = int(row["size"].split("x")[0]) * int(row["size"].split("x")[1])
-        whole_bytes = row["bytes_per_pixel"] * pixels
-        cells.append(f"{whole_bytes / MIB:.0f}")
-        if "error" in mine:
-            cells.append(mine["error"])
-        else:
-            cells += [f"{mine['seconds']:.1f}", f"{mine['activations'] / MIB:.0f}"]
-            cells.append(f"{mine['activations'] / whole_bytes:.2f}")
-            cells += (
-                [f"{row['ratio']:.2f}", f"{row.get('difference', float('nan')):.1e}"] if "ratio" in row else ["", ""]
-            )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    if "error" in mine:
+        return [*first, mine["error"], *[""] * (len(HEAD) - 4)]
+    loads = [each["load"] for each in (*layouts, mine) if "load" in each]
+    return [
+        *first,
+        f"{mine['seconds']:.1f} ({', '.join(f'{each:.1f}' for each in mine['every'][1:])})",
+        f"{mine['activations'] / MIB:.0f}",
+        f"{mine['activations'] / row['activations']:.2f}",
+        f"{about}{row['ratio']:.2f}",
+        f"{about}{row['cpu_ratio']:.2f}",
+        f"{row['difference']:.1e} (between layouts {row['between_layouts']:.1e})" if "difference" in row else "",
+        ", ".join(f"{each:.1f}" for each in loads),
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    ordered = sorted(rows, key=lambda row: (row["network"], pixels(row["size"])))
+    lines = [HEAD, ["---"] * len(HEAD), *(cells(row) for row in ordered)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write(page: Path, text: str) -> None:
+    """Put the table between its marks."""
+    before, rest = page.read_text().split(MARKS[0])
+    page.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
 
 
 def main() -> int:
@@ -218,11 +260,18 @@ def main() -> int:
         found = wholegrad(args, int(allowed)) if kind == "wholegrad" else whole(args, kind == "channels_last")
         print(json.dumps(found))
         return 0
+    args.folder.mkdir(parents=True, exist_ok=True)
+    failed = False
     with tempfile.TemporaryDirectory() as scratch:
-        rows = [compare(args, name, Path(scratch)) for name in args.networks.split(",")]
-    print(table(rows))
-    print(json.dumps({"size": args.size, "steps": args.steps, "share": args.share, "rows": rows}))
-    return 1 if any("error" in row["wholegrad"] for row in rows) else 0
+        for name in (each for each in args.networks.split(",") if each):
+            row = compare(args, name, Path(scratch))
+            failed |= "error" in row["wholegrad"]
+            (args.folder / f"{name}-{args.size}.json").write_text(json.dumps(row, indent=1))
+    text = table([json.loads(each.read_text()) for each in sorted(args.folder.glob("*.json"))])
+    print(text)
+    if args.write:
+        write(HERE / "README.md", text)
+    return int(failed)
 
 
 if __name__ == "__main__":

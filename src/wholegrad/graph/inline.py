@@ -168,12 +168,14 @@ class _Inliner:
         node, spec = self.graph.nodes[ref.node], self.graph.spec(ref)
         if ref.node not in self.inside:
             return spec.shape[1] <= THIN
-        return self._thin(node) or (node.op in OPS and self._chain_known(node)) or spec.shape[1] == 1
+        return self._thin(node) or spec.shape[1] == 1 or (node.op in OPS and self._planar_chain(node))
 
-    def _chain_known(self, node: Node) -> bool:
+    def _planar_chain(self, node: Node) -> bool:
+        """Whether a node is one pass over planar maps."""
         if node.index not in self.known:
             self.known[node.index] = False
-            self.known[node.index] = self._chain(node) is not None
+            chain = self._chain(node)
+            self.known[node.index] = chain is not None and all(self._planar(each) for each in _maps(chain))
         return self.known[node.index]
 
     def _input(self, node: Node) -> Reading:
@@ -213,7 +215,7 @@ class _Inliner:
         return Reading((Part(program, spec.shape[1]),), (ref,))
 
     def _chain(self, node: Node) -> Reading | None:
-        """A pointwise node as one pass over planar maps; None if it cannot be."""
+        """A pointwise node as one pass over maps, planar if there are bytes; None if it cannot be."""
         if host() is None or node.op not in OPS:
             return None
         ref = Ref(node.index)
@@ -221,11 +223,12 @@ class _Inliner:
             program, leaves = Build(self.scope, ref).finish(top=True)
         except Stop:
             return None
-        maps = [leaf for leaf, each in zip(leaves, program.leaves, strict=True) if each.kind == MAP]
+        chain = Reading((Part(program, node.outputs[0].shape[1]),), leaves)
         own = ref not in leaves and bool(program.steps) and node.outputs[0].dtype in REALS
-        if not own or not all(self._planar(each) for each in maps):
+        bytes_ = any(leaf.bytes for leaf in program.leaves)
+        if not own or (bytes_ and not all(self._planar(each) for each in _maps(chain))):
             return None
-        return Reading((Part(program, node.outputs[0].shape[1]),), leaves)
+        return chain
 
     def _sum(self, node: Node) -> Reading | None:
         """A sum over everything, computed while its terms are."""
@@ -253,7 +256,11 @@ class _Inliner:
             return None
         if any(program.leaves[i].kind != MAP for i in program.wanted):
             return None
-        maps = [leaf for leaf, each in zip(leaves, program.leaves, strict=True) if each.kind == MAP]
-        if not all(self._planar(each) for each in maps):
-            return None
-        return Reading((Part(program, spec.shape[1]),), leaves)
+        reading = Reading((Part(program, spec.shape[1]),), leaves)
+        return reading if all(self._planar(each) for each in _maps(reading)) else None
+
+
+def _maps(reading: Reading) -> list[Ref]:
+    """The maps that one program reads."""
+    kinds = [leaf.kind for leaf in reading.parts[0].program.leaves]
+    return [ref for ref, kind in zip(reading.leaves, kinds, strict=True) if kind == MAP]

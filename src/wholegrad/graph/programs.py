@@ -16,6 +16,7 @@ import torch
 from wholegrad.graph.graph import Graph, Node, Ref, Spec
 from wholegrad.graph.layout import Role
 from wholegrad.graph.rules.base import bind
+from wholegrad.graph.rules.normalize import NORMALIZE
 from wholegrad.kernels.expression import EACH, MAP, MASKS, ONE, Leaf, Program, Step
 
 aten = torch.ops.aten
@@ -228,6 +229,15 @@ def _power(build: Build, bound: dict[str, Any], grad: bool) -> int:
     return build.step("square", build.real(bound["self"], grad))
 
 
+def _prelu(build: Build, bound: dict[str, Any], grad: bool) -> int:
+    return build.step("prelu", *(build.real(bound[name], grad) for name in ("self", "weight")))
+
+
+def _normalize(build: Build, bound: dict[str, Any], grad: bool) -> int:
+    x, mean, scale, shift = (build.real(bound[name], grad) for name in ("x", "mean", "scale", "shift"))
+    return build.step("add", build.step("mul", build.step("sub", x, mean), scale), shift)
+
+
 def _bce(build: Build, bound: dict[str, Any], grad: bool) -> int:
     truth = bound["target"]
     plain = bound["weight"] is None and bound["pos_weight"] is None and bound["reduction"] == 0
@@ -249,6 +259,8 @@ OPS: dict[Any, Writer] = {
     aten.div.Scalar: _binary("div"),
     aten.neg.default: _unary("neg"),
     aten.leaky_relu.default: _unary("leaky", "negative_slope"),
+    aten._prelu_kernel.default: _prelu,
+    NORMALIZE: _normalize,
     aten.relu.default: _unary("relu"),
     aten.hardtanh.default: _clamp("hardtanh", "min_val", "max_val"),
     aten.clamp.default: _clamp("clamp", "min", "max"),

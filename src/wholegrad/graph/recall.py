@@ -6,8 +6,8 @@ norm) can read it. So in the backward sweep such a convolution takes its values 
 run, a third of its cost, happens once a step.
 
 The store appears in the graph of the backward sweep as one more map that the segment reads, and as one more operand of
-the convolution (:class:`wholegrad.graph.rules.window.Convolution`). Convolutions of few channels and transposed ones
-are computed again: reading would cost as much.
+the convolution (:class:`wholegrad.graph.rules.window.Convolution`). Convolutions of few channels are computed again:
+reading would cost as much.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def recallable(graph: Graph, segment: Segment, stored: Set[Ref]) -> tuple[Ref, .
 
 def _is_wide(graph: Graph, node: Node) -> bool:
     """A convolution that costs more than reading its output."""
-    if node.op is not aten.convolution.default or node.args[6]:
+    if node.op is not aten.convolution.default:
         return False
     return min(graph.spec(node.args[1]).shape[:2]) > THIN
 

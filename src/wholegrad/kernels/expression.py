@@ -172,6 +172,15 @@ def _leaky(code: Code, given: list[Dual], numbers: tuple[float, ...]) -> Dual:
     return Dual(value, code.select(positive, a.slope, code.real2("fmul", a.slope, by)))
 
 
+def _prelu(code: Code, given: list[Dual], numbers: tuple[float, ...]) -> Dual:
+    """``a`` where it is positive, else ``b a``."""
+    (a, b), zero = given, constant(code, 0.0)
+    positive = code.compare("ogt", a.value, zero)
+    value = code.select(positive, a.value, code.real2("fmul", a.value, b.value))
+    slope = _plus(code, _times(code, a.slope, b.value), _times(code, b.slope, a.value))
+    return Dual(value, None if slope is None else code.select(positive, a.slope or zero, slope))
+
+
 def _relu(code: Code, given: list[Dual], numbers: tuple[float, ...]) -> Dual:
     (a,), zero = given, constant(code, 0.0)
     off = code.compare("ole", a.value, zero)
@@ -290,6 +299,7 @@ _OPS: dict[str, Callable[[Code, list[Dual], tuple[float, ...]], Dual]] = {
     "div": _div,
     "neg": _neg,
     "leaky": _leaky,
+    "prelu": _prelu,
     "relu": _relu,
     "clamp": _clamp(False),
     "hardtanh": _clamp(True),

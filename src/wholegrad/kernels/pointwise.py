@@ -8,14 +8,14 @@ where the gradient of the sum is known before (rule 4).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from wholegrad import clock
-from wholegrad.kernels import stage
+from wholegrad.kernels import interleaved, stage
 from wholegrad.kernels.compile import function
 from wholegrad.kernels.emit import Code
 from wholegrad.kernels.expression import EACH, MAP, ONE, Leaf, Program, evaluate
@@ -35,6 +35,7 @@ class Shape(NamedTuple):
         slopes: the leaves whose gradients are wanted: of a map stored, of small values summed over each channel.
         grad: what slopes are multiplied by: a map, or one value; None for 1.
         total: whether the values of each channel are summed, as the first sum.
+        interleaved: whether all maps have their channels next to each other in memory; else their columns.
     """
 
     program: Program
@@ -43,6 +44,7 @@ class Shape(NamedTuple):
     slopes: tuple[int, ...]
     grad: Leaf | None
     total: bool
+    interleaved: bool = False
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -59,9 +61,23 @@ def write(shape: Shape, machine: Host) -> str:
     """The module whose function ``walk`` computes the shape."""
     code = Code(shape.real, machine.lanes(shape.real))
     n, program = code.lanes, shape.program
+    count = shape.total + len(shape.summed)
+
+    def work(leaves: Sequence[str], factor: str) -> tuple[list[str], list[str]]:
+        """What is stored and what is summed, of a vector of every leaf and one of the gradient."""
+        value = evaluate(code, program, leaves).value if shape.value or shape.total else ""
+        stored, added = [value] * shape.value, [value] * shape.total
+        for i in shape.slopes:
+            slope = evaluate(code, program, leaves, i).slope or "zeroinitializer"
+            slope = code.real2("fmul", slope, factor) if factor else slope
+            (stored if program.leaves[i].kind == MAP else added).append(slope)
+        return stored, added
+
+    if shape.interleaved:
+        counts = shape.value + len(shape.stored), count
+        return interleaved.write(code, program.leaves, shape.grad, counts, work)
     channels, height, width = (code.integer("%sizes", i) for i in range(len(SIZES)))
     whole = code.sub(width, n - 1)
-    count = shape.total + len(shape.summed)
     grad = Program((shape.grad,)) if shape.grad else None
     with code.loop(0, channels) as channel:
         reader = stage.Leaves(code, program, "%leaves", channel.index)
@@ -77,13 +93,8 @@ def write(shape: Shape, machine: Host) -> str:
 
             def one(place: str, sums: list[str], mask: str = "") -> list[str]:
                 leaves = line.vectors(place, mask)
-                factor = by.vectors(place, mask)[0] if by else None
-                value = evaluate(code, program, leaves).value if shape.value or shape.total else ""
-                stored, added = [value] * shape.value, [value] * shape.total
-                for i in shape.slopes:
-                    slope = evaluate(code, program, leaves, i).slope or "zeroinitializer"
-                    slope = code.real2("fmul", slope, factor) if factor else slope
-                    (stored if program.leaves[i].kind == MAP else added).append(slope)
+                factor = by.vectors(place, mask)[0] if by else ""
+                stored, added = work(leaves, factor)
                 for pointer, each in zip(outputs, stored, strict=True):
                     if mask:
                         code.store_where(mask, each, code.at(pointer, place))
@@ -156,20 +167,58 @@ def _bare(x: Mixed) -> Program:
     return program._replace(leaves=tuple(leaf._replace(grad=False) for leaf in program.leaves))
 
 
+def lies_interleaved(x: torch.Tensor) -> bool:
+    """Whether the channels of ``(N, C, H, W)``, more than one, lie next to each other in memory."""
+    return x.shape[1] > 1 and x.stride(1) == 1 and (x.shape[3] == 1 or x.stride(3) >= x.shape[1])
+
+
+def _channels_adjacent(x: torch.Tensor) -> torch.Tensor:
+    return x if lies_interleaved(x) else x.contiguous(memory_format=torch.channels_last)
+
+
+class PixelTable(Table):
+    """Maps have elements from pixel to pixel, and from row to row."""
+
+    def _lying(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        tensor = _channels_adjacent(tensor)
+        return tensor, (tensor.stride(3), tensor.stride(2))
+
+
+def _along_channels(x: Mixed) -> bool:
+    """Whether to walk along channels: where at least half of the maps lie so, and none is of bytes."""
+    maps = [(leaf, each) for leaf, each in zip(x.parts[0].program.leaves, x.leaves, strict=True) if leaf.kind == MAP]
+    return not any(leaf.bytes for leaf, _ in maps) and 2 * sum(lies_interleaved(each) for _, each in maps) >= len(maps)
+
+
+def aligned(x: Mixed) -> Mixed:
+    """``x``, of one part, with its maps copied where a pass would copy them each time."""
+    if not _along_channels(x):
+        return x
+    kinds = [leaf.kind for leaf in x.parts[0].program.leaves]
+    each = zip(kinds, x.leaves, strict=True)
+    return x._replace(leaves=tuple(_channels_adjacent(leaf) if kind == MAP else leaf for kind, leaf in each))
+
+
 def _walk(x: Mixed, dtype: torch.dtype, shape: Shape, grad: torch.Tensor | None) -> Walked:
     n, c, h, w = x.shape
-    outputs = [torch.empty((n, c, h, w), dtype=dtype) for _ in range(shape.value + len(shape.stored))]
-    count = shape.total + len(shape.summed)
-    sums = torch.zeros((n, c, count, lanes(shape.real)), dtype=torch.float64)
-    call, given = _kernel(shape), Table(x.parts[0].program.leaves, x.leaves)
-    made = Table((Leaf(),) * len(outputs), outputs)
-    by = None if shape.grad is None or grad is None else Table((shape.grad,), (grad,))
+    along = _along_channels(x)
+    shape = shape._replace(interleaved=along)
+    form = torch.channels_last if along else torch.contiguous_format
+    outputs = [
+        torch.empty((n, c, h, w), dtype=dtype, memory_format=form) for _ in range(shape.value + len(shape.stored))
+    ]
+    count, many = shape.total + len(shape.summed), lanes(shape.real)
+    sums = torch.zeros((n, count, -(-c // many) * many, 1) if along else (n, c, count, many), dtype=torch.float64)
+    table = PixelTable if along else Table
+    call, given = _kernel(shape), table(x.parts[0].program.leaves, x.leaves)
+    made = table((Leaf(),) * len(outputs), outputs)
+    by = None if shape.grad is None or grad is None else table((shape.grad,), (grad,))
     sizes = (ctypes.c_int64 * 3)(c, h, w)
     if n * c * h * w:
         for i in range(n):
             factor = None if by is None else by.of(i)
             call(sizes, given.of(i), made.of(i), factor, sums[i].data_ptr())
-    added = list(sums.sum(-1).permute(2, 0, 1))
+    added = list(sums[:, :, :c, 0].permute(1, 0, 2) if along else sums.sum(-1).permute(2, 0, 1))
     value = outputs.pop(0) if shape.value else None
     total = added.pop(0) if shape.total else None
     grads = dict(zip(shape.stored, outputs, strict=True))

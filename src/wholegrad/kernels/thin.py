@@ -198,13 +198,17 @@ class Table:
         self.values: list[tuple[int, int, int, int]] = []
         for leaf, tensor in zip(leaves, tensors, strict=True):
             if leaf.kind == MAP:
-                tensor = _columns_adjacent(tensor)
-                steps = (tensor.stride(1) if tensor.shape[1] > 1 else 0, tensor.stride(2))
+                tensor, steps = self._lying(tensor)
                 self.values.append((tensor.data_ptr(), *steps, tensor.stride(0) * tensor.element_size()))
             else:
                 tensor = tensor.contiguous()
                 self.values.append((tensor.data_ptr(), int(leaf.kind == EACH), 0, 0))
             self.tensors.append(tensor)
+
+    def _lying(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Pair]:
+        """A map as kernels read it, and its elements from channel to channel and from row to row."""
+        tensor = _columns_adjacent(tensor)
+        return tensor, (tensor.stride(1) if tensor.shape[1] > 1 else 0, tensor.stride(2))
 
     def of(self, n: int) -> ctypes.Array[ctypes.c_int64]:
         flat = [each for start, *steps, jump in self.values for each in (start + n * jump, *steps)]

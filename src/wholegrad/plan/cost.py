@@ -23,6 +23,7 @@ THIN_SECONDS_PER_BYTE = 1e-10
 SECONDS_PER_ROW = 8e-7  # of one channel of an image or target, one system call
 LARGE = 1 << 25  # bytes of a tensor from which on glibc takes fresh pages for each
 SECONDS_PER_FRESH_BYTE = 1e-9
+SECONDS_PER_DISK_BYTE = 1e-9  # of a boundary and of its gradient, written and read through the page cache
 SECONDS_PER_CALL = 3e-5  # one op on one tile, whatever its size
 MACS_BACKWARD = 2.2  # pulling back takes so many forwards: of a convolution
 BYTES_BACKWARD = 2.5  # and of anything else

@@ -33,6 +33,7 @@ HIGHEST = 2048  # rows of a tile; wide ones are read faster
 COARSE_EDGES = (64, 256, 512, 1024)  # while boundaries are being chosen
 LOOKED_AT = 8  # boundaries weighed anew at each step
 WORTHWHILE = 0.98  # of the predicted time, to which a change of boundaries must bring it
+WORTH_A_LAST_LOOK = 0.997  # the same once none of those is left, and what does not pay is dropped
 FEW = 16  # candidates up to which each is also tried alone for the smallest budget
 HOST_SHARES = (1.5, 1.0, 0.5, 0.0)  # of free memory, for boundaries and gradients as if all were held at once
 MARGIN = 16 << 20  # added to the smallest budget that is reported
@@ -148,25 +149,26 @@ class _Search:
         """The boundaries of the best plan found.
 
         The search starts from nothing, and from what reductions force to be computed anyway (a convolution before a
-        norm); it adds what saves most, and then drops what no longer does.
+        norm); it adds what saves most, drops what no longer does, and does both once more for smaller savings.
         """
         pool = [ref for ref in candidates(self.graph) if ref not in fixed]
         found = [(self.seconds(start), i, start) for i, start in enumerate(self.starts(fixed, pool))]
         best, _, chosen = min(found)
-        best, chosen = self.grown(best, chosen, pool)
-        if best == float("inf"):
-            return None
-        for ref in sorted(chosen - fixed, key=lambda ref: -self.graph.spec(ref).nbytes):
-            seconds = self.seconds(chosen - {ref})
-            if seconds <= best:
-                best, chosen = seconds, chosen - {ref}
+        for worth in (WORTHWHILE, WORTH_A_LAST_LOOK):
+            best, chosen = self.grown(best, chosen, pool, worth)
+            if best == float("inf"):
+                return None
+            for ref in sorted(chosen - fixed, key=lambda ref: -self.graph.spec(ref).nbytes):
+                seconds = self.seconds(chosen - {ref})
+                if seconds <= best:
+                    best, chosen = seconds, chosen - {ref}
         return chosen
 
     def starts(self, fixed: frozenset[Ref], pool: list[Ref]) -> list[frozenset[Ref]]:
         """No boundary, those that reductions sum, and every candidate."""
         return list(dict.fromkeys([fixed, fixed | summed(self.graph, pool), fixed | frozenset(pool)]))
 
-    def grown(self, best: float, chosen: frozenset[Ref], pool: list[Ref]) -> tuple[float, frozenset[Ref]]:
+    def grown(self, best: float, chosen: frozenset[Ref], pool: list[Ref], worth: float) -> tuple[float, frozenset[Ref]]:
         """Add boundaries greedily. A saving rarely grows as others are added, so the last ones known bound the next."""
         known = [(self.seconds(chosen | {ref}), ref) for ref in pool if ref not in chosen]
         while known:
@@ -176,7 +178,7 @@ class _Search:
                 ref = known[len(fresh)][1]
                 fresh[ref] = self.seconds(chosen | {ref})
             seconds, ref = min((seconds, ref) for ref, seconds in fresh.items())
-            if seconds > WORTHWHILE * best or seconds == float("inf"):
+            if seconds > worth * best or seconds == float("inf"):
                 break
             change = best - seconds if best < float("inf") else 0.0
             best, chosen = seconds, chosen | {ref}
@@ -404,7 +406,7 @@ class _Search:
 
     def disk_seconds(self, places: Mapping[Ref, Placement]) -> float:
         spilled = sum(self.with_gradient(ref) for ref, place in places.items() if place is Placement.DISK)
-        return 2 * spilled * 1e-9
+        return spilled * cost.SECONDS_PER_DISK_BYTE
 
 
 def check_elements(plan: Plan) -> None:

@@ -269,7 +269,7 @@ class Executor:
         if node.kind is Kind.SPREAD:
             layout = node.outputs[0].layout
             return crop(self.small.leaf(node.operands[0]), layout, full_box(layout), box).clone()
-        return self.maps[ref].read(box)
+        return self.maps[ref].look(box)
 
     def updates(self) -> dict[str, torch.Tensor]:
         """What the buffers that the model writes hold after the step, by name, in their own dtype."""

@@ -13,7 +13,6 @@ import errno
 import os
 import shutil
 import tempfile
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import prod
@@ -26,6 +25,7 @@ from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Spec
 from wholegrad.run.blocks import Blocks
 
+BAND = 1 << 19  # bytes that are read, added to and written back at once: they stay in the cache
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -60,6 +60,10 @@ class MapStore(ABC):
     @abstractmethod
     def read(self, box: Box) -> torch.Tensor:
         """A copy of the elements on ``box``."""
+
+    def look(self, box: Box) -> torch.Tensor:
+        """The elements on ``box``, perhaps the store's own: not to be written into, nor looked at once it is closed."""
+        return self.read(box)
 
     @abstractmethod
     def write(self, box: Box, tile: torch.Tensor) -> None:
@@ -125,6 +129,9 @@ class HostStore(MapStore):
         stored = self._box(box)
         return self._tile(torch.empty(stored.shape, dtype=self.read_dtype).copy_(stored))
 
+    def look(self, box: Box) -> torch.Tensor:
+        return self._tile(self._box(box)) if self.dtype == self.read_dtype else self.read(box)
+
     def write(self, box: Box, tile: torch.Tensor) -> None:
         self._box(box).copy_(self._pixels(tile))
 
@@ -135,6 +142,14 @@ class HostStore(MapStore):
         if self._map is not None:
             self._map = None
             self._blocks.give(self._block)
+
+
+def _read_at(descriptor: int, run: memoryview, offset: int) -> int:
+    return os.preadv(descriptor, [run], offset)
+
+
+def _write_at(descriptor: int, run: memoryview, offset: int) -> int:
+    return os.pwrite(descriptor, run, offset)
 
 
 class DiskStore(MapStore):
@@ -151,47 +166,58 @@ class DiskStore(MapStore):
                 f"cannot hold a boundary of {self.nbytes} bytes: {error.strerror}",
                 "choose another spill folder or a larger budget",
             ) from error
-        self._lock = threading.Lock()
         self._bits = _BITS[self.dtype.itemsize]  # NumPy knows no bfloat16
 
-    def _offsets(self, box: Box) -> list[tuple[int, int, int]]:
-        """Batch index, row within the box and byte offset of each contiguous run of pixels."""
+    def _runs(self, box: Box, pixels: torch.Tensor) -> list[tuple[memoryview, int]]:
+        """Each run of ``pixels`` that lies in one piece in the file, with its byte offset: a row, or all full rows."""
         n, height, width, channels = self.stored
         step = channels * self.dtype.itemsize
+        whole = pixels.view(self._bits).numpy()
+        if box.width == width:
+            return [(memoryview(whole[i]).cast("B"), (i * height + box.y0) * width * step) for i in range(n)]
         return [
-            (i, y - box.y0, ((i * height + y) * width + box.x0) * step) for i in range(n) for y in range(box.y0, box.y1)
+            (memoryview(whole[i, y - box.y0]).cast("B"), ((i * height + y) * width + box.x0) * step)
+            for i in range(n)
+            for y in range(box.y0, box.y1)
         ]
 
-    def read(self, box: Box) -> torch.Tensor:
+    def _pixels_on(self, box: Box) -> torch.Tensor:
+        """The pixels on ``box`` as they are stored."""
         result = torch.empty((self.stored[0], box.height, box.width, self.stored[3]), dtype=self.dtype)
-        rows = result.view(self._bits).numpy()
-        for i, y, offset in self._offsets(box):
-            self._each(self._file.readinto, memoryview(rows[i, y]).cast("B"), offset)
-        return self._tile(result.to(self.read_dtype))
+        self._each(_read_at, self._runs(box, result))
+        return result
+
+    def read(self, box: Box) -> torch.Tensor:
+        return self._tile(self._pixels_on(box).to(self.read_dtype))
 
     def write(self, box: Box, tile: torch.Tensor) -> None:
         narrow = self._pixels(tile).to(self.dtype, memory_format=torch.contiguous_format)
-        pixels = narrow.contiguous().view(self._bits).numpy()
-        for i, y, offset in self._offsets(box):
-            self._each(self._file.write, memoryview(pixels[i, y]).cast("B"), offset)
+        self._each(_write_at, self._runs(box, narrow.contiguous()))
 
-    def _each(self, move: Callable[[memoryview], int], row: memoryview, offset: int) -> None:
-        """Read or write all of ``row`` at ``offset``; one thread at a time, since a file has one position."""
-        with self._lock:
-            try:
-                self._file.seek(offset)
-                while row:
-                    count = move(row)
+    def _each(self, move: Callable[[int, memoryview, int], int], runs: list[tuple[memoryview, int]]) -> None:
+        """Read or write every run at its offset."""
+        descriptor = self._file.fileno()
+        try:
+            for run, offset in runs:
+                while run:
+                    count = move(descriptor, run, offset)
                     if not count:
                         raise OSError(errno.EIO, "the file ends early")
-                    row = row[count:]
-            except OSError as error:
-                raise PlanError(
-                    "spill folder", f"failed: {error.strerror}", "free space or choose another folder"
-                ) from error
+                    run, offset = run[count:], offset + count
+        except OSError as error:
+            raise PlanError(
+                "spill folder", f"failed: {error.strerror}", "free space or choose another folder"
+            ) from error
 
     def add(self, box: Box, tile: torch.Tensor) -> None:
-        self.write(box, self.read(box) + tile)
+        if self.dtype != self.read_dtype:
+            return self.write(box, self.read(box) + tile)
+        pixels = self._pixels(tile)
+        rows = max(1, BAND // max(1, box.width * self.stored[0] * self.stored[3] * self.dtype.itemsize))
+        for top in range(box.y0, box.y1, rows):
+            band = Box(top, min(top + rows, box.y1), box.x0, box.x1)
+            added = self._pixels_on(band).add_(pixels[:, top - box.y0 : band.y1 - box.y0])
+            self._each(_write_at, self._runs(band, added))
 
     def close(self) -> None:
         self._file.close()

@@ -10,14 +10,17 @@ import torch
 
 from wholegrad import clock
 from wholegrad.graph.geometry import Box, Interval
-from wholegrad.graph.graph import Graph, Node, Ref
+from wholegrad.graph.graph import Graph, Node, Ref, Spec
 from wholegrad.graph.inline import Inlined, Reading, inline
 from wholegrad.graph.layout import Role, crop
+from wholegrad.graph.programs import planar_layout
 from wholegrad.graph.rules import MapRule, State, rule_for, thin
 from wholegrad.graph.rules import Tile as Place
+from wholegrad.graph.rules.cropping import cropped
 from wholegrad.graph.rules.reduction import wide
 from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.kernels import pointwise
+from wholegrad.kernels.choice import THIN
 from wholegrad.kernels.thin import REAL, Mixed
 from wholegrad.plan.tiles import Tile
 from wholegrad.run.spans import node_span, op_name
@@ -63,7 +66,7 @@ def run_tile(
     """Run the nodes of ``segment`` on ``tile``.
 
     Args:
-        fetch: a map's elements on a box, as a tensor of the tile's own; as raw bytes if the last argument says so.
+        fetch: a map's elements on a box, which the tile does not write into; as raw bytes if the last argument says so.
         small: a small value in the graph's dtype, detached.
         grad: whether to record for :func:`pull_back`.
         seed: of the step, for random ops.
@@ -132,15 +135,15 @@ class _TileRunner:
             self.env[ref] = _leaf(graph, self.result, ref, small(ref), self.grad)
 
     def _read_by_kernels(self) -> set[Ref]:
+        """The maps that kernels want planar: thin convolutions, sums, and passes over few channels."""
         how = self.how
-        return {
-            ref for table in (how.convolutions, how.chains, how.sums) for each in table.values() for ref in each.leaves
-        }
+        chains = [chain for chain in how.chains.values() if chain.parts[0].channels <= THIN]
+        return {ref for each in (*how.convolutions.values(), *chains, *how.sums.values()) for ref in each.leaves}
 
     def _own(self, ref: Ref) -> None:
         mine = self.tile.owned.get(ref)
         if mine is not None and ref in self.wanted:
-            self.result.owned[ref] = crop(self.env[ref], self.graph.spec(ref).layout, self.tile.boxes[ref.node], mine)
+            self.result.owned[ref] = _cropped(self.env[ref], self.graph.spec(ref), self.tile.boxes[ref.node], mine)
 
     def _last_readers(self) -> dict[Ref, int]:
         last = {ref: i for i in self.how.nodes if i in self.tile.boxes for ref in self.how.reads(self.graph, i)}
@@ -150,7 +153,7 @@ class _TileRunner:
         """A value on a box of it; small ones whole."""
         value = self.raw[ref] if raw else self.env[ref]
         spec = self.graph.spec(ref)
-        return value if want is None or not spec.is_map else crop(value, spec.layout, self.tile.boxes[ref.node], want)
+        return value if want is None or not spec.is_map else _cropped(value, spec, self.tile.boxes[ref.node], want)
 
     def _mixed(self, reading: Reading, want: Box | None) -> Mixed:
         leaves = tuple(self._value(ref, want, ref in self.how.raw) for ref in reading.leaves)
@@ -196,6 +199,13 @@ class _TileRunner:
             total = found.total.sum().to(wide(node.outputs[0].dtype))
             self.result.parts[index] = (total.reshape(node.outputs[0].shape),)
         self.result.roots += [(x.leaves[i], grad) for i, grad in found.grads.items() if x.leaves[i].requires_grad]
+
+
+def _cropped(tile: torch.Tensor, spec: Spec, have: Box, want: Box) -> torch.Tensor:
+    """The part of ``tile`` (a value's elements on ``have``) that lies on ``want``."""
+    if not planar_layout(spec):
+        return crop(tile, spec.layout, have, want)
+    return cropped(tile, (want.y0 - have.y0, have.y1 - want.y1, want.x0 - have.x0, have.x1 - want.x1))
 
 
 def _leaf(graph: Graph, result: TileRun, ref: Ref, tensor: torch.Tensor, grad: bool) -> torch.Tensor:
@@ -263,8 +273,8 @@ def pull_back(graph: Graph, segment: Segment, run: TileRun, pull: Pull, tile: Ti
             continue
         mine, box, rule = run.owned[ref], tile.owned[ref], reduction_rule(graph, index)
         with torch.no_grad(), clock.span("sums", op_name(node), node.path or "loss"):
-            found = rule.pull(node, graph.spec(ref), mine.detach(), box, pull.totals.get(index, ()), given)
-        grads[ref] = grads[ref] + found if ref in grads else found
+            total = pull.totals.get(index, ())
+            grads[ref] = rule.pull_onto(grads.get(ref), node, graph.spec(ref), mine.detach(), box, total, given)
     if not (grads or run.roots) or not run.leaves:
         return {}
     roots = [run.owned[ref] for ref in grads] + [root for root, _ in run.roots]

@@ -154,6 +154,20 @@ class ReductionRule(Rule):
         """
         raise NotImplementedError
 
+    def pull_onto(
+        self,
+        more: torch.Tensor | None,
+        node: Node,
+        spec: Spec,
+        tile: torch.Tensor,
+        box: Box,
+        total: State,
+        grads: Sequence[torch.Tensor | None],
+    ) -> torch.Tensor:
+        """:meth:`pull` added to the gradient ``more``, which stays as it is."""
+        found = self.pull(node, spec, tile, box, total, grads)
+        return found if more is None else more + found
+
 
 _RULES: dict[Any, Rule] = {}
 R = TypeVar("R", bound=type[Rule])

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from wholegrad import clock
 from wholegrad.graph.rules import thin
+from wholegrad.graph.rules.cropping import cropped
 from wholegrad.kernels.choice import serves
 from wholegrad.kernels.thin import Mixed
 
@@ -87,6 +88,21 @@ def _channel_sums(grad: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: Settings) -> torch.Tensor:
+    """``aten.convolution``, a strided transposed one as the input gradient that it is: oneDNN's own is slower."""
+    if not settings.transposed or max(settings.stride) == 1 or x.dtype != torch.float32:
+        result: torch.Tensor = aten.convolution(x, weight, bias, *settings)
+        return result
+    size = [
+        (x.shape[2 + i] - 1) * settings.stride[i] + settings.dilation[i] * (weight.shape[2 + i] - 1) + 1 for i in (0, 1)
+    ]
+    channels = weight.shape[1] * settings.groups
+    shaped = torch.empty((x.shape[0], channels, *size), dtype=x.dtype, memory_format=torch.channels_last)  # unread
+    plain, mask = settings._replace(transposed=False), [True, False, False]
+    found: torch.Tensor = aten.convolution_backward(x, shaped, weight, None, *plain, mask)[0]
+    return found if bias is None else found.add_(bias.view(1, -1, 1, 1))
+
+
 class Convolve(torch.autograd.Function):
     """``apply(x, weight, bias, settings, known)`` with bias possibly None; ``known`` is the output, or None."""
 
@@ -103,7 +119,7 @@ class Convolve(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.settings, ctx.label = settings, clock.label("PyTorch convolution")
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return interleaved(aten.convolution(x, weight, bias, *settings)) if known is None else known
+        return interleaved(_forward(x, weight, bias, settings)) if known is None else known
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
@@ -145,7 +161,7 @@ def convolve(
         x: computed as it is read where the thin kernels serve the convolution.
         padding: rows of zeros above and below ``x``, columns left and right of it; negative numbers crop. Transposed:
             what is cropped off the output; negative numbers add pixels that no input reaches.
-        known: the output, if it need not be computed; not of a transposed convolution.
+        known: the output, if it need not be computed.
     """
     steps, gaps = _pair(stride), _pair(dilation)
     if isinstance(x, Mixed) or serves(x, weight, steps, groups):
@@ -161,17 +177,18 @@ def convolve(
         return thin.convolve(x, weight, bias, thin.Window(steps, padding, gaps, size))  # type: ignore[arg-type]
     top, bottom, left, right = padding
     if transposed:
-        whole = _convolve(
-            x, weight, bias if min(padding) >= 0 else None, Settings(steps, (0, 0), gaps, True, (0, 0), groups)
-        )
-        if min(padding) >= 0:
-            return whole[:, :, top : whole.shape[2] - bottom, left : whole.shape[3] - right]
+        inside = min(padding) >= 0
+        settings = Settings(steps, (0, 0), gaps, True, (0, 0), groups)
+        given = None if known is None or not inside else padded(known, padding)  # what is cropped off again
+        whole = _convolve(x, weight, bias if inside else None, settings, given)
+        if inside:
+            return cropped(whole, padding)
         whole = padded(whole, (-top, -bottom, -left, -right))
         return whole if bias is None else whole + bias.view(1, -1, 1, 1)
-    inside = (top, left)
+    around = (top, left)
     if not (top == bottom >= 0 and left == right >= 0):
-        x, inside = padded(x, padding), (0, 0)
-    return _convolve(x, weight, bias, Settings(steps, inside, gaps, False, (0, 0), groups), known)
+        x, around = padded(x, padding), (0, 0)
+    return _convolve(x, weight, bias, Settings(steps, around, gaps, False, (0, 0), groups), known)
 
 
 def padded(x: torch.Tensor, edges: tuple[int, int, int, int]) -> torch.Tensor:

@@ -115,9 +115,10 @@ class Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, part: Part, dtype: torch.dtype, *leaves: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*leaves)
+        x = pointwise.aligned(Mixed((part,), leaves))
+        ctx.save_for_backward(*x.leaves)
         ctx.part, ctx.label = part, clock.label("chain")
-        return pointwise.values(Mixed((part,), leaves), dtype)
+        return pointwise.values(x, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:

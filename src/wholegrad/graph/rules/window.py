@@ -47,7 +47,7 @@ def reach(inputs: Interval, kernel: int, stride: int, pad: int, dilation: int) -
 class Convolution(MapRule):
     """``convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)`` in 2-d.
 
-    An operand beyond these is the output itself, known from before (:mod:`wholegrad.graph.recall`); not if transposed.
+    An operand beyond these is the output itself, known from before (:mod:`wholegrad.graph.recall`).
     """
 
     copies = (1, 0)  # and one of the output if transposed
@@ -92,10 +92,9 @@ class Convolution(MapRule):
     def run(self, node: Node, tensors: Sequence[torch.Tensor], tile: Tile) -> tuple[torch.Tensor, ...]:
         x, weight = tensors[0], tensors[1]
         bias = tensors[2] if node.args[2] is not None else None
-        if node.args[6]:
-            return (self._transposed(node, x, weight, bias, tile),)
-        known = tensors[self._known(node) :]
-        return (self._plain(node, x, weight, bias, tile, known[0] if known else None),)
+        known = tensors[self._known(node)] if len(tensors) > self._known(node) else None
+        run = self._transposed if node.args[6] else self._plain
+        return (run(node, x, weight, bias, tile, known),)
 
     def _plain(
         self,
@@ -114,7 +113,13 @@ class Convolution(MapRule):
         return convolve(x, weight, bias, stride, edges, dilation, False, groups, known)
 
     def _transposed(
-        self, node: Node, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile
+        self,
+        node: Node,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        tile: Tile,
+        known: torch.Tensor | None,
     ) -> torch.Tensor:
         stride, dilation, groups = node.args[3], node.args[5], node.args[8]
         row_axis, col_axis = (self._axis(node, tile.specs, role) for role in (Role.ROW, Role.COL))
@@ -122,4 +127,4 @@ class Convolution(MapRule):
         got = Box.of(reach(have.rows, *row_axis), reach(have.cols, *col_axis))
         box = tile.box
         edges = (box.y0 - got.y0, got.y1 - box.y1, box.x0 - got.x0, got.x1 - box.x1)
-        return convolve(x, weight, bias, stride, edges, dilation, True, groups)
+        return convolve(x, weight, bias, stride, edges, dilation, True, groups, known)
