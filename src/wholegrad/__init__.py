@@ -5,6 +5,7 @@ from wholegrad.errors import WholegradError
 from wholegrad.plan.plan import Plan
 from wholegrad.predict import predict
 from wholegrad.run.executor import Progress
+from wholegrad.segment import segment
 from wholegrad.slide.copy import copy_slide
 from wholegrad.slide.mask import open_mask
 from wholegrad.slide.slide import open_slide
@@ -22,5 +23,6 @@ __all__ = [
     "open_slide",
     "plan",
     "predict",
+    "segment",
     "verify",
 ]

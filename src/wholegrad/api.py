@@ -1,4 +1,4 @@
-"""The public calls: ``plan``, ``backward``, ``measure`` and ``predict``. Everything else is behind them."""
+"""The public calls: ``plan``, ``backward`` and ``measure``. Everything else is behind them."""
 
 from __future__ import annotations
 
@@ -437,8 +437,7 @@ def run_outputs(
     taken = dict(sinks(graph))
     request, held = _request(graph, inputs, budget, False, tuple(taken)), sink_bytes()
     masks = frozenset(ref for ref, sink in taken.items() if sink.masks)
-    request = replace(request, tile=tile, sink_bytes=held[0], sink_held=held[1], as_bytes=masks)
-    made = make_plan(graph, request)
+    made = make_plan(graph, replace(request, tile=tile, sink_bytes=held[0], sink_held=held[1], as_bytes=masks))
     check_elements(made)
     tensors = joint_tensors(model, None, None)
     executor = _executor(made, tensors, inputs, sinks=taken, progress=progress, seed=seed)

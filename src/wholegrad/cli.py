@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 
 import wholegrad as wg
-from wholegrad.commands import cache, demo, evaluate, plan, predict, synth, train, verify
+from wholegrad.commands import cache, demo, evaluate, plan, predict, segment, synth, train, verify
 from wholegrad.commands.common import NOTES, Parser
 
-COMMANDS = (demo, train, evaluate, predict, plan, verify, synth, cache)
+COMMANDS = (demo, segment, train, evaluate, predict, plan, verify, synth, cache)
 ABOUT = "Train convolutional networks end to end on gigapixel images, exactly, in the memory that there is."
 
 

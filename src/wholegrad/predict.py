@@ -110,6 +110,11 @@ class _Npy(_Bands):
         self.file.discard()
 
 
+def npy_output(path: Path, shape: Shape, dtype: np.dtype[Any]) -> Output:
+    """What writes bands ``(C, h, W)`` to a ``.npy`` file."""
+    return cast(Output, _Npy(path, shape, dtype))
+
+
 class _Files(_Bands):
     """Files of any kinds, all from the same bands."""
 
@@ -263,7 +268,7 @@ def _writer(
         return _Memory(full, dtype)
     if [path.suffix.lower() for path in paths] == [".npy"]:
         return _Npy(paths[0], full, dtype)
-    opened = open_outputs(paths, result(full, kind, dtype), lambda path: cast(Output, _Npy(path, full, dtype)))
+    opened = open_outputs(paths, result(full, kind, dtype), lambda path: npy_output(path, full, dtype))
     return _Files(opened, full)
 
 

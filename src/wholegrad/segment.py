@@ -1,7 +1,7 @@
 """Tissue of a slide, out of the box: the network that ships, on an evened-out slide, tidied, in every format.
 
-Three passes over a map of a few um a pixel: a picture of the slide says what glass and ink look like; the network's mask
-goes to a file beside the results; its outlines, without what is too small, are painted into the results.
+Three passes over a map of a few um a pixel: a picture of the slide says what glass and ink look like; the network's
+mask goes to a file beside the results; its outlines, without what is too small, are painted into the results.
 """
 
 from __future__ import annotations

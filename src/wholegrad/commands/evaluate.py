@@ -21,6 +21,7 @@ from wholegrad.train.cases import open_cases
 from wholegrad.train.config import load_config
 from wholegrad.train.metrics import evaluate
 from wholegrad.train.progress import display
+from wholegrad.train.split import entries, of_part
 from wholegrad.train.state import load_model
 
 TEXT = """\
@@ -119,7 +120,8 @@ def _of_network(args: argparse.Namespace) -> list[Row]:
     """The network on each whole slide of a run; pixels are counted where they are computed, and no mask is written."""
     if not args.weights or args.prediction or args.mask or args.pairs:
         raise ConfigError("evaluate", "CONFIG goes with --weights alone", "leave out --prediction, --mask and --pairs")
-    cases = open_cases(load_config(args.config), args.part)
+    config = load_config(args.config)
+    cases = open_cases(of_part(entries(config), args.part), config.data)
     if not cases:
         raise ConfigError(str(args.config), f"names no slides in data.{args.part}", "add some, or choose --part")
     with display(NOTES, "slide") as shown:

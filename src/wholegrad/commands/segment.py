@@ -7,13 +7,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-import wholegrad as wg
 from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_command
 from wholegrad.errors import ConfigError, WholegradError
 from wholegrad.nets.tissue import MPP
-from wholegrad.segment import MIN_AREA, MIN_HOLE, Segmented
-from wholegrad.train.config import SUFFIXES
+from wholegrad.segment import MIN_AREA, MIN_HOLE, Segmented, segment
 from wholegrad.train.progress import display
+from wholegrad.train.tables import stem
 
 TEXT = """\
 Find the tissue of slides with the network that ships, and write for each NAME.mask.ome.tif (opens in QuPath),
@@ -43,7 +42,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    names = [_name(path) for path in args.slides]
+    names = [stem(path.name) for path in args.slides]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(twice, "is the name of two slides", "segment them into different folders")
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _segment(args: argparse.Namespace, path: Path, name: str, where: str) -> Segmented:
     with display(NOTES, f"{name} ({where})") as shown:
-        return wg.segment(
+        return segment(
             path,
             [args.out / f"{name}{ENDINGS[kind]}" for kind in dict.fromkeys(args.only)],
             mpp=args.mpp,
@@ -77,12 +76,6 @@ def _segment(args: argparse.Namespace, path: Path, name: str, where: str) -> Seg
             budget=args.budget,
             progress=shown.tile,
         )
-
-
-def _name(path: Path) -> str:
-    """A slide's file without the ending that says what it is."""
-    ending = next((ending for ending in SUFFIXES if path.name.lower().endswith(ending)), path.suffix)
-    return path.name[: len(path.name) - len(ending)] or path.name
 
 
 def _table(found: list[tuple[str, Segmented]]) -> Table:

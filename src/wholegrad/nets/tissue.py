@@ -1,7 +1,7 @@
 """The tissue network that ships: the 4492-parameter U-Net, trained to tell tissue from glass on slides of many stains.
 
-It sees slides at 4 um a pixel whose glass and ink were evened out (``wholegrad.slide.balance``); ``wg.segment`` does both.
-``weights/tissue4492.md`` is its model card: data, licences, scores, where it fails. ``examples/tissue`` makes it.
+It sees slides at 4 um a pixel whose glass and ink were evened out (``wholegrad.slide.balance``); ``wg.segment`` does
+both. ``weights/tissue4492.md`` is its model card: data, licences, scores, where it fails. ``examples/tissue`` makes it.
 """
 
 from __future__ import annotations

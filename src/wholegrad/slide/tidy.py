@@ -1,8 +1,8 @@
 """Drops small pieces of a mask and fills its small holes, whatever the mask's size: by outlines, band by band.
 
-The mask is traced once (``trace``), which leaves out the rings that are too small; then it is painted anew from the rings
-that remain. A pixel is painted where the rings wind around it more than not: outer rings count one, holes take one away,
-so that a piece within a hole that was filled changes nothing.
+The mask is traced once (``trace``), which leaves out the rings that are too small; then it is painted anew from the
+rings that remain. A pixel is painted where the rings wind around it more than not: outer rings count one, holes take
+one away, so that a piece within a hole that was filled changes nothing.
 """
 
 from __future__ import annotations
