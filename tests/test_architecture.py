@@ -12,7 +12,7 @@ from wholegrad import errors
 
 ROOM = [
     "errors", "clock", "kernels", "graph", "plan", "run", "slide", "metrics", "nets", "losses", "looks", "given",
-    "cache", "outputs", "api", "predict", "proof", "diagnose", "verify", "train", "commands",
+    "cache", "outputs", "api", "predict", "proof", "diagnose", "verify", "train", "segment", "commands",
 ]  # fmt: skip
 SOURCE = Path(wholegrad.__file__).parent
 
