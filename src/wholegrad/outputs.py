@@ -12,9 +12,8 @@ import numpy as np
 
 from wholegrad.errors import ConfigError, SlideError
 from wholegrad.slide.arrays import as_reader
-from wholegrad.slide.outlines import Grid, OutlineOptions, OutlineWriter
+from wholegrad.slide.grid import Grid, OutlineOptions
 from wholegrad.slide.output import Array, ClassNames, Output, PyramidOutput
-from wholegrad.slide.overlay import OverlayWriter
 from wholegrad.slide.write import PyramidWriter
 from wholegrad.slide.zarr_write import ZarrWriter, check_replaceable
 
@@ -143,8 +142,12 @@ def _open(path: Path, result: Result) -> Output:
         zarr = ZarrWriter(path, result.shape, result.stored, mpp=result.mpp, label=label, channels=result.channels)
         return PyramidOutput(zarr)
     if ending in (".geojson", ".json"):
+        from wholegrad.slide.outlines import OutlineWriter  # with Numba and shapely
+
         return OutlineWriter(path, result.shape[2], result.mpp, result.classes, result.grid, result.outlines)
     if ending == ".png":
+        from wholegrad.slide.overlay import OverlayWriter  # with Pillow
+
         reader = as_reader(result.image)
         title = Path(reader.name).name if reader.name != "image" else ""
         return OverlayWriter(path, result.shape[1:], reader, result.classes, result.mpp, title)

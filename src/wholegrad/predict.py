@@ -31,7 +31,7 @@ from wholegrad.run.executor import ProgressFn
 from wholegrad.run.sink import Sink
 from wholegrad.run.sources import model_dtype
 from wholegrad.slide.bigtiff import PartialFile
-from wholegrad.slide.outlines import OutlineOptions
+from wholegrad.slide.grid import OutlineOptions
 from wholegrad.slide.output import ClassNames, Output
 
 Array = npt.NDArray[Any]

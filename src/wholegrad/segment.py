@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +25,13 @@ from wholegrad.predict import npy_output, predict
 from wholegrad.run.executor import ProgressFn
 from wholegrad.slide.arrays import RawReader
 from wholegrad.slide.balance import Balance, Balanced, find_balance
-from wholegrad.slide.outlines import OutlineOptions
+from wholegrad.slide.grid import OutlineOptions
 from wholegrad.slide.output import ClassNames
 from wholegrad.slide.slide import Slide, open_slide
 from wholegrad.slide.thumbnail import thumbnail
-from wholegrad.slide.tidy import Painting, tidied
+
+if TYPE_CHECKING:
+    from wholegrad.slide.tidy import Painting
 
 PICTURE = 2048  # longer side, pixels, of the picture that glass and ink are found in
 MIN_AREA, MIN_HOLE = 5_000.0, 50_000.0  # um2
@@ -112,6 +115,8 @@ def _mask(
     progress: ProgressFn | None,
 ) -> Painting:
     """The network's mask, tidied; by way of a file in ``folder`` that is removed."""
+    from wholegrad.slide.tidy import tidied  # with Numba
+
     area, hole, _ = options.in_pixels(image.mpp)
     with tempfile.TemporaryDirectory(prefix=".wholegrad-", dir=folder) as held:
         raw = Path(held) / "mask.npy"

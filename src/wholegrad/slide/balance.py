@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from wholegrad.errors import ShapeError
 from wholegrad.graph.geometry import Box
@@ -87,7 +86,9 @@ class Balanced:
         if reader.shape[0] != 3 or reader.dtype != np.uint8:
             cause = f"has {reader.shape[0]} channels of {reader.dtype}"
             raise ShapeError(reader.name, cause, "balance slides of three channels of uint8")
-        self._reader, self.balance = reader, balance
+        from wholegrad.slide import loops  # with Numba
+
+        self._reader, self.balance, self._look_up = reader, balance, loops.look_up
         self._table, self._out = balance.table(), ReusedBuffer()
         self.concurrent = bool(getattr(reader, "concurrent", False))
 
@@ -117,13 +118,5 @@ class Balanced:
         """Pixels of ``box`` as ``(3, h, w)``, valid until this thread's next read; errors as the slide's own."""
         stored = np.asarray(self._reader.read(box), np.uint8)
         out = self._out.take(stored.shape).view(np.uint8)
-        _look_up(self._table, stored, out)
+        self._look_up(self._table, stored, out)
         return out
-
-
-@njit(nogil=True, cache=True)
-def _look_up(table, stored, out):  # type: ignore[no-untyped-def]
-    for c in range(stored.shape[0]):
-        for y in range(stored.shape[1]):
-            for x in range(stored.shape[2]):
-                out[c, y, x] = table[c, stored[c, y, x]]

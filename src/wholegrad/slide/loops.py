@@ -12,6 +12,7 @@ from numba import njit
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
 
 
 @njit("void(u1[:,:,::1], i8, i8, UniTuple(i8, 2), UniTuple(i8, 2), i8, i8, u1[:,:,:])", cache=True, nogil=True)
@@ -73,3 +74,30 @@ def paint(flips: Bytes, label: int, out: Bytes) -> None:
             inside ^= flips[row, col]
             if inside:
                 out[row, col] = label
+
+
+@njit("void(u1[:,::1], u1[:,:,:], u1[:,:,::1])", cache=True, nogil=True)
+def look_up(table: Bytes, stored: Bytes, out: Bytes) -> None:
+    """Fill ``out`` ``(C, h, w)`` with what ``table`` ``(C, 256)`` has for each value of ``stored``."""
+    for c in range(stored.shape[0]):
+        for y in range(stored.shape[1]):
+            for x in range(stored.shape[2]):
+                out[c, y, x] = table[c, stored[c, y, x]]
+
+
+@njit("void(i4[::1], i4[::1], i4[::1], i4[::1], u1[:,::1])", cache=True, nogil=True)
+def wind(x: Ints, top: Ints, bottom: Ints, turn: Ints, out: Bytes) -> None:
+    """Paint 1 where the vertical sides to the left of a pixel's middle add up to more than nothing.
+
+    Side ``i`` lies at column ``x[i]`` along rows ``top[i] .. bottom[i] - 1`` and counts ``turn[i]``.
+    """
+    height, width = out.shape
+    winds = np.zeros((height, width + 1), np.int16)
+    for i in range(len(x)):
+        for row in range(top[i], bottom[i]):
+            winds[row, x[i]] += turn[i]
+    for row in range(height):
+        depth = 0
+        for column in range(width):
+            depth += winds[row, column]
+            out[row, column] = depth > 0

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from wholegrad.slide.loops import wind
 from wholegrad.slide.trace import Rings, Tracer
 
 Labels = npt.NDArray[np.uint8]
@@ -46,7 +46,7 @@ class Painting:
         x, top, bottom, turn = self._edges
         last = int(np.searchsorted(top, y1, side="left"))
         meets = np.flatnonzero(bottom[:last] > y0)
-        _paint(x[meets], np.maximum(top[meets], y0) - y0, np.minimum(bottom[meets], y1) - y0, turn[meets], out)
+        wind(x[meets], np.maximum(top[meets], y0) - y0, np.minimum(bottom[meets], y1) - y0, turn[meets], out)
         return out
 
     def bands(self, height: int) -> Iterator[tuple[int, Labels]]:
@@ -66,17 +66,3 @@ def _vertical_edges(rings: Rings) -> tuple[npt.NDArray[np.int32], ...]:
     order = upright[np.argsort(np.minimum(y, below)[upright], kind="stable")]
     turn = np.where(below[order] < y[order], 1, -1).astype(np.int32)
     return x[order], np.minimum(y, below)[order], np.maximum(y, below)[order], turn
-
-
-@njit(nogil=True, cache=True)
-def _paint(x, top, bottom, turn, out):  # type: ignore[no-untyped-def]
-    height, width = out.shape
-    winds = np.zeros((height, width + 1), np.int16)
-    for i in range(len(x)):
-        for row in range(top[i], bottom[i]):
-            winds[row, x[i]] += turn[i]
-    for row in range(height):
-        depth = 0
-        for column in range(width):
-            depth += winds[row, column]
-            out[row, column] = depth > 0
