@@ -30,6 +30,8 @@ from wholegrad.graph.geometry import Box
 Array = npt.NDArray[Any]
 Levels = int | Literal["auto"]
 
+FLAT, FLAT_BYTES = 256, 1 << 16  # encoded tiles of one value that are kept, and the most bytes of one
+
 
 @dataclass
 class Level:
@@ -80,6 +82,7 @@ class LevelWriter(ABC):
         self.levels = _levels(shape, tile, levels)
         self._strip: tuple[Array, int] | None = None
         self._workers = ThreadPoolExecutor(threads or min(2, os.cpu_count() or 1), "wholegrad-encode")
+        self._flat: dict[bytes, list[bytes]] = {}  # encoded tiles of one value, of which masks are full
         self._open = True
 
     @abstractmethod
@@ -200,9 +203,24 @@ class LevelWriter(ABC):
     def _encode_tile(self, rows: Array, left: int, below: Array | None) -> list[bytes]:
         """A tile's bytes, or those of each of its channels."""
         part = rows[:, left : left + self._tile]
+        value = part[0, 0]
+        flat = self.dtype.kind != "f" and bool((part == value).all())  # 0.0 equals -0.0
         if below is not None:
             out = below[:, left // 2 : left // 2 + (part.shape[1] + 1) // 2]
-            _halve(part, out, self._label)
+            if flat:
+                out[...] = value
+            else:
+                _halve(part, out, self._label)
+        key = value.tobytes()
+        if flat and key in self._flat:
+            return self._flat[key]
+        encoded = self._encode_part(part)
+        if flat and len(self._flat) < FLAT and sum(map(len, encoded)) < FLAT_BYTES:
+            self._flat[key] = encoded
+        return encoded
+
+    def _encode_part(self, part: Array) -> list[bytes]:
+        """A whole tile of ``part``, its edges repeated where it is smaller."""
         missing = self._tile - part.shape[0], self._tile - part.shape[1]
         if any(missing):
             part = np.pad(part, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
@@ -272,21 +290,9 @@ class LevelWriter(ABC):
             self.abort()
 
 
-class Deflate:
-    """Tiles as zlib streams; tiles of a single value, of which masks are full, are encoded once."""
-
-    def __init__(self) -> None:
-        self._flat: dict[bytes, bytes] = {}
-
-    def __call__(self, tile: Array) -> bytes:
-        flat = bool((tile == tile.reshape(-1)[0]).all()) and len(self._flat) < 256
-        value = tile.reshape(-1)[:1].tobytes()
-        if flat and value in self._flat:
-            return self._flat[value]
-        encoded = bytes(imagecodecs.deflate_encode(tile.tobytes(), level=6))
-        if flat:
-            self._flat[value] = encoded
-        return encoded
+def deflate(tile: Array) -> bytes:
+    """A tile as a zlib stream."""
+    return bytes(imagecodecs.deflate_encode(tile.tobytes(), level=6))
 
 
 def _levels(shape: tuple[int, int, int], tile: int, levels: Levels) -> list[Level]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from wholegrad.errors import ConfigError
 from wholegrad.slide import bigtiff
 from wholegrad.slide.bigtiff import LONG, LONG8, SHORT, PartialFile, Tag
-from wholegrad.slide.levels import Array, Deflate, Levels, LevelWriter
+from wholegrad.slide.levels import Array, Levels, LevelWriter, deflate
 
 Compression = Literal["jpeg", "deflate"] | None
 
@@ -179,7 +179,7 @@ def _encoder(compression: Compression, quality: int) -> Callable[[Array], bytes]
     if compression is None:
         return lambda tile: tile.tobytes()
     if compression == "deflate":
-        return Deflate()
+        return deflate
 
     def encode(tile: Array) -> bytes:
         if tile.shape[2] == 1:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from wholegrad.errors import ConfigError, SlideError
 from wholegrad.slide.bigtiff import sync_folder
-from wholegrad.slide.levels import Array, Deflate, Levels, LevelWriter
+from wholegrad.slide.levels import Array, Levels, LevelWriter, deflate
 
 VERSION = "0.4"
 CHUNK = 1024
@@ -61,7 +61,7 @@ class ZarrWriter(LevelWriter):
         threads: int | None = None,
     ) -> None:
         super().__init__(path, shape, dtype, tile=tile, levels=levels, label=label, planar=True, threads=threads)
-        self._mpp, self._names, self._deflate = mpp, tuple(channels), Deflate()
+        self._mpp, self._names = mpp, tuple(channels)
         check_replaceable(self.path)
         try:
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent))
@@ -70,7 +70,7 @@ class ZarrWriter(LevelWriter):
             raise SlideError(str(path), cause, "check that the folder exists and is writable") from None
 
     def _encode(self, tile: Array) -> bytes:
-        return self._deflate(tile) if tile.any() else b""
+        return deflate(tile) if tile.any() else b""
 
     def _store(self, level: int, row: int, channel: int, data: list[bytes]) -> None:
         folder = self._folder / str(level) / str(channel) / str(row)
