@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 import wholegrad as wg
 from wholegrad.cli import main
-from wholegrad.errors import SlideError
+from wholegrad.errors import ConfigError, SlideError
 from wholegrad.graph.geometry import Box
+from wholegrad.metrics.files import find_pairs
+from wholegrad.segment import Segmented, segment
 from wholegrad.slide.synth import synthesize
 from wholegrad.slide.write import PyramidWriter
 
@@ -72,9 +75,9 @@ def test_slides_that_fail_are_reported_and_skipped(
     assert "cut.tif" in said and "nowhere.tif" in said and "2 of 3 slides failed" in said
     assert "um a pixel" in said  # what to do about the one without
     assert "s " in printed
-    assert sorted(path.name for path in out.iterdir()) == ["s.geojson", "s.mask.ome.tif", "s.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["s.mask.geojson", "s.mask.ome.tif", "s.mask.png"]
     assert dice(tifffile.imread(out / "s.mask.ome.tif", level=0).squeeze() == 1, truth) > 0.95
-    outlines = json.loads((out / "s.geojson").read_text())
+    outlines = json.loads((out / "s.mask.geojson").read_text())
     assert {feature["properties"]["classification"]["name"] for feature in outlines["features"]} == {"Tissue"}
 
 
@@ -91,6 +94,38 @@ def test_nothing_half_written_where_the_slide_breaks(
     with pytest.raises(SlideError, match=r"bad\.tif"):
         wg.segment(bad, [tmp_path / "m.ome.tif", tmp_path / "m.geojson"])
     assert [path.name for path in tmp_path.iterdir()] == ["bad.tif"]
+
+
+def test_pictures_are_slides_too_and_never_written_over(
+    synthetic: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    _, pixels, truth = synthetic
+    path = tmp_path / "slide.png"
+    Image.fromarray(pixels).save(path)
+    before = path.read_bytes()
+    wg.segment(path, tmp_path / "mask.npy", slide_mpp=4.0)
+    assert dice(np.load(tmp_path / "mask.npy")[0] == 1, truth) > 0.95
+    with pytest.raises(ConfigError, match="the slide itself"):
+        wg.segment(path, path, slide_mpp=4.0)
+    assert path.read_bytes() == before
+
+
+def test_what_a_library_raises_on_one_slide_stops_no_other(
+    synthetic: tuple[Path, np.ndarray, np.ndarray],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def breaks(slide: Path, *args: object, **more: object) -> Segmented:
+        if slide.name == "a.svs":
+            raise ZeroDivisionError("within a decoder")
+        return segment(slide, *args, **more)
+
+    monkeypatch.setattr("wholegrad.commands.segment.segment", breaks)
+    assert main(["segment", "a.svs", str(synthetic[0]), "--out", str(tmp_path), "--only", "mask"]) == 1
+    assert "a.svs: ZeroDivisionError: within a decoder" in capfd.readouterr().err
+    (pair,) = find_pairs(tmp_path, tmp_path)  # and evaluate knows whose mask it is
+    assert pair.name == "s"
 
 
 @pytest.mark.slow

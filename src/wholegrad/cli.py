@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a proof failed, 2 refused (wrong input, impossible budget)
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,7 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors go to standard error, a line each."""
     args = build_parser().parse_args(argv)
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is said once, by us
     try:
         return int(args.run(args))
     except KeyboardInterrupt:

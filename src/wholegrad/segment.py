@@ -89,7 +89,7 @@ def segment(
             left behind then.
     """
     started = time.monotonic()
-    paths = checked_paths(out, "mask")
+    paths = checked_paths(out, "mask", slide=Path(slide))
     options = OutlineOptions(min_area, min_hole, simplify)
     options.in_pixels(mpp)
     with open_slide(slide, mpp=mpp, slide_mpp=slide_mpp) as image:

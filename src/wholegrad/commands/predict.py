@@ -54,6 +54,7 @@ def add(commands: Commands) -> None:
     help_text = "most that outlines may move (one pixel; 0: exact pixel edges)"
     parser.add_argument("--simplify", type=float, metavar="UM", help=help_text)
     parser.add_argument("--network", help="module:factory of your own network, if the weights are of one")
+    parser.add_argument("--slide-mpp", type=float, help="um a pixel of level 0, where the slide does not say")
     add_level(parser)
     add_budget(parser)
 
@@ -95,5 +96,7 @@ def _open(args: argparse.Namespace, card: Card) -> Slide:
     """The slide at the resolution asked for, else at that of the training."""
     if args.mpp is None and args.level is None:
         trained = card.config.get("data", {})
-        return open_slide(args.slide, mpp=trained.get("mpp"), level=trained.get("level"))
-    return open_slide(args.slide, mpp=args.mpp, level=args.level)
+        mpp, level = trained.get("mpp"), trained.get("level")
+    else:
+        mpp, level = args.mpp, args.level
+    return open_slide(args.slide, mpp=mpp, level=level, slide_mpp=args.slide_mpp)

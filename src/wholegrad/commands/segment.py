@@ -16,7 +16,7 @@ from wholegrad.train.tables import stem
 
 TEXT = """\
 Find the tissue of slides with the network that ships, and write for each NAME.mask.ome.tif (opens in QuPath),
-NAME.geojson (outlines, QuPath) and NAME.png (a picture of both). A slide that fails is reported and skipped; the exit
+NAME.mask.geojson (outlines, QuPath) and NAME.mask.png (a picture). A slide that fails is reported and skipped; the exit
 code is then 1."""
 
 EXAMPLES = """\
@@ -24,7 +24,7 @@ EXAMPLES = """\
   wholegrad segment slides/*.svs --out masks
   wholegrad segment case.tif --slide-mpp 0.25 --min-area 20000 --only mask geojson"""
 
-ENDINGS = {"mask": ".mask.ome.tif", "geojson": ".geojson", "picture": ".png"}
+ENDINGS = {"mask": ".mask.ome.tif", "geojson": ".mask.geojson", "picture": ".mask.png"}
 
 
 def add(commands: Commands) -> None:
@@ -46,15 +46,19 @@ def run(args: argparse.Namespace) -> int:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(twice, "is the name of two slides", "segment them into different folders")
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(str(args.out), f"cannot be a folder ({error.strerror})", "choose another --out") from None
     found: list[tuple[str, Segmented]] = []
     for number, (path, name) in enumerate(zip(args.slides, names, strict=True), 1):
         try:
             found.append((name, _segment(args, path, name, f"{number} of {len(names)}")))
-        except (WholegradError, OSError) as error:
+        except Exception as error:  # whatever a library raises on one slide, the others can still be done
             if args.debug:
                 raise
-            NOTES.print(f"wholegrad: error: {' '.join(str(error).split())}")
+            said = str(error) if isinstance(error, WholegradError) else f"{path}: {type(error).__name__}: {error}"
+            NOTES.print(f"wholegrad: error: {' '.join(said.split())}")
     if found:
         CONSOLE.print(_table(found))
     failed = len(names) - len(found)

@@ -19,7 +19,7 @@ from wholegrad.slide.positioned import PositionedFile
 from wholegrad.slide.reader import MapReader
 from wholegrad.slide.tiff import read_container
 
-ENDINGS = (".mask.tif", ".mask.tiff", ".ome.tif", ".ome.tiff", ".tif", ".tiff", ".zarr", ".npy")
+ENDINGS = (".mask.ome.tif", ".mask.tif", ".mask.tiff", ".ome.tif", ".ome.tiff", ".tif", ".tiff", ".zarr", ".npy")
 OUTLINES = (".geojson", ".json", ".xml")
 
 
@@ -64,7 +64,7 @@ def find_pairs(predicted: Path, true: Path) -> list[Pair]:
         return [Pair(stem(predicted), predicted, true)]
     masks, found = _by_stem(true), _by_stem(predicted)
     if not found:
-        raise ConfigError(str(predicted), "holds no label file", f"write predictions as {', '.join(ENDINGS[2:])}")
+        raise ConfigError(str(predicted), "holds no label file", f"write predictions as {', '.join(ENDINGS[3:])}")
     lost = [name for name in found if name not in masks]
     if lost:
         raise ConfigError(str(found[lost[0]]), f"has no mask of its name in {true}", "name the mask alike")
@@ -83,6 +83,9 @@ def read_pairs(path: Path) -> list[Pair]:
         raise ConfigError(str(path), f"cannot be read ({error})", "give a CSV file") from None
     if not rows or not {"prediction", "mask"} <= rows[0].keys():
         raise ConfigError(str(path), "has no rows with columns prediction and mask", "add a header with these names")
+    for number, row in enumerate(rows, 2):
+        if not row["prediction"] or not row["mask"]:
+            raise ConfigError(f"{path}, line {number}", "names no prediction or no mask", "fill in both columns")
     found = [(path.parent / row["prediction"], path.parent / row["mask"], row.get("name")) for row in rows]
     return [Pair(name or stem(predicted), predicted, true) for predicted, true, name in found]
 

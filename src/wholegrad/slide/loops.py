@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+from numba import njit, uint8, void
+from numba.types import Array  # type: ignore[attr-defined]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
@@ -76,7 +77,7 @@ def paint(flips: Bytes, label: int, out: Bytes) -> None:
                 out[row, col] = label
 
 
-@njit("void(u1[:,::1], u1[:,:,:], u1[:,:,::1])", cache=True, nogil=True)
+@njit(void(uint8[:, ::1], Array(uint8, 3, "A", readonly=True), uint8[:, :, ::1]), cache=True, nogil=True)
 def look_up(table: Bytes, stored: Bytes, out: Bytes) -> None:
     """Fill ``out`` ``(C, h, w)`` with what ``table`` ``(C, 256)`` has for each value of ``stored``."""
     for c in range(stored.shape[0]):
