@@ -128,6 +128,13 @@ def test_what_a_library_raises_on_one_slide_stops_no_other(
     assert pair.name == "s"
 
 
+@pytest.mark.parametrize("option", [["--mpp", "0"], ["--mpp", "1000"], ["--min-area", "-5"], ["--budget", "lots"]])
+def test_a_wrong_option_is_said_once(option: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["segment", "a.svs", "b.svs", "--out", str(tmp_path / "out"), *option]) == 2
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("WHOLEGRAD_DATA" not in os.environ, reason="WHOLEGRAD_DATA names no folder of real slides")
 def test_tissue_of_real_slides(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from rich.table import Table
 
+from wholegrad.api import budget_bytes
 from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_command
 from wholegrad.errors import ConfigError, WholegradError
 from wholegrad.nets.tissue import MPP
 from wholegrad.segment import MIN_AREA, MIN_HOLE, Segmented, segment
+from wholegrad.slide.grid import OutlineOptions
 from wholegrad.train.progress import display
 from wholegrad.train.tables import stem
 
@@ -24,6 +26,7 @@ EXAMPLES = """\
   wholegrad segment slides/*.svs --out masks
   wholegrad segment case.tif --slide-mpp 0.25 --min-area 20000 --only mask geojson"""
 
+MPPS = 0.2, 32.0  # um a pixel, the least and most to work at
 ENDINGS = {"mask": ".mask.ome.tif", "geojson": ".mask.geojson", "picture": ".mask.png"}
 
 
@@ -42,6 +45,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    _check(args)
     names = [stem(path.name) for path in args.slides]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -65,6 +69,16 @@ def run(args: argparse.Namespace) -> int:
     if failed:
         NOTES.print(f"{failed} of {len(names)} slides failed")
     return 1 if failed else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What is wrong with the options is said once, before any slide."""
+    if not MPPS[0] <= args.mpp <= MPPS[1]:
+        raise ConfigError(
+            "--mpp", f"is {args.mpp:g}", f"give {MPPS[0]:g} to {MPPS[1]:g}; the network learned at {MPP:g}"
+        )
+    OutlineOptions(args.min_area, args.min_hole, args.simplify).in_pixels(args.mpp)
+    budget_bytes(args.budget)
 
 
 def _segment(args: argparse.Namespace, path: Path, name: str, where: str) -> Segmented:
