@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from wholegrad.errors import ShapeError
 from wholegrad.graph.geometry import Box
-from wholegrad.slide.buffers import ReusedBuffer
+from wholegrad.slide.augment.blocks import Transformed
 from wholegrad.slide.reader import MapReader
 
 Pixels = npt.NDArray[np.uint8]
@@ -79,8 +79,8 @@ def _glass(pixels: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     return glass.clip(1)
 
 
-class Balanced:
-    """A slide seen through its :class:`Balance`: ``(3, H, W)`` uint8."""
+class Balanced(Transformed):
+    """A slide ``(3, H, W)`` of uint8 seen through its :class:`Balance`; it tells what else the slide tells."""
 
     def __init__(self, reader: MapReader, balance: Balance) -> None:
         if reader.shape[0] != 3 or reader.dtype != np.uint8:
@@ -88,35 +88,13 @@ class Balanced:
             raise ShapeError(reader.name, cause, "balance slides of three channels of uint8")
         from wholegrad.slide import loops  # with Numba
 
-        self._reader, self.balance, self._look_up = reader, balance, loops.look_up
-        self._table, self._out = balance.table(), ReusedBuffer()
-        self.concurrent = bool(getattr(reader, "concurrent", False))
+        super().__init__(reader)
+        self.balance, self._table, self._look_up = balance, balance.table(), loops.look_up
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._reader, name)  # mpp, size, levels
+        return getattr(self._reader, name)  # mpp, size, placement
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self._reader.shape
-
-    @property
-    def dtype(self) -> np.dtype[np.generic]:
-        return self._reader.dtype
-
-    @property
-    def name(self) -> str:
-        return self._reader.name
-
-    @property
-    def cache_bytes(self) -> int:
-        """What the slide beneath holds. A box's pixels as stored come on top, once more."""
-        return self._reader.cache_bytes
-
-    def read(self, box: Box) -> Pixels:
-        """Pixels of ``box`` as ``(3, h, w)``, valid until this thread's next read; errors as the slide's own."""
-        stored = np.asarray(self._reader.read(box), np.uint8)
-        out = self._out.take(stored.shape).view(np.uint8)
-        self._look_up(self._table, stored, out)
-        return out
+    def fill(self, block: Box, out: npt.NDArray[np.generic]) -> None:
+        self._look_up(self._table, self._reader.read(block), out)

@@ -77,11 +77,11 @@ def paint(flips: Bytes, label: int, out: Bytes) -> None:
                 out[row, col] = label
 
 
-@njit(void(uint8[:, ::1], Array(uint8, 3, "A", readonly=True), uint8[:, :, ::1]), cache=True, nogil=True)
-def look_up(table: Bytes, stored: Bytes, out: Bytes) -> None:
+@njit(void(uint8[:, ::1], Array(uint8, 3, "A", readonly=True), Array(uint8, 3, "A")), cache=True, nogil=True)
+def look_up(table: Bytes, stored: npt.NDArray[np.generic], out: npt.NDArray[np.generic]) -> None:
     """Fill ``out`` ``(C, h, w)`` with what ``table`` ``(C, 256)`` has for each value of ``stored``."""
-    for c in range(stored.shape[0]):
-        for y in range(stored.shape[1]):
+    for y in range(stored.shape[1]):
+        for c in range(stored.shape[0]):
             for x in range(stored.shape[2]):
                 out[c, y, x] = table[c, stored[c, y, x]]
 

@@ -15,6 +15,7 @@ from numba import njit, types
 from wholegrad.graph.geometry import Box
 from wholegrad.slide.augment.blocks import Transformed
 from wholegrad.slide.augment.tones import UNIT, Colour, byte_table, density_table, stain_matrix, tone_table
+from wholegrad.slide.loops import look_up
 from wholegrad.slide.reader import MapReader
 
 
@@ -23,7 +24,7 @@ class Coloured(Transformed):
 
     def __init__(self, reader: MapReader, colour: Colour) -> None:
         super().__init__(reader)
-        self._tones = tone_table(colour)
+        self._tones = np.tile(tone_table(colour), (reader.shape[0], 1))
         self._stains = colour.stains and reader.shape[0] == 3
         self._densities, self._bytes = density_table(), byte_table(colour)
         self._matrix, self._shift = stain_matrix(colour)
@@ -35,7 +36,7 @@ class Coloured(Transformed):
         if self._stains:
             _stain(pixels, self._densities, self._matrix, self._shift, self._bytes, out)
         else:
-            _look_up(pixels, self._tones, out)
+            look_up(self._tones, pixels, out)
 
 
 _HALF, _BITS = UNIT // 2, int(math.log2(UNIT))
@@ -54,11 +55,3 @@ def _stain(pixels, densities, matrix, shift, table, out):  # type: ignore[no-unt
             for c in range(3):
                 total = r * matrix[0, c] + g * matrix[1, c] + b * matrix[2, c]
                 out[c, y, x] = table[min(max(((total + _HALF) >> _BITS) + shift[c], 0), top)]
-
-
-@njit(types.void(_ANY, _U1, _OUT), cache=True, nogil=True)
-def _look_up(pixels, table, out):  # type: ignore[no-untyped-def]
-    for y in range(pixels.shape[1]):
-        for c in range(pixels.shape[0]):
-            for x in range(pixels.shape[2]):
-                out[c, y, x] = table[pixels[c, y, x]]
