@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -161,3 +161,23 @@ def _reader(image: np.ndarray[Any, Any]) -> Any:
     from wholegrad.slide.arrays import as_reader
 
     return as_reader(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize("compression", ["deflate", None])
+def test_tiles_of_one_value_keep_theirs_at_every_level(
+    tmp_path: Path, label: bool, compression: Literal["deflate"] | None
+) -> None:
+    tiles = np.array([[0, 7, 7, 9], [7, 0, 9, 9], [9, 9, 0, 0], [9, 9, 7, 3]], np.uint8)
+    image = tiles.repeat(32, 0).repeat(32, 1)
+    image[5, 6] = 200  # and one that is not of one value
+    with PyramidWriter(tmp_path / "m.tif", (1, 128, 128), tile=32, label=label, compression=compression) as out:
+        out.write_rows(image)
+    expected = image.astype(np.int64)
+    with tifffile.TiffFile(tmp_path / "m.tif") as file:
+        levels = file.series[0].levels
+        assert len(levels) == 3
+        for level in levels:
+            assert np.array_equal(level.asarray().squeeze(), expected)
+            four = expected.reshape(len(expected) // 2, 2, -1, 2)
+            expected = four[:, 0, :, 0] if label else (four.sum(axis=(1, 3)) + 2) >> 2
