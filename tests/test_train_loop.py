@@ -14,12 +14,16 @@ import torch
 from torch import nn
 
 import wholegrad as wg
+from wholegrad.cli import main
 from wholegrad.errors import ConfigError, NumericsError, SlideError
+from wholegrad.graph.geometry import Box
+from wholegrad.slide.thumbnail import balanced
 from wholegrad.train.config import Config, TrainConfig, check_config
 from wholegrad.train.draws import pick
 from wholegrad.train.events import Step, Watch
 from wholegrad.train.interrupt import Interrupt
 from wholegrad.train.loop import train
+from wholegrad.train.metrics import METRICS, score
 from wholegrad.train.optim import learning_rate
 from wholegrad.train.state import load_model, read_card
 
@@ -55,6 +59,25 @@ def test_it_learns_and_leaves_what_it_promises(slides: Path) -> None:
     assert card.parameters == 4492
     assert card.dice == {"c": outcome.scores[0].dice, "mean": outcome.scores[0].dice}
     assert json.loads((slides / "out/test.json").read_text())[0]["name"] == "c"
+
+
+def test_balance_is_seen_by_training_testing_and_predict(slides: Path) -> None:
+    stored = tifffile.imread(slides / "slides/c.tif")
+    tinted = np.clip(stored * np.array([0.8, 0.9, 0.6]), 0, 255).astype(np.uint8)
+    tifffile.imwrite(slides / "slides/c.tif", tinted, tile=(64, 64), photometric="rgb")
+    outcome = train(configure(slides, steps=2, data={"balance": True}))
+    model = load_model(slides / "out")
+    with wg.open_slide(slides / "slides/c.tif") as slide, wg.open_mask(slides / "masks/c.mask.tif", like=slide) as mask:
+        even = balanced(slide)
+        assert not np.array_equal(even.read(Box(0, 64, 0, 64)), slide.read(Box(0, 64, 0, 64)))
+        counts = wg.measure(model, even, mask, metrics=METRICS)["counts"]
+        assert outcome.scores[0].dice == score("c", counts).dice
+        expected, plain = wg.predict(model, even, kind="logits"), wg.predict(model, slide, kind="logits")
+    command = ["predict", str(slides / "slides/c.tif"), "--weights", str(slides / "out"), "--kind", "logits"]
+    assert main([*command, "--out", str(slides / "logits.npy")]) == 0
+    found = np.load(slides / "logits.npy")
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(found, plain)
 
 
 def test_boundaries_are_stored_as_the_configuration_says(slides: Path) -> None:

@@ -28,10 +28,9 @@ import wholegrad as wg
 from wholegrad.graph.geometry import Box
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
-from wholegrad.segment import MIN_AREA, MIN_HOLE, PICTURE
-from wholegrad.slide.balance import Balanced, find_balance
+from wholegrad.segment import MIN_AREA, MIN_HOLE
 from wholegrad.slide.synth import synthesize
-from wholegrad.slide.thumbnail import thumbnail
+from wholegrad.slide.thumbnail import balanced
 from wholegrad.slide.tidy import tidied
 
 MPP = 4.0
@@ -134,8 +133,7 @@ def learn(args: argparse.Namespace, real: list[Section], painted: list[Section])
 def dice(model: nn.Module, slide: Path, mask: Path) -> dict[str, float]:
     """Dice of one whole slide at ``MPP``, evened out: as the network has it, and tidied."""
     with wg.open_slide(slide, mpp=MPP) as image, wg.open_mask(mask, like=image) as labels:
-        balanced = Balanced(image, find_balance(thumbnail(image, PICTURE)))
-        found = wg.predict(model, balanced)
+        found = wg.predict(model, balanced(image))
         truth = labels.read(Box(0, image.shape[1], 0, image.shape[2]))[0]
         area, hole = MIN_AREA / MPP**2, MIN_HOLE / MPP**2
         neat = tidied([found[0]], image.shape[2], area, hole).rows(0, image.shape[1])

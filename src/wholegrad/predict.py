@@ -30,6 +30,7 @@ from wholegrad.plan.boundaries import storable
 from wholegrad.run.executor import ProgressFn
 from wholegrad.run.sink import Sink
 from wholegrad.run.sources import model_dtype
+from wholegrad.slide.balance import Balanced
 from wholegrad.slide.bigtiff import PartialFile
 from wholegrad.slide.grid import OutlineOptions
 from wholegrad.slide.output import ClassNames, Output
@@ -285,4 +286,5 @@ def _result(
     """What is to be written; where the result is coarser than the image of shape ``read``, so is its mpp."""
     mpp = getattr(image, "mpp", None)
     coarser = None if mpp is None else mpp * read[2] / shape[1]
-    return Result(shape, kind, dtype, coarser, image, names, depth, outlines)
+    shown = image.beneath if isinstance(image, Balanced) else image  # pictures show a slide as it is
+    return Result(shape, kind, dtype, coarser, shown, names, depth, outlines)

@@ -24,16 +24,15 @@ from wholegrad.outputs import Paths, Result, checked_paths, open_outputs
 from wholegrad.predict import npy_output, predict
 from wholegrad.run.executor import ProgressFn
 from wholegrad.slide.arrays import RawReader
-from wholegrad.slide.balance import Balance, Balanced, find_balance
+from wholegrad.slide.balance import Balance, Balanced
 from wholegrad.slide.grid import OutlineOptions
 from wholegrad.slide.output import ClassNames
-from wholegrad.slide.slide import Slide, open_slide
-from wholegrad.slide.thumbnail import thumbnail
+from wholegrad.slide.slide import open_slide
+from wholegrad.slide.thumbnail import balanced
 
 if TYPE_CHECKING:
     from wholegrad.slide.tidy import Painting
 
-PICTURE = 2048  # longer side, pixels, of the picture that glass and ink are found in
 MIN_AREA, MIN_HOLE = 5_000.0, 50_000.0  # um2
 BAND = 512  # rows at once
 
@@ -96,19 +95,18 @@ def segment(
         real = image.mpp
         if real is None:
             raise SlideError(str(slide), "does not tell its um a pixel", "give slide_mpp")
-        balance = find_balance(thumbnail(image, PICTURE))
-        painting = _mask(image, balance, paths[0].parent, options, budget, progress)
+        even = balanced(image)
+        painting = _mask(even, paths[0].parent, options, budget, progress)
         result = Result(
             (1, *painting.shape), "mask", np.dtype(np.uint8), real, image, ClassNames(("Tissue",)), outlines=options
         )
         count = _write(painting, paths, result)
     share = count / (painting.shape[0] * painting.shape[1])
-    return Segmented(painting.shape, real, share, count * real**2 / 1e6, balance, time.monotonic() - started)
+    return Segmented(painting.shape, real, share, count * real**2 / 1e6, even.balance, time.monotonic() - started)
 
 
 def _mask(
-    image: Slide,
-    balance: Balance,
+    image: Balanced,
     folder: Path,
     options: OutlineOptions,
     budget: str | int | None,
@@ -120,7 +118,7 @@ def _mask(
     area, hole, _ = options.in_pixels(image.mpp)
     with tempfile.TemporaryDirectory(prefix=".wholegrad-", dir=folder) as held:
         raw = Path(held) / "mask.npy"
-        predict(tissue4492(), Balanced(image, balance), out=raw, budget=budget, progress=progress)
+        predict(tissue4492(), image, out=raw, budget=budget, progress=progress)
         stored = np.load(raw, mmap_mode="r")
         reader = RawReader(raw, stored.shape, stored.dtype, stored.offset)
         del stored

@@ -13,6 +13,7 @@ from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_
 from wholegrad.errors import ConfigError
 from wholegrad.outputs import Depth, checked_paths
 from wholegrad.slide.slide import Slide, open_slide
+from wholegrad.slide.thumbnail import balanced
 from wholegrad.train.networks import build_network
 from wholegrad.train.progress import display
 from wholegrad.train.state import Card, load_model, read_card
@@ -68,10 +69,11 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.weights, _own_network(args, card))
     slide = _open(args, card)
     NOTES.print(f"{slide!r}, {card.network} after {card.step} steps")
+    seen = balanced(slide) if card.config.get("data", {}).get("balance") else slide
     with display(NOTES, "slide") as shown:
         wg.predict(
             model,
-            slide,
+            seen,
             out=files,
             kind=args.kind,
             threshold=args.threshold,

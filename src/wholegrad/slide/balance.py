@@ -27,6 +27,7 @@ GAINS = (0.6, 5.0)  # the least and most that densities are multiplied by
 FAINTEST = 0.04  # density from which a pixel is not bare glass
 BRIGHTEST, DARKEST = 254, 2  # from here on all channels: fill where nothing was scanned
 PEAK_SHARE = 0.01  # of the pixels that a peak of brightness must hold to be glass
+PICTURE = 2048  # longer side, pixels, of the picture that glass and ink are found in
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,15 @@ class Balanced(Transformed):
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._reader, name)  # mpp, size, placement
+
+    @property
+    def beneath(self) -> MapReader:
+        """The slide as it is stored."""
+        return self._reader
+
+    def seen(self, picture: Pixels) -> Pixels:
+        """A picture ``(h, w, 3)`` of the slide beneath, evened out."""
+        return np.stack([self._table[channel][picture[..., channel]] for channel in range(3)], axis=-1)
 
     def fill(self, block: Box, out: npt.NDArray[np.generic]) -> None:
         self._look_up(self._table, self._reader.read(block), out)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from wholegrad.errors import ShapeError
 from wholegrad.graph.geometry import Box
+from wholegrad.slide.balance import PICTURE, Balanced, find_balance
 from wholegrad.slide.mask import LabelMask
 from wholegrad.slide.reader import MapReader
 from wholegrad.slide.slide import Slide
@@ -32,11 +33,23 @@ def thumbnail(reader: MapReader, max_side: int = 1024) -> npt.NDArray[np.uint8]:
         raise ShapeError(reader.name, cause, "give one or three channels of uint8 and a size above zero")
     if isinstance(reader, LabelMask):
         return _labels(reader, max_side)
+    if isinstance(reader, Balanced):
+        return reader.seen(thumbnail(reader.beneath, max_side))
     lower = _lower_level(reader, max_side) if isinstance(reader, Slide) else None
     if isinstance(reader, Slide) and lower is not None:
         with reader.at(lower) as level:
             return _shrink(level, max_side)
     return _shrink(reader, max_side)
+
+
+def balanced(slide: MapReader) -> Balanced:
+    """A slide ``(3, H, W)`` of uint8 with its glass and ink evened out, by what a picture of all of it shows.
+
+    Raises:
+        ShapeError: it has other channels or values.
+        SlideError: its pixels cannot be read.
+    """
+    return Balanced(slide, find_balance(thumbnail(slide, PICTURE)))
 
 
 def _lower_level(slide: Slide, max_side: int) -> int | None:

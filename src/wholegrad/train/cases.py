@@ -19,9 +19,11 @@ from wholegrad.errors import ConfigError, SlideError
 from wholegrad.graph.geometry import Box
 from wholegrad.slide.arrays import Cropped
 from wholegrad.slide.augment import Framed
+from wholegrad.slide.balance import Balance, Balanced
 from wholegrad.slide.mask import open_mask
 from wholegrad.slide.reader import MapReader
 from wholegrad.slide.slide import open_slide
+from wholegrad.slide.thumbnail import balanced
 from wholegrad.train.split import Entry
 from wholegrad.train.tables import DataConfig
 
@@ -44,6 +46,7 @@ class Case:
         data: says at which resolution, and what outlines mean.
         slide_mpp: um a pixel of level 0, where the file does not say.
         box: the region that counts; may reach beyond the slide, where glass is.
+        balance: what its glass and ink look like, if they are to be evened out.
         broken: why the slide could not be opened, if the run goes on without it.
     """
 
@@ -53,6 +56,7 @@ class Case:
     data: DataConfig
     slide_mpp: float | None
     box: Box
+    balance: Balance | None = None
     broken: SlideError | None = None
 
     @property
@@ -73,7 +77,8 @@ class Case:
         with open_slide(self.slide_path, data.mpp, data.level, slide_mpp=self.slide_mpp) as slide:
             mask = open_mask(self.mask_path, like=slide, classes=data.classes, ignore=data.ignore)
             try:
-                yield self._seen(Readers(slide, mask))
+                even = slide if self.balance is None else Balanced(slide, self.balance)
+                yield self._seen(Readers(even, mask))
             finally:
                 mask.close()
 
@@ -120,7 +125,7 @@ def open_cases(entries: Sequence[Entry], data: DataConfig, skip: bool = False) -
         except SlideError as error:
             if not skip:
                 raise
-            cases.append(Case(entry.name, entry.slide, entry.mask, data, None, Box(0, 0, 0, 0), error))
+            cases.append(Case(entry.name, entry.slide, entry.mask, data, None, Box(0, 0, 0, 0), broken=error))
     return cases
 
 
@@ -128,7 +133,8 @@ def _tried(entry: Entry, data: DataConfig) -> Case:
     slide_mpp = entry.mpp if entry.mpp is not None else data.slide_mpp
     with open_slide(entry.slide, data.mpp, data.level, slide_mpp=slide_mpp) as slide:
         whole = Box(0, slide.shape[1], 0, slide.shape[2])
-    case = Case(entry.name, entry.slide, entry.mask, data, slide_mpp, whole)
+        balance = balanced(slide).balance if data.balance else None
+    case = Case(entry.name, entry.slide, entry.mask, data, slide_mpp, whole, balance)
     with case.open() as readers:
         middle = _middle(case.size)
         readers.slide.read(middle)

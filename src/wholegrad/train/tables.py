@@ -55,9 +55,10 @@ class DataConfig(_Table):
     ``root/slides/NAME.*`` with ``root/masks/NAME.mask.tif``; or ``slides``: a folder, a glob or a CSV file, divided by
     ``data.split``. ``mpp`` (micrometres a pixel) or ``level`` say at which resolution slides are read, as
     :func:`wholegrad.open_slide` does; without either it is level 0. ``slide_mpp`` is that of level 0 where files do not
-    say. ``classes`` and ``ignore`` say what outlines mean, as for :func:`wholegrad.open_mask`. ``crop`` (height, width
-    in pixels) trains on a random region of each slide in place of the whole; with ``pad`` a slide smaller than it is
-    framed in white background.
+    say. ``balance`` evens out glass and ink, of which a picture of the whole slide tells, before the network sees it;
+    so do ``predict`` and ``evaluate`` then. ``classes`` and ``ignore`` say what outlines mean, as for
+    :func:`wholegrad.open_mask`. ``crop`` (height, width in pixels) trains on a random region of each slide in place of
+    the whole; with ``pad`` a slide smaller than it is framed in white background.
     """
 
     root: str = "."
@@ -71,6 +72,7 @@ class DataConfig(_Table):
     mpp: float | None = Field(default=None, gt=0)
     level: int | None = Field(default=None, ge=0)
     slide_mpp: float | None = Field(default=None, gt=0)
+    balance: bool = False
     classes: dict[str, int] | None = None
     ignore: tuple[str, ...] | None = None
     crop: tuple[int, int] | None = None
