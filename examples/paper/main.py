@@ -41,7 +41,7 @@ def main() -> None:
     if args.write:
         from report import write
 
-        write(args.out, [slide.stem for slide, _ in pairs])
+        write(args.out, pairs)
 
 
 def arguments() -> argparse.Namespace:
