@@ -22,7 +22,16 @@ LARGEST_BLUR = 20.0  # pixels of standard deviation
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """Values are taken as TOML has them: a text is no number, however it reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_tuples(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
 
 
 class PairConfig(_Table):
@@ -147,8 +156,8 @@ class TrainConfig(_Table):
     ``on_error`` says whether a slide that cannot be read ends the run or is skipped.
     """
 
-    steps: int | None = Field(default=None, ge=0)
-    epochs: int | None = Field(default=None, ge=0)
+    steps: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
     lr: float = Field(default=0.01, gt=0)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
