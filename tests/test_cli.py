@@ -21,7 +21,7 @@ import wholegrad
 from wholegrad.cli import main
 from wholegrad.commands.common import blobs
 from wholegrad.slide.slide import open_slide
-from wholegrad.train.state import read_card
+from wholegrad.train.state import load_model, read_card
 
 COMMANDS = ("demo", "train", "evaluate", "predict", "plan", "verify", "synth")
 SETTINGS = '[data]\nroot = "."\ntrain = ["a", "b"]\ntest = ["c"]\n[train]\nsteps = 3\nout = "out"\n'
@@ -90,6 +90,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "--boundary-dtype", "int8"], "invalid choice: 'int8' (choose from"),
         (["plan", "--shape", "3x4000x4000", "--budget", "10MiB"], "the smallest that would do is"),
         (["plan", "--mpp", "1", "--level", "2"], "not allowed with argument"),
+        (["plan", "--region", "0,0,10,10"], "--region: is of a slide, and none is given; add --slide"),
+        (["plan", "--slide-mpp", "1"], "--slide-mpp: is of a slide, and none is given; add --slide"),
+        (["plan", "--slide", "a.svs", "--region", "0,0,10"], "'0,0,10' is not X,Y,WIDTH,HEIGHT in level-0 pixels"),
         (["train", "no.toml"], "no.toml: cannot be read (No such file or directory); check the path"),
         (
             ["predict", "x.svs", "--weights", "no.safetensors", "--out", "m.tif"],
@@ -185,6 +188,28 @@ def test_a_trained_network_predicts_and_draws(config: Path, capsys: pytest.Captu
     assert (folder / "m.png").stat().st_size > 1000
     assert main([*argv, str(folder / "p.npy"), "--kind", "probability"]) == 0
     assert np.array_equal(np.load(folder / "p.npy")[0] > 0.5, mask > 0)
+
+
+def test_a_part_of_a_slide_is_predicted_where_it_lies(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(config), "--steps", "1"]) == 0
+    folder, weights = config.parent, str(config.parent / "out")
+    slide = str(folder / "slides/c.tif")
+    argv = ["predict", slide, "--weights", weights, "--threshold", "1e-6", "--region", "32,16,64,48"]
+    assert main([*argv, "--out", str(folder / "p.npy"), "--out", str(folder / "p.geojson")]) == 0
+    with open_slide(slide, region=(32, 16, 64, 48)) as part:
+        expected = wholegrad.predict(load_model(weights), part, threshold=1e-6)
+    assert np.array_equal(np.load(folder / "p.npy"), expected) and expected is not None and expected.all()
+    (feature,) = json.loads((folder / "p.geojson").read_text())["features"]
+    corners = np.array(feature["geometry"]["coordinates"][0])
+    assert [*corners.min(axis=0), *corners.max(axis=0)] == [32, 16, 96, 64]
+    capsys.readouterr()
+    assert "reaches outside it" in refused(capsys, *argv[:-1], "90,16,64,48", "--out", str(folder / "q.npy"))
+    assert not (folder / "q.npy").exists()
+    capsys.readouterr()
+    assert main(["plan", "--slide", slide, "--region", "32,16,64,48"]) == 0
+    assert "image 1 x 3 x 48 x 64" in capsys.readouterr().out
+    assert main(["plan", "--slide", slide, "--region", "bounds", "--slide-mpp", "1", "--mpp", "2"]) == 0
+    assert "image 1 x 3 x 48 x 56" in capsys.readouterr().out
 
 
 def test_masks_are_written_drawn_outlined_and_scored(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ import wholegrad as wg
 from wholegrad.api import LossFn
 from wholegrad.errors import CaptureError, ConfigError, WholegradError
 from wholegrad.losses import LOSSES
+from wholegrad.slide.slide import Region
 from wholegrad.train.networks import NETWORKS, imported, network_factory
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -74,6 +75,22 @@ def add_level(parser: Parser) -> None:
         "--mpp", type=float, help="read at this many micrometres a pixel, resampled if no level has them"
     )
     group.add_argument("--level", type=int, help="use this level, 0 the largest")
+
+
+def add_region(parser: Parser) -> None:
+    help_text = "part of the slide, in level-0 pixels, or 'bounds' for what the scanner says it scanned"
+    parser.add_argument("--region", type=region, metavar="X,Y,W,H", help=help_text)
+
+
+def region(text: str) -> Region:
+    """Four whole numbers, or "bounds", for argparse."""
+    if text.strip() == "bounds":
+        return "bounds"
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not X,Y,WIDTH,HEIGHT in level-0 pixels, nor 'bounds'")
+    x, y, width, height = (int(part) for part in parts)
+    return x, y, width, height
 
 
 def add_network(parser: Parser, positional: bool = False) -> None:
