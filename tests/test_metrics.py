@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tracemalloc
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from wholegrad.errors import ConfigError, ShapeError
+from wholegrad.cli import main
+from wholegrad.errors import ConfigError, ShapeError, SlideError
 from wholegrad.metrics import boundary, nearest
 from wholegrad.metrics import compare as module
 from wholegrad.metrics.compare import METRICS, compare
 from wholegrad.metrics.edges import Bands
+from wholegrad.metrics.files import Pair, find_pairs, opened
 from wholegrad.metrics.summary import summarise
 from wholegrad.slide.arrays import as_reader
+from wholegrad.slide.write import PyramidWriter
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -231,3 +238,89 @@ def test_summaries() -> None:
     assert found.high == pytest.approx(np.mean(values) + half, abs=0.004)
     assert summarise([*values, None], seed=3) == found != summarise(values, seed=4)
     assert summarise([0.5]).low is None and summarise([None]).mean is None
+
+
+SQUARES = {"Tissue": (40, 80, 240, 280), "Fold": (200, 120, 280, 200)}  # x0, y0, x1, y1 in level-0 pixels
+SCALE = 4
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Path:
+    """A slide of 400 x 600 pixels at 0.5 um, two areas on it as outlines, and as labels at 2 um."""
+    with PyramidWriter(tmp_path / "case.tif", (3, 400, 600), mpp=0.5) as slide:
+        slide.write_rows(np.full((400, 600, 3), 240, np.uint8))
+    features, labels = [], np.zeros((400 // SCALE, 600 // SCALE), np.uint8)
+    for label, (name, (x0, y0, x1, y1)) in enumerate(SQUARES.items(), 1):
+        ring = [[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]
+        shape = {"type": "Polygon", "coordinates": [ring]}
+        features.append({"type": "Feature", "geometry": shape, "properties": {"classification": {"name": name}}})
+        labels[y0 // SCALE : y1 // SCALE, x0 // SCALE : x1 // SCALE] = label
+    (tmp_path / "both.geojson").write_text(json.dumps(features))
+    (tmp_path / "case.mask.geojson").write_text(json.dumps(features[:1]))
+    Image.fromarray(labels).save(tmp_path / "both.png")
+    x0, y0, x1, y1 = (side // SCALE for side in SQUARES["Tissue"])
+    labels[...], labels[y0:y1, x0:x1] = 0, 1
+    Image.fromarray(labels).save(tmp_path / "case.mask.png")
+    np.save(tmp_path / "case.npy", labels[None])
+    return tmp_path
+
+
+def evaluated(folder: Path, *argv: str) -> Any:
+    paths = [part if part.startswith("--") or part in SQUARES else str(folder / part) for part in argv]
+    assert main(["evaluate", *paths, "--json", str(folder / "scores.json")]) == 0
+    return json.loads((folder / "scores.json").read_text())["slides"]
+
+
+def test_outlines_and_pictures_are_scored_on_their_slide(drawn: Path) -> None:
+    classes = ("--class", "Tissue", "--class", "Fold")
+    (one,) = evaluated(drawn, "--prediction", "both.png", "--mask", "both.geojson", "--slides", "case.tif", *classes)
+    exact = {name: 0 if name.endswith("_um") else 1 for name in METRICS}
+    assert {name: one[name] for name in METRICS} == exact and [each["label"] for each in one["classes"]] == [1, 2]
+    assert [each["tp"] for each in one["classes"]] == [50 * 50 - 10 * 20, 20 * 20]
+    ignored = ("--class", "Tissue", "--ignore", "Fold")
+    (one,) = evaluated(drawn, "--prediction", "case.npy", "--mask", "both.geojson", "--slides", "case.tif", *ignored)
+    assert one["dice"] == 1 and one["classes"][0]["tp"] == 50 * 50 - 10 * 20
+    assert one["classes"][0]["tn"] == 100 * 150 - 50 * 50 - 10 * 20
+    (one,) = evaluated(drawn, "--prediction", "case.mask.geojson", "--mask", "case.mask.png", "--slides", "case.tif")
+    assert one["dice"] == 1 and one["classes"][0]["tp"] == 50 * 50
+    outlines = "case.mask.geojson"
+    (one,) = evaluated(drawn, "--prediction", outlines, "--mask", outlines, "--slides", "case.tif")
+    assert one["dice"] == 1 and one["classes"][0]["tp"] == 200 * 200
+    (drawn / "pairs.csv").write_text("prediction,mask,slide\ncase.npy,case.mask.geojson,case.tif\n")
+    (one,) = evaluated(drawn, "--pairs", "pairs.csv")
+    assert one["name"] == "case" and one["dice"] == 1 and one["boundary_f1"] == 1
+
+
+def test_folders_with_several_files_of_a_name_and_their_slides(drawn: Path) -> None:
+    for name in ("predictions", "masks", "slides"):
+        (drawn / name).mkdir()
+    for name in ("case.npy", "case.mask.geojson", "case.mask.png"):
+        shutil.copy(drawn / name, drawn / "predictions")
+    shutil.copy(drawn / "case.mask.geojson", drawn / "masks")
+    shutil.copy(drawn / "case.tif", drawn / "slides")
+    (one,) = evaluated(drawn, "--prediction", "predictions", "--mask", "masks", "--slides", "slides")
+    assert one["dice"] == 1 and one["classes"][0]["tp"] == 50 * 50
+    (pair,) = find_pairs(drawn / "predictions", drawn / "masks")
+    assert pair.predicted.name == "case.npy" and pair.slide is None
+
+
+def test_what_cannot_be_placed_is_refused(drawn: Path) -> None:
+    def opens(predicted: str, true: str, slide: str | None = None) -> None:
+        pair = Pair("case", drawn / predicted, drawn / true, slide and drawn / slide)  # type: ignore[arg-type]
+        with opened(pair):
+            pass
+
+    with pytest.raises(ConfigError, match=r"geojson: is outlines, .* of unknown size; give the slide with --slides"):
+        opens("case.npy", "case.mask.geojson")
+    with pytest.raises(SlideError, match=r"both\.geojson: holds 2 classes"):
+        opens("case.npy", "both.geojson", "case.tif")
+    np.save(drawn / "other.npy", np.zeros((100, 100), np.uint8))
+    with pytest.raises(SlideError, match=r"is 100 x 100 pixels, which is not .*case\.tif \(400 x 600\)"):
+        opens("other.npy", "case.mask.geojson", "case.tif")
+    white = np.zeros((100, 150), np.uint8)
+    white[20:40] = 255
+    Image.fromarray(white).save(drawn / "white.png")
+    with pytest.raises(SlideError, match=r"white\.png: holds 0 and 255 alone, .*; write classes as 1, 2, \.\.\."):
+        opens("case.npy", "white.png")
+    with pytest.raises(ConfigError, match="is one slide, and masks are folders"):
+        find_pairs(drawn, drawn, drawn / "case.tif")
