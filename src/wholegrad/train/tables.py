@@ -67,7 +67,7 @@ class DataConfig(_Table):
     say. ``balance`` evens out glass and ink, of which a picture of the whole slide tells, before the network sees it;
     so do ``predict`` and ``evaluate`` then. ``classes`` and ``ignore`` say what outlines mean, as for
     :func:`wholegrad.open_mask`. ``crop`` (height, width in pixels) trains on a random region of each slide in place of
-    the whole; with ``pad`` a slide smaller than it is framed in white background.
+    the whole; with ``pad`` a slide smaller than it is framed in its own glass.
     """
 
     root: str = "."
