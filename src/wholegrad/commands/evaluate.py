@@ -135,10 +135,7 @@ def _of_network(args: argparse.Namespace) -> list[Row]:
         raise ConfigError(str(args.config), f"names no slides in data.{args.part}", "add some, or choose --part")
     with display(NOTES, "slide") as shown:
         scores = evaluate(load_model(args.weights), cases, budget=args.budget, progress=shown.tile)
-    return [
-        (s.name, {"dice": s.dice, "iou": s.dice / (2 - s.dice), "precision": s.precision, "recall": s.recall})
-        for s in scores
-    ]
+    return [(s.name, {"dice": s.dice, "iou": s.iou, "precision": s.precision, "recall": s.recall}) for s in scores]
 
 
 def _detail(score: SlideScore) -> dict[str, Any]:

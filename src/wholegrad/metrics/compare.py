@@ -11,7 +11,8 @@ import numpy as np
 from wholegrad.errors import ConfigError, ShapeError
 from wholegrad.graph.geometry import Box
 from wholegrad.metrics.boundary import Boundaries, Distances
-from wholegrad.metrics.counts import IGNORE, Counts, Tally, macro
+from wholegrad.metrics.counts import IGNORE, Counts, macro
+from wholegrad.metrics.tally import Tally
 from wholegrad.slide.reader import MapReader
 
 BAND_BYTES = 16 << 20
