@@ -322,5 +322,11 @@ def test_what_cannot_be_placed_is_refused(drawn: Path) -> None:
     Image.fromarray(white).save(drawn / "white.png")
     with pytest.raises(SlideError, match=r"white\.png: holds 0 and 255 alone, .*; write classes as 1, 2, \.\.\."):
         opens("case.npy", "white.png")
+    (drawn / "bad.npy").write_bytes(b"no array")
+    (drawn / "bad.zarr").mkdir()
+    bad = {"bad.npy": "is not a .npy file", "bad.zarr": "cannot be read as Zarr", "no.png": "cannot be decoded"}
+    for name, said in bad.items():
+        with pytest.raises(SlideError, match=rf"{name}: .*{said}"):
+            opens(name, "case.npy")
     with pytest.raises(ConfigError, match="is one slide, and masks are folders"):
         find_pairs(drawn, drawn, drawn / "case.tif")

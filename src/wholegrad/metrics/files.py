@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from wholegrad.errors import ConfigError, SlideError
 from wholegrad.graph.geometry import Box
+from wholegrad.slide.arrays import open_npy
+from wholegrad.slide.library import library, read_by
 from wholegrad.slide.mask import GEOJSON, open_mask
 from wholegrad.slide.positioned import PositionedFile
 from wholegrad.slide.reader import MapReader
@@ -181,13 +183,13 @@ def _grid(path: Path) -> Grid:
     if path.suffix.lower() == ".png":
         return _picture(path).shape[1:], None
     if path.suffix.lower() == ".npy":
-        shape = np.load(_readable(path), mmap_mode="r").shape
-        return (shape[-2], shape[-1]), None
+        return open_npy(path).shape[1:], None
     if _is_zarr(path):
-        node = _zarr(path)
-        scale = dict(node.attrs)["multiscales"][0]["datasets"][0]["coordinateTransformations"][0]["scale"]
-        known = "unit" in dict(node.attrs)["multiscales"][0]["axes"][-1]
-        return node["0"].shape[-2:], float(scale[-1]) if known else None
+        with read_by(str(path), "as Zarr", "give an OME-Zarr store of labels"):
+            image = dict(_zarr(path).attrs)["multiscales"][0]
+            scale = image["datasets"][0]["coordinateTransformations"][0]["scale"]
+            known = "unit" in image["axes"][-1]
+            return _zarr(path)["0"].shape[-2:], float(scale[-1]) if known else None
     file = PositionedFile(path)
     try:
         container = read_container(path, file.size)
@@ -201,22 +203,16 @@ def _is_zarr(path: Path) -> bool:
 
 
 def _zarr(path: Path) -> Any:
-    try:
-        import zarr
-    except ImportError:
-        raise SlideError(str(path), "is a Zarr store, which zarr reads", "pip install 'wholegrad[zarr]'") from None
-    try:
+    zarr = library("zarr", str(path), "a Zarr store", "zarr")
+    with read_by(str(path), "as Zarr", "write or copy it again"):
         return zarr.open_group(path, mode="r")
-    except Exception as error:
-        detail = " ".join(str(error).split())[:120] or type(error).__name__
-        raise SlideError(str(path), f"cannot be read as Zarr ({detail})", "write or copy it again") from None
 
 
 def _picture(path: Path) -> npt.NDArray[np.uint8]:
     """The labels ``(1, h, w)`` of a PNG."""
     from wholegrad.slide.pictures import read_label_picture  # Pillow
 
-    labels = read_label_picture(str(_readable(path)))
+    labels = read_label_picture(str(path))
     if set(np.unique(labels)) == {0, 255}:
         cause = "holds 0 and 255 alone, and 255 means that a pixel is not to be counted"
         raise SlideError(str(path), cause, "write classes as 1, 2, ...")
@@ -226,10 +222,4 @@ def _picture(path: Path) -> npt.NDArray[np.uint8]:
 def _source(path: Path) -> Any:
     if _is_zarr(path):
         return _zarr(path)["0"]
-    return np.load(_readable(path), mmap_mode="r") if path.suffix.lower() == ".npy" else path
-
-
-def _readable(path: Path) -> Path:
-    if not path.is_file():
-        raise SlideError(str(path), "no such file", "check the path")
     return path
