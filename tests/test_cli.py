@@ -21,6 +21,7 @@ import wholegrad
 from wholegrad.cli import main
 from wholegrad.commands.common import blobs
 from wholegrad.slide.slide import open_slide
+from wholegrad.slide.write import PyramidWriter
 from wholegrad.train.state import load_model, read_card
 
 COMMANDS = ("demo", "train", "evaluate", "predict", "plan", "verify", "synth")
@@ -111,6 +112,35 @@ def test_each_refusal_is_one_line(argv: list[str], said: str, capsys: pytest.Cap
 def test_debug_shows_where_an_error_comes_from() -> None:
     with pytest.raises(wholegrad.WholegradError):
         main(["train", "no.toml", "--debug"])
+
+
+def test_a_warning_is_one_line(tmp_path: Path) -> None:
+    """In a process of its own: here warnings are errors."""
+    with PyramidWriter(tmp_path / "a.tif", (3, 200, 300), mpp=1.0) as slide:
+        slide.write_rows(np.zeros((200, 300, 3), np.uint8))
+    np.save(tmp_path / "a.npy", np.ones((200, 300), np.uint8))
+    ring = [[10, 10], [110, 110], [110, 10], [10, 110], [10, 10]]
+    feature = {"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": [ring]}}
+    (tmp_path / "a.geojson").write_text(json.dumps(feature))
+    argv = ["evaluate", "--prediction", "a.npy", "--mask", "a.geojson", "--slides", "a.tif"]
+    done = subprocess.run(
+        [sys.executable, "-m", "wholegrad", *argv], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stderr.startswith("wholegrad: warning: a.geojson: an outline crosses itself")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["cache", "segment"])
+def test_a_folder_that_cannot_be_is_refused(command: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slide, out = str(config.parent / "slides/a.tif"), str(config / "below")  # below a file
+    said = refused_at_the_end(capsys, command, slide, "--out", f"{out}/a.tif" if command == "cache" else out)
+    assert f"{out}: cannot be a folder (Not a directory); choose another --out" in said
+
+
+def refused_at_the_end(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The last line that a refused command says."""
+    assert main(argv) == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_plan_prints_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:

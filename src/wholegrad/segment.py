@@ -118,7 +118,12 @@ def _mask(
     area, hole, _ = options.in_pixels(image.mpp)
     with held_folder(folder) as held:
         raw = held / "mask.npy"
-        predict(tissue4492(), image, out=raw, budget=budget, progress=progress)
+        try:
+            predict(tissue4492(), image, out=raw, budget=budget, progress=progress)
+        except SlideError as error:
+            if error.where != str(raw):
+                raise
+            raise SlideError(str(folder), error.cause, error.remedy) from error  # of that file nobody knows
         stored = np.load(raw, mmap_mode="r")
         reader = RawReader(raw, stored.shape, stored.dtype, stored.offset)
         del stored

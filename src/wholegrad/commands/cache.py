@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 
 import wholegrad as wg
-from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_command, add_level, add_region, check_out_is_new
+from wholegrad.commands.common import (
+    CONSOLE,
+    NOTES,
+    Commands,
+    add_command,
+    add_level,
+    add_region,
+    check_out_is_new,
+    make_folder,
+)
 from wholegrad.slide.copy import copy_slide
 from wholegrad.slide.slide import open_slide
 from wholegrad.train.progress import display
@@ -34,7 +43,7 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     check_out_is_new(str(args.out), "remove it, or give another --out")
     with open_slide(args.slide, mpp=args.mpp, level=args.level, region=args.region, slide_mpp=args.slide_mpp) as slide:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(args.out.parent)
         NOTES.print(repr(slide))
         with display(NOTES, "slide") as shown:
             copy_slide(slide, args.out, progress=lambda done, all_: shown.tile(wg.Progress("copying", done, all_)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
@@ -134,10 +135,16 @@ def blobs(height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
 
 def check_out_is_new(path: str, remedy: str) -> None:
     """Refuse to write over a file."""
-    from pathlib import Path
-
     if Path(path).exists():
         raise ConfigError(path, "exists already", remedy)
+
+
+def make_folder(path: Path) -> None:
+    """A folder for results, if it is not there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be a folder ({error.strerror})", "choose another --out") from None
 
 
 def _numbers(text: str, count: int, wanted: str) -> tuple[int, ...]:

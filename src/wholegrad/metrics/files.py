@@ -91,8 +91,11 @@ def read_pairs(path: Path) -> list[Pair]:
     """
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(str(path), f"cannot be read ({error})", "give a CSV file") from None
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read ({error.strerror})", "check the path") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        cause = f"is no CSV file ({' '.join(str(error).split())})"
+        raise ConfigError(str(path), cause, "give a CSV file, saved as UTF-8") from None
     if not rows or not {"prediction", "mask"} <= rows[0].keys():
         raise ConfigError(str(path), "has no rows with columns prediction and mask", "add a header with these names")
     for number, row in enumerate(rows, 2):
