@@ -11,8 +11,8 @@ import wholegrad
 from wholegrad import errors
 
 ROOM = [
-    "errors", "clock", "kernels", "graph", "plan", "run", "slide", "metrics", "nets", "losses", "looks", "given",
-    "cache", "outputs", "api", "predict", "segment", "proof", "diagnose", "verify", "train", "commands",
+    "errors", "aside", "clock", "kernels", "graph", "plan", "run", "slide", "metrics", "nets", "losses", "looks",
+    "given", "cache", "outputs", "api", "predict", "segment", "proof", "diagnose", "verify", "train", "commands",
 ]  # fmt: skip
 SOURCE = Path(wholegrad.__file__).parent
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
+import pytest
 import torch
 from torch import nn
 
 import wholegrad as wg
+from wholegrad.errors import ShapeError
 from wholegrad.graph.graph import Kind
 from wholegrad.losses import LOSSES
 from wholegrad.verify import random_labels
@@ -82,3 +85,44 @@ def test_constants_keep_their_values_under_autocast() -> None:
         assert grad is not None
         ours, own = ((found - wanted[name]).abs().max() for found in (grad.double(), theirs[name]))
         assert ours <= 2 * max(own, 2.0**-8 * wanted[name].abs().max()), name
+
+
+def halved(norm: str, dtype: torch.dtype, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    made = {"instance": nn.InstanceNorm2d(8, affine=True), "group": nn.GroupNorm(2, 8)}.get(norm, nn.BatchNorm2d(8))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), made, nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
+    return model.to(dtype).train(norm != "batch, evaluated")
+
+
+def squares(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return ((output - target.to(output.dtype)) ** 2).mean() * 1024  # or float16 would end within the gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["batch", "batch, evaluated", "instance", "group"])
+def test_a_model_in_half_precision_is_as_good_as_whole(dtype: torch.dtype, norm: str) -> None:
+    """Over several networks, for in one of them which error is larger is chance."""
+    ours, own, seeds = Counter[str](), Counter[str](), range(4)
+    for seed in seeds:
+        model = halved(norm, dtype, seed)
+        image, target = torch.rand(2, 3, 40, 44).to(dtype).float(), torch.randint(0, 2, (2, 1, 40, 44)).byte()
+        found: dict[torch.dtype, dict[str, torch.Tensor]] = {}
+        for each in (torch.float64, dtype):
+            whole = copy.deepcopy(model).to(each)
+            squares(whole(image.to(each)), target).backward()
+            found[each] = {name: p.grad.double() for name, p in whole.named_parameters() if p.grad is not None}
+        plan = wg.plan(model, squares, image, target, tile=(17, 19))
+        wg.backward(model, squares, image, target, plan=plan)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.dtype == dtype
+            wanted = found[torch.float64][name]
+            ours[name] += float((parameter.grad.double() - wanted).abs().max() / wanted.abs().max())
+            own[name] += float((found[dtype][name] - wanted).abs().max() / wanted.abs().max())
+    for name, error in ours.items():
+        assert error <= 2 * max(own[name], len(seeds) * torch.finfo(dtype).eps), name
+
+
+def test_a_tensor_that_numpy_has_no_type_for_is_refused() -> None:
+    image = torch.rand(3, 32, 32).bfloat16()
+    with pytest.raises(ShapeError, match=r"is a tensor of torch\.bfloat16, which NumPy does not have; .*\.float\(\)"):
+        wg.backward(network().bfloat16(), LOSSES["bce"], image, random_labels((32, 32), 0))

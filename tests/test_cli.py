@@ -21,7 +21,8 @@ import wholegrad
 from wholegrad.cli import main
 from wholegrad.commands.common import blobs
 from wholegrad.slide.slide import open_slide
-from wholegrad.train.state import read_card
+from wholegrad.slide.write import PyramidWriter
+from wholegrad.train.state import load_model, read_card
 
 COMMANDS = ("demo", "train", "evaluate", "predict", "plan", "verify", "synth")
 SETTINGS = '[data]\nroot = "."\ntrain = ["a", "b"]\ntest = ["c"]\n[train]\nsteps = 3\nout = "out"\n'
@@ -90,6 +91,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "--boundary-dtype", "int8"], "invalid choice: 'int8' (choose from"),
         (["plan", "--shape", "3x4000x4000", "--budget", "10MiB"], "the smallest that would do is"),
         (["plan", "--mpp", "1", "--level", "2"], "not allowed with argument"),
+        (["plan", "--region", "0,0,10,10"], "--region: is of a slide, and none is given; add --slide"),
+        (["plan", "--slide-mpp", "1"], "--slide-mpp: is of a slide, and none is given; add --slide"),
+        (["plan", "--slide", "a.svs", "--region", "0,0,10"], "'0,0,10' is not X,Y,WIDTH,HEIGHT in level-0 pixels"),
         (["train", "no.toml"], "no.toml: cannot be read (No such file or directory); check the path"),
         (
             ["predict", "x.svs", "--weights", "no.safetensors", "--out", "m.tif"],
@@ -108,6 +112,35 @@ def test_each_refusal_is_one_line(argv: list[str], said: str, capsys: pytest.Cap
 def test_debug_shows_where_an_error_comes_from() -> None:
     with pytest.raises(wholegrad.WholegradError):
         main(["train", "no.toml", "--debug"])
+
+
+def test_a_warning_is_one_line(tmp_path: Path) -> None:
+    """In a process of its own: here warnings are errors."""
+    with PyramidWriter(tmp_path / "a.tif", (3, 200, 300), mpp=1.0) as slide:
+        slide.write_rows(np.zeros((200, 300, 3), np.uint8))
+    np.save(tmp_path / "a.npy", np.ones((200, 300), np.uint8))
+    ring = [[10, 10], [110, 110], [110, 10], [10, 110], [10, 10]]
+    feature = {"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": [ring]}}
+    (tmp_path / "a.geojson").write_text(json.dumps(feature))
+    argv = ["evaluate", "--prediction", "a.npy", "--mask", "a.geojson", "--slides", "a.tif"]
+    done = subprocess.run(
+        [sys.executable, "-m", "wholegrad", *argv], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stderr.startswith("wholegrad: warning: a.geojson: an outline crosses itself")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["cache", "segment"])
+def test_a_folder_that_cannot_be_is_refused(command: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slide, out = str(config.parent / "slides/a.tif"), str(config / "below")  # below a file
+    said = refused_at_the_end(capsys, command, slide, "--out", f"{out}/a.tif" if command == "cache" else out)
+    assert f"{out}: cannot be a folder (Not a directory); choose another --out" in said
+
+
+def refused_at_the_end(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The last line that a refused command says."""
+    assert main(argv) == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_plan_prints_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,6 +218,28 @@ def test_a_trained_network_predicts_and_draws(config: Path, capsys: pytest.Captu
     assert (folder / "m.png").stat().st_size > 1000
     assert main([*argv, str(folder / "p.npy"), "--kind", "probability"]) == 0
     assert np.array_equal(np.load(folder / "p.npy")[0] > 0.5, mask > 0)
+
+
+def test_a_part_of_a_slide_is_predicted_where_it_lies(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(config), "--steps", "1"]) == 0
+    folder, weights = config.parent, str(config.parent / "out")
+    slide = str(folder / "slides/c.tif")
+    argv = ["predict", slide, "--weights", weights, "--threshold", "1e-6", "--region", "32,16,64,48"]
+    assert main([*argv, "--out", str(folder / "p.npy"), "--out", str(folder / "p.geojson")]) == 0
+    with open_slide(slide, region=(32, 16, 64, 48)) as part:
+        expected = wholegrad.predict(load_model(weights), part, threshold=1e-6)
+    assert np.array_equal(np.load(folder / "p.npy"), expected) and expected is not None and expected.all()
+    (feature,) = json.loads((folder / "p.geojson").read_text())["features"]
+    corners = np.array(feature["geometry"]["coordinates"][0])
+    assert [*corners.min(axis=0), *corners.max(axis=0)] == [32, 16, 96, 64]
+    capsys.readouterr()
+    assert "reaches outside it" in refused(capsys, *argv[:-1], "90,16,64,48", "--out", str(folder / "q.npy"))
+    assert not (folder / "q.npy").exists()
+    capsys.readouterr()
+    assert main(["plan", "--slide", slide, "--region", "32,16,64,48"]) == 0
+    assert "image 1 x 3 x 48 x 64" in capsys.readouterr().out
+    assert main(["plan", "--slide", slide, "--region", "bounds", "--slide-mpp", "1", "--mpp", "2"]) == 0
+    assert "image 1 x 3 x 48 x 56" in capsys.readouterr().out
 
 
 def test_masks_are_written_drawn_outlined_and_scored(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,20 @@ def test_what_a_library_raises_on_one_slide_stops_no_other(
     assert "a.svs: ZeroDivisionError: within a decoder" in capfd.readouterr().err
     (pair,) = find_pairs(tmp_path, tmp_path)  # and evaluate knows whose mask it is
     assert pair.name == "s"
+
+
+def test_a_full_disk_is_said_of_the_folder(synthetic: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(SlideError) as error:
+            wg.segment(synthetic[0], out / "mask.tif")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(error.value) == f"{out}: cannot be written (File too large); free disk space"
+    assert not list(out.iterdir())
 
 
 @pytest.mark.parametrize("option", [["--mpp", "0"], ["--mpp", "1000"], ["--min-area", "-5"], ["--budget", "lots"]])

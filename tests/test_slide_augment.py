@@ -49,6 +49,7 @@ MADE: dict[str, Callable[[MapReader], Transformed]] = {
     "inside": lambda reader: Framed(reader, Box(3, 50, 11, 90)),
     "beyond": lambda reader: Framed(reader, Box(-9, 75, -4, 130), fill_value=255),
     "elsewhere": lambda reader: Framed(reader, Box(500, 540, 500, 560), fill_value=3),
+    "in a colour": lambda reader: Framed(reader, Box(-9, 75, -4, 130), fill_value=(235, 230, 238)),
     "turned": lambda reader: Turned(reader, 1),
     "flipped and turned": lambda reader: Turned(reader, 3, flip=True),
     "blurred": lambda reader: Blurred(reader, 2.1),
@@ -107,6 +108,8 @@ def test_a_frame_beyond_the_map_is_filled() -> None:
     pixels = noise(10, 12)
     expected = np.pad(pixels, ((0, 0), (3, 5), (2, 4)), constant_values=255)
     assert np.array_equal(whole(Framed(ArrayReader(pixels), Box(-3, 15, -2, 16), 255)), expected)
+    coloured = whole(Framed(ArrayReader(pixels), Box(-3, 15, -2, 16), (1, 2, 3)))
+    assert coloured[:, 0, 0].tolist() == [1, 2, 3] and np.array_equal(coloured[:, 3:13, 2:14], expected[:, 3:13, 2:14])
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 2.5])

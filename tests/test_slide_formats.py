@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,19 @@ def test_a_slide_removed_while_it_is_read_is_named(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
         with pytest.raises(SlideError, match=rf"{name}: cannot be opened \(no such file"):
             slide.at(0)
+
+
+@pytest.mark.parametrize(("package", "extra", "name"), [("zarr", "zarr", "a.zarr"), ("wsidicom", "dicom", "a.dcm")])
+def test_a_library_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str, name: str
+) -> None:
+    if extra == "zarr":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".zarray").write_text("{")
+    else:
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(SlideError, match=r"cannot be read (by wsidicom|as Zarr)"):
+        open_slide(tmp_path / name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SlideError, match=rf"which {package} reads; pip install 'wholegrad\[{extra}\]'"):
+        open_slide(tmp_path / name)

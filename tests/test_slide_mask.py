@@ -78,6 +78,10 @@ def test_what_is_not_a_label_map_is_refused(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "deep.tif", np.zeros((50, 100), np.uint16))
     with pytest.raises(SlideError, match="16-bit"):
         open_mask(tmp_path / "deep.tif", like=slide)
+    for name in (".", "labels.png", "labels.npy", "labels.tif", "labels.geojson"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        with pytest.raises(SlideError, match=r"\(is a (folder|directory)\)"):
+            open_mask(tmp_path / name, like=slide)
 
 
 @pytest.mark.parametrize("name", SLIDES)

@@ -137,6 +137,12 @@ def test_classes_ignored_areas_and_what_is_not_named(tmp_path: Path) -> None:
         wg.open_mask(path, like=SLIDE, classes={"Tissue": 1})
     with pytest.raises(ConfigError, match="label 300"):
         wg.open_mask(path, like=SLIDE, classes={"*": 300})
+    for label in ("1", 1.5, True):
+        with pytest.raises(ConfigError, match=rf"classes: label {label!r} of 'Tissue' is no whole number; give small"):
+            wg.open_mask(path, like=SLIDE, classes={"Tissue": label, "*": 1})
+    for option in ({"classes": "Tissue"}, {"ignore": "Tissue"}):
+        with pytest.raises(ConfigError, match=r"(classes|ignore): is 'Tissue'; give"):
+            wg.open_mask(path, like=SLIDE, **option)
     assert labels(write(tmp_path / "b.geojson", [feature([SQUARE], None)]))[50, 20] == 1
     assert labels(tmp_path / "b.geojson", classes={"Unclassified": 3})[50, 20] == 3
 
@@ -210,6 +216,11 @@ BAD = {
     "curve.geojson": (json.dumps([feature([], kind="Curve")]), "feature 1: has a geometry of type Curve"),
     "none.geojson": ('[{"type": "Feature"}]', "feature 1: has no geometry"),
     "outside.geojson": (json.dumps([feature([[[390, 10], [500, 10], [500, 90]]])]), r"beyond slide \(400 x 300"),
+    "number.geojson": (json.dumps([feature(5)]), "feature 1: is not laid out as GeoJSON is"),
+    "huge.geojson": (json.dumps([feature([[[10**400, 1], [9, 1], [9, 9]]])]), "feature 1: is no polygon"),
+    "listed.geojson": (json.dumps([{**feature([SQUARE]), "properties": [1]}]), "feature 1: is not laid out as"),
+    "deep.geojson": ("[" * 100_000, "is not JSON"),
+    "order.xml": (ASAP.format(group="Tumor").replace('Order="1"', 'Order="last"', 1), "whose order is 'last'"),
     "cut.xml": ("<Annotations><Annot", "is not XML"),
     "html.xml": ("<html/>", "is XML of another kind"),
     "dots.xml": (ASAP.replace("Polygon", "Dot").replace("Rectangle", "Dot"), "holds no outline"),

@@ -17,7 +17,9 @@ import wholegrad as wg
 from wholegrad.cli import main
 from wholegrad.errors import ConfigError, NumericsError, SlideError
 from wholegrad.graph.geometry import Box
-from wholegrad.slide.thumbnail import balanced
+from wholegrad.slide.balance import Balanced, find_balance
+from wholegrad.slide.thumbnail import balanced, thumbnail
+from wholegrad.train.cases import open_cases
 from wholegrad.train.config import Config, TrainConfig, check_config
 from wholegrad.train.draws import pick
 from wholegrad.train.events import Step, Watch
@@ -25,6 +27,7 @@ from wholegrad.train.interrupt import Interrupt
 from wholegrad.train.loop import train
 from wholegrad.train.metrics import METRICS, score
 from wholegrad.train.optim import learning_rate
+from wholegrad.train.split import entries
 from wholegrad.train.state import load_model, read_card
 
 
@@ -78,6 +81,33 @@ def test_balance_is_seen_by_training_testing_and_predict(slides: Path) -> None:
     found = np.load(slides / "logits.npy")
     assert np.array_equal(found, expected)
     assert not np.array_equal(found, plain)
+
+
+def test_the_balance_of_a_region_is_that_of_its_slide(slides: Path) -> None:
+    train(configure(slides, steps=1, data={"balance": True}))
+    region = (16, 8, 48, 40)
+    with wg.open_slide(slides / "slides/c.tif") as slide, wg.open_slide(slide.path, region=region) as part:
+        assert balanced(part).balance == balanced(slide).balance != find_balance(thumbnail(part))
+        expected = wg.predict(load_model(slides / "out"), Balanced(part, balanced(slide).balance), kind="logits")
+    command = ["predict", str(slides / "slides/c.tif"), "--weights", str(slides / "out"), "--kind", "logits"]
+    assert main([*command, "--region", "16,8,48,40", "--out", str(slides / "logits.npy")]) == 0
+    assert np.array_equal(np.load(slides / "logits.npy"), expected)
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_beyond_a_slide_is_its_own_glass(slides: Path, balance: bool) -> None:
+    colour = np.array([231, 219, 226], np.uint8)
+    stored = np.random.default_rng(0).integers(40, 120, (96, 112, 3), dtype=np.uint8)
+    stored[:, :40] = colour
+    tifffile.imwrite(slides / "slides/a.tif", stored, tile=(64, 64), photometric="rgb")
+    config = configure(slides, data={"crop": [150, 160], "pad": True, "balance": balance})
+    (case, *_) = open_cases(entries(config), config.data)
+    with case.crop((150, 160), np.random.default_rng(0), pad=True).open() as (slide, mask):
+        pixels, labels = slide.read(Box(0, 150, 0, 160)).copy(), mask.read(Box(0, 150, 0, 160))[0].copy()
+    shown = [240, 240, 240] if balance else colour.tolist()
+    assert [pixels[:, y, x].tolist() for y, x in ((0, 0), (149, 159), (0, 159))] == [shown] * 3
+    assert (pixels == np.array(shown)[:, None, None]).all(axis=0).sum() >= 150 * 160 - 96 * 72
+    assert not labels[[0, -1]].any()
 
 
 def test_boundaries_are_stored_as_the_configuration_says(slides: Path) -> None:

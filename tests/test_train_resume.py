@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from wholegrad.errors import ConfigError
 from wholegrad.train.config import Config, check_config
+from wholegrad.train.events import Watch
 from wholegrad.train.loop import train
 
 CONFIG = """
@@ -116,8 +117,6 @@ def configure(folder: Path, **settings: Any) -> Config:
 
 
 def test_a_resumed_run_keeps_its_slides_and_says_what_changed(slides: Path) -> None:
-    from wholegrad.train.events import Watch
-
     notes: list[str] = []
     train(configure(slides))
     split = (slides / "out/split.json").read_text()
@@ -125,6 +124,15 @@ def test_a_resumed_run_keeps_its_slides_and_says_what_changed(slides: Path) -> N
     assert (slides / "out/split.json").read_text() == split
     assert notes == ["resumed with train.lr = 0.5, which was 0.01", "resumed with train.steps = 3, which was 2"]
     assert [line["step"] for line in log(slides / "out")] == [0, 1, 2]
+
+
+def test_a_resumed_run_that_has_nothing_left_to_do_says_so(slides: Path) -> None:
+    notes: list[str] = []
+    train(configure(slides))
+    train(configure(slides, steps=1), Watch(on_note=notes.append), resume=True)
+    said = "nothing is left to train: 2 steps are done and 1 are asked for; ask for more with --steps or --epochs"
+    assert notes == ["resumed with train.steps = 1, which was 2", said]
+    assert [line["step"] for line in log(slides / "out")] == [0, 1]
 
 
 def test_a_log_that_lost_lines_is_not_continued(slides: Path) -> None:

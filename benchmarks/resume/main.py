@@ -127,8 +127,8 @@ def lines(out: Path) -> int:
 
 
 def progress(out: Path) -> str:
-    left = [path.name for path in out.glob(".*.part")]
-    return f"{lines(out)} lines" + (f", amid {left[0].split('.')[1]}" if left else "")
+    left = [path.name for path in out.glob(".wholegrad-*")]
+    return f"{lines(out)} lines" + (f", amid {left[0].partition('.partial-')[2]}" if left else "")
 
 
 def differences(folder: Path) -> list[str]:

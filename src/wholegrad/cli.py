@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import wholegrad as wg
 from wholegrad.commands import cache, demo, evaluate, plan, predict, segment, synth, train, verify
@@ -33,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is said once, by us
     try:
-        return int(args.run(args))
+        with warnings.catch_warnings():
+            if not args.debug:
+                warnings.showwarning = _warn
+            return int(args.run(args))
     except KeyboardInterrupt:
         NOTES.print("wholegrad: stopped")
         return 130
@@ -43,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(args, str(error), error)
     except (MemoryError, OSError) as error:
         return _refuse(args, f"{type(error).__name__}: {error}", error)
+
+
+def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A warning in one line, without the place in the code."""
+    NOTES.print(f"wholegrad: warning: {' '.join(str(message).split())}", markup=False)
 
 
 def _refuse(args: argparse.Namespace, message: str, error: BaseException) -> int:

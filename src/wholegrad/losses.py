@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from wholegrad.errors import ShapeError
-
-IGNORE = 255  # the label of pixels that no loss and no metric counts
+from wholegrad.metrics.counts import IGNORE as IGNORE
+from wholegrad.metrics.counts import Counts
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -103,8 +103,7 @@ def dice_counts(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def dice_from_counts(counts: torch.Tensor) -> float:
     """``2 tp / (2 tp + fp + fn)`` of counts as ``dice_counts`` gives them; 1 where nothing is tissue."""
-    tp, fp, fn = (float(count) for count in counts[:3])
-    return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 1.0
+    return Counts(*(int(count) for count in counts)).dice
 
 
 def _check(output: torch.Tensor, target: torch.Tensor) -> None:

@@ -7,7 +7,6 @@ mask goes to a file beside the results; its outlines, without what is too small,
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from wholegrad.aside import held_folder
 from wholegrad.errors import SlideError
 from wholegrad.graph.geometry import Box
 from wholegrad.nets.tissue import MPP, tissue4492
@@ -116,9 +116,14 @@ def _mask(
     from wholegrad.slide.tidy import tidied  # with Numba
 
     area, hole, _ = options.in_pixels(image.mpp)
-    with tempfile.TemporaryDirectory(prefix=".wholegrad-", dir=folder) as held:
-        raw = Path(held) / "mask.npy"
-        predict(tissue4492(), image, out=raw, budget=budget, progress=progress)
+    with held_folder(folder) as held:
+        raw = held / "mask.npy"
+        try:
+            predict(tissue4492(), image, out=raw, budget=budget, progress=progress)
+        except SlideError as error:
+            if error.where != str(raw):
+                raise
+            raise SlideError(str(folder), error.cause, error.remedy) from error  # of that file nobody knows
         stored = np.load(raw, mmap_mode="r")
         reader = RawReader(raw, stored.shape, stored.dtype, stored.offset)
         del stored

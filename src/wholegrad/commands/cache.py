@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 
 import wholegrad as wg
-from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_command, add_level, check_out_is_new
+from wholegrad.commands.common import (
+    CONSOLE,
+    NOTES,
+    Commands,
+    add_command,
+    add_level,
+    add_region,
+    check_out_is_new,
+    make_folder,
+)
 from wholegrad.slide.copy import copy_slide
 from wholegrad.slide.slide import open_slide
 from wholegrad.train.progress import display
@@ -27,23 +36,14 @@ def add(commands: Commands) -> None:
     parser.add_argument("slide", type=Path, metavar="SLIDE", help="any slide that wholegrad reads")
     parser.add_argument("--out", type=Path, required=True, help="file to write, .tif")
     add_level(parser)
-    parser.add_argument("--region", type=region, metavar="X,Y,W,H", help="part of the slide, in level-0 pixels")
+    add_region(parser)
     parser.add_argument("--slide-mpp", type=float, metavar="MPP", help="um a pixel of level 0, if the file is silent")
-
-
-def region(text: str) -> tuple[int, int, int, int]:
-    """Four whole numbers, for argparse."""
-    parts = text.split(",")
-    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not X,Y,WIDTH,HEIGHT in level-0 pixels")
-    x, y, width, height = (int(part) for part in parts)
-    return x, y, width, height
 
 
 def run(args: argparse.Namespace) -> int:
     check_out_is_new(str(args.out), "remove it, or give another --out")
     with open_slide(args.slide, mpp=args.mpp, level=args.level, region=args.region, slide_mpp=args.slide_mpp) as slide:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(args.out.parent)
         NOTES.print(repr(slide))
         with display(NOTES, "slide") as shown:
             copy_slide(slide, args.out, progress=lambda done, all_: shown.tile(wg.Progress("copying", done, all_)))

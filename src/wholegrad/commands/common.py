@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
@@ -17,6 +18,7 @@ import wholegrad as wg
 from wholegrad.api import LossFn
 from wholegrad.errors import CaptureError, ConfigError, WholegradError
 from wholegrad.losses import LOSSES
+from wholegrad.slide.slide import Region
 from wholegrad.train.networks import NETWORKS, imported, network_factory
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -76,6 +78,22 @@ def add_level(parser: Parser) -> None:
     group.add_argument("--level", type=int, help="use this level, 0 the largest")
 
 
+def add_region(parser: Parser) -> None:
+    help_text = "part of the slide, in level-0 pixels, or 'bounds' for what the scanner says it scanned"
+    parser.add_argument("--region", type=region, metavar="X,Y,W,H", help=help_text)
+
+
+def region(text: str) -> Region:
+    """Four whole numbers, or "bounds", for argparse."""
+    if text.strip() == "bounds":
+        return "bounds"
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not X,Y,WIDTH,HEIGHT in level-0 pixels, nor 'bounds'")
+    x, y, width, height = (int(part) for part in parts)
+    return x, y, width, height
+
+
 def add_network(parser: Parser, positional: bool = False) -> None:
     help_text = f"a network that ships ({', '.join(NETWORKS)}) or module:factory for your own (default: unet4492)"
     if positional:
@@ -117,10 +135,16 @@ def blobs(height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
 
 def check_out_is_new(path: str, remedy: str) -> None:
     """Refuse to write over a file."""
-    from pathlib import Path
-
     if Path(path).exists():
         raise ConfigError(path, "exists already", remedy)
+
+
+def make_folder(path: Path) -> None:
+    """A folder for results, if it is not there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be a folder ({error.strerror})", "choose another --out") from None
 
 
 def _numbers(text: str, count: int, wanted: str) -> tuple[int, ...]:

@@ -29,11 +29,13 @@ Score predicted masks against true ones, or a network on the slides of a run: Di
 exactly counted pixels, and, for masks that tell their um a pixel, boundary F1, Hausdorff-95 and mean surface distance.
 
 Prints a row for each slide, then mean, standard deviation and the 95 % bootstrap interval over slides. Several
-classes: their mean, without background (--json has each). Pixels whose true label is 255 are not counted."""
+classes: their mean, without background (--json has each). Pixels whose true label is 255 are not counted. Masks are
+label files (.tif, .zarr, .npy, .png) or outlines (GeoJSON, ASAP or Aperio XML), which need their slide."""
 
 EXAMPLES = """\
   wholegrad evaluate --prediction mask.ome.tif --mask case.mask.tif
   wholegrad evaluate --prediction predictions/ --mask masks/ --tolerance 20 --json scores.json --csv scores.csv
+  wholegrad evaluate --prediction mask.ome.tif --mask case.geojson --slides case.svs
   wholegrad evaluate --pairs pairs.csv
   wholegrad evaluate run.toml --weights out/train --budget 1.5GiB"""
 
@@ -54,13 +56,19 @@ def add(commands: Commands) -> None:
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="a run's TOML file, with --weights")
     parser.add_argument("--prediction", type=Path, metavar="PATH", help="predicted mask, or folder of them")
     parser.add_argument("--mask", type=Path, metavar="PATH", help="true mask, or folder of masks named alike")
-    parser.add_argument("--pairs", type=Path, metavar="CSV", help="columns prediction and mask, perhaps name")
+    help_text = "slide, or folder of slides named alike, that outlines lie on"
+    parser.add_argument("--slides", type=Path, metavar="PATH", help=help_text)
+    parser.add_argument("--pairs", type=Path, metavar="CSV", help="columns prediction and mask, perhaps name, slide")
     parser.add_argument(
         "--weights", metavar="PATH", help="weights file or folder of a run, to score on CONFIG's slides"
     )
     parser.add_argument("--part", choices=("test", "train"), default="test", help="which of CONFIG's slides (test)")
     help_text = f"um within which a boundary is right, for boundary F1 ({TOLERANCE:g})"
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="UM", help=help_text)
+    help_text = "class of outlines that is label 1, then 2, ... (one class needs no name)"
+    parser.add_argument("--class", dest="classes", action="append", metavar="NAME", help=help_text)
+    help_text = "class of outlines whose pixels are not to be counted ('Ignore', and names that end in a star)"
+    parser.add_argument("--ignore", action="append", metavar="NAME", help=help_text)
     parser.add_argument("--mpp", type=float, help="um a pixel of predictions that do not tell")
     parser.add_argument("--no-boundary", action="store_true", help="count pixels only")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
@@ -89,8 +97,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _of_masks(args: argparse.Namespace, details: list[dict[str, Any]]) -> list[Row]:
     rows: list[Row] = []
+    classes = None if args.classes is None else {name: label for label, name in enumerate(args.classes, 1)}
     for pair in _pairs(args):
-        with opened(pair, args.mpp) as (predicted, true, mpp):
+        with opened(pair, args.mpp, classes, args.ignore) as (predicted, true, mpp):
             score = compare(
                 predicted,
                 true,
@@ -107,29 +116,26 @@ def _of_masks(args: argparse.Namespace, details: list[dict[str, Any]]) -> list[R
 
 
 def _pairs(args: argparse.Namespace) -> list[Any]:
-    if args.pairs and not (args.prediction or args.mask):
+    if args.pairs and not (args.prediction or args.mask or args.slides):
         return read_pairs(args.pairs)
     if args.pairs or not (args.prediction and args.mask):
         raise ConfigError(
             "evaluate", "does not know what to compare", "give --prediction and --mask, --pairs or CONFIG"
         )
-    return find_pairs(args.prediction, args.mask)
+    return find_pairs(args.prediction, args.mask, args.slides)
 
 
 def _of_network(args: argparse.Namespace) -> list[Row]:
     """The network on each whole slide of a run; pixels are counted where they are computed, and no mask is written."""
-    if not args.weights or args.prediction or args.mask or args.pairs:
-        raise ConfigError("evaluate", "CONFIG goes with --weights alone", "leave out --prediction, --mask and --pairs")
+    if not args.weights or args.prediction or args.mask or args.pairs or args.slides:
+        raise ConfigError("evaluate", "CONFIG goes with --weights alone", "leave out masks and --slides")
     config = load_config(args.config)
     cases = open_cases(of_part(entries(config), args.part), config.data)
     if not cases:
         raise ConfigError(str(args.config), f"names no slides in data.{args.part}", "add some, or choose --part")
     with display(NOTES, "slide") as shown:
         scores = evaluate(load_model(args.weights), cases, budget=args.budget, progress=shown.tile)
-    return [
-        (s.name, {"dice": s.dice, "iou": s.dice / (2 - s.dice), "precision": s.precision, "recall": s.recall})
-        for s in scores
-    ]
+    return [(s.name, {"dice": s.dice, "iou": s.iou, "precision": s.precision, "recall": s.recall}) for s in scores]
 
 
 def _detail(score: SlideScore) -> dict[str, Any]:

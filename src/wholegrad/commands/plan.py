@@ -15,12 +15,14 @@ from wholegrad.commands.common import (
     add_level,
     add_loss,
     add_network,
+    add_region,
     blaming_target,
     blank,
     model_and_loss,
     shape,
     target_of,
 )
+from wholegrad.errors import ConfigError
 from wholegrad.plan.storage import NARROW
 from wholegrad.slide.slide import open_slide
 
@@ -33,6 +35,7 @@ Nothing is read or run.
 EXAMPLES = """\
   wholegrad plan --shape 3x16000x64000 --budget 1.5GiB
   wholegrad plan --slide case.svs --mpp 0.5 --budget 2GiB
+  wholegrad plan --slide case.svs --mpp 0.5 --region 20000,8000,30000,30000
   wholegrad plan --network mynets:make_unet --loss torch.nn:BCEWithLogitsLoss --target mask"""
 
 
@@ -44,13 +47,19 @@ def add(commands: Commands) -> None:
     add_network(parser)
     add_loss(parser)
     add_level(parser)
+    add_region(parser)
+    parser.add_argument("--slide-mpp", type=float, help="um a pixel of level 0, where the slide does not say")
     add_budget(parser)
     help_text = "store boundaries rounded to this dtype, in half the bytes of float32 (default: as they are)"
     parser.add_argument("--boundary-dtype", choices=NARROW, help=help_text)
 
 
 def run(args: argparse.Namespace) -> int:
-    image = open_slide(args.slide, mpp=args.mpp, level=args.level) if args.slide else blank(*args.shape)
+    how = {"mpp": args.mpp, "level": args.level, "region": args.region, "slide_mpp": args.slide_mpp}
+    given = next((name for name, value in how.items() if value is not None), None)
+    if given and not args.slide:
+        raise ConfigError(f"--{given.replace('_', '-')}", "is of a slide, and none is given", "add --slide")
+    image = open_slide(args.slide, **how) if args.slide else blank(*args.shape)
     model, loss_fn = model_and_loss(args.network, args.loss)
     height, width = image.shape[1:]
     target = target_of(args.target, (height, width), empty=True)

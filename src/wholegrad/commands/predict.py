@@ -9,7 +9,7 @@ from typing import get_args
 from torch import nn
 
 import wholegrad as wg
-from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_command, add_level
+from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_command, add_level, add_region
 from wholegrad.errors import ConfigError
 from wholegrad.outputs import Depth, checked_paths
 from wholegrad.slide.slide import Slide, open_slide
@@ -23,15 +23,16 @@ Predict a whole slide in bounded memory, without seams, and write it to one file
 .ome.tif (QuPath) or .tif (OpenSlide), tiled pyramids; .zarr, OME-Zarr; .npy (C, H, W); .geojson, outlines that QuPath
 opens; .png, a picture. All appear together, complete, or none does.
 
-The slide is read at the resolution that the weights were trained at, unless --mpp or --level says
-otherwise."""
+The slide is read at the resolution that the weights were trained at, unless --mpp or --level says otherwise. With
+--region a part of it is predicted: outlines still lie on the whole slide."""
 
 EXAMPLES = """\
   wholegrad predict case.svs --weights out/train --out mask.tif
   wholegrad predict case.svs --weights weights.safetensors --out p.ome.tif --kind probability
   wholegrad predict case.svs --weights out/train --out mask.npy
   wholegrad predict case.svs --weights out/train --out mask.ome.tif --out mask.geojson --min-area 500 --min-hole 1000
-  wholegrad predict case.svs --weights out/train --out mask.tif --overlay mask.png --budget 1GiB"""
+  wholegrad predict case.svs --weights out/train --out mask.tif --overlay mask.png --budget 1GiB
+  wholegrad predict case.svs --weights out/train --out part.geojson --region 20000,8000,30000,30000"""
 
 
 def add(commands: Commands) -> None:
@@ -57,6 +58,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--network", help="module:factory of your own network, if the weights are of one")
     parser.add_argument("--slide-mpp", type=float, help="um a pixel of level 0, where the slide does not say")
     add_level(parser)
+    add_region(parser)
     add_budget(parser)
 
 
@@ -101,4 +103,4 @@ def _open(args: argparse.Namespace, card: Card) -> Slide:
         mpp, level = trained.get("mpp"), trained.get("level")
     else:
         mpp, level = args.mpp, args.level
-    return open_slide(args.slide, mpp=mpp, level=level, slide_mpp=args.slide_mpp)
+    return open_slide(args.slide, mpp=mpp, level=level, region=args.region, slide_mpp=args.slide_mpp)

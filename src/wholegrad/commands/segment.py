@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from wholegrad.api import budget_bytes
-from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_command
+from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_command, make_folder
 from wholegrad.errors import ConfigError, WholegradError
 from wholegrad.nets.tissue import MPP
 from wholegrad.segment import MIN_AREA, MIN_HOLE, Segmented, segment
@@ -50,10 +50,7 @@ def run(args: argparse.Namespace) -> int:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(twice, "is the name of two slides", "segment them into different folders")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(str(args.out), f"cannot be a folder ({error.strerror})", "choose another --out") from None
+    make_folder(args.out)
     found: list[tuple[str, Segmented]] = []
     for number, (path, name) in enumerate(zip(args.slides, names, strict=True), 1):
         try:

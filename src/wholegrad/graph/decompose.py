@@ -57,11 +57,11 @@ def _nll(
 
 
 def _small_dims(x: torch.Tensor, value: torch.Tensor | None, fallback: float, lead: int = 1) -> torch.Tensor:
-    """A number a channel as ``(lead, C, 1, ...)``; ``fallback`` for all where there is none."""
+    """A number a channel as ``(lead, C, 1, ...)`` of the dtype of ``x``; ``fallback`` for all where there is none."""
     shape = (lead, -1, *[1] * (x.dim() - 2))
     if value is None:
         return torch.full((x.shape[1],), fallback, dtype=x.dtype, device=x.device).view(shape)
-    return value.view(shape)
+    return value.view(shape).to(x.dtype)
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ def _batch_norm(
                 running_var.copy_(running_var * (1 - momentum) + unbiased * momentum)
     else:
         assert running_mean is not None and running_var is not None
-        mean, var = running_mean, running_var
+        mean, var = _full(running_mean), _full(running_var)
     invstd = torch.rsqrt(var + eps)
     scale = invstd if weight is None else invstd * weight
     shift = _small_dims(full, bias, 0.0)

@@ -10,8 +10,9 @@ import numpy as np
 
 from wholegrad.errors import ConfigError, ShapeError
 from wholegrad.graph.geometry import Box
-from wholegrad.metrics.boundary import Distances, Edges, distances
-from wholegrad.metrics.counts import IGNORE, Counts, Tally, macro
+from wholegrad.metrics.boundary import Boundaries, Distances
+from wholegrad.metrics.counts import IGNORE, Counts, macro
+from wholegrad.metrics.tally import Tally
 from wholegrad.slide.reader import MapReader
 
 BAND_BYTES = 16 << 20
@@ -75,28 +76,24 @@ def compare(
         SlideError: one cannot be read.
     """
     _check(predicted, true, mpp, tolerance)
-    _, height, width = true.shape
-    tally, edges = Tally(), Edges(width) if boundaries and mpp is not None else None
-    step = max(16, BAND_BYTES // width)
-    for top in range(0, height, step):
-        box = Box(top, min(top + step, height), 0, width)
-        said, truth = predicted.read(box)[0], true.read(box)[0]
-        tally.add(said, truth)
-        if edges is not None:
-            edges.add(said, truth)
+    tally = Tally()
+    found = Boundaries(predicted, true, tally.add) if boundaries and mpp is not None else None
+    if found is None:
+        _count(predicted, true, tally)
     if tally.table[:IGNORE, IGNORE].any():
         cause = "holds label 255, which means ignore in a truth and nothing in a prediction"
         raise ShapeError(predicted.name, cause, "write classes as 1, 2, ...")
-    if edges is not None:
-        edges.finish()
     wanted = labels if labels is not None else tuple(tally.labels()) or (1,)
-    return SlideScore(
-        name or predicted.name, tuple(ClassScore(k, tally.of(k), _distances(edges, k, tolerance, mpp)) for k in wanted)
-    )
+    apart = {} if found is None or mpp is None else found.distances(wanted, tolerance, mpp)
+    return SlideScore(name or predicted.name, tuple(ClassScore(k, tally.of(k), apart.get(k)) for k in wanted))
 
 
-def _distances(edges: Edges | None, label: int, tolerance: float, mpp: float | None) -> Distances | None:
-    return None if edges is None or mpp is None else distances(*edges.of(label), tolerance, mpp)
+def _count(predicted: MapReader, true: MapReader, tally: Tally) -> None:
+    _, height, width = true.shape
+    step = max(16, BAND_BYTES // width)
+    for top in range(0, height, step):
+        box = Box(top, min(top + step, height), 0, width)
+        tally.add(predicted.read(box)[0], true.read(box)[0])
 
 
 def _check(predicted: MapReader, true: MapReader, mpp: float | None, tolerance: float) -> None:

@@ -1,10 +1,13 @@
-"""Pairs of label files to compare: which belong together, on which grid they are compared, how many um a pixel has."""
+"""Pairs of label files to compare: which belong together, on which grid they are compared, how many um a pixel has.
+
+Two label maps need nothing else. Outlines are in pixels of their slide's level 0, whose size only the slide tells.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +17,28 @@ import numpy.typing as npt
 
 from wholegrad.errors import ConfigError, SlideError
 from wholegrad.graph.geometry import Box
-from wholegrad.slide.mask import open_mask
+from wholegrad.slide.arrays import open_npy
+from wholegrad.slide.library import library, read_by
+from wholegrad.slide.mask import GEOJSON, open_mask
 from wholegrad.slide.positioned import PositionedFile
 from wholegrad.slide.reader import MapReader
+from wholegrad.slide.slide import Slide, open_slide
 from wholegrad.slide.tiff import read_container
 
-ENDINGS = (".mask.ome.tif", ".mask.tif", ".mask.tiff", ".ome.tif", ".ome.tiff", ".tif", ".tiff", ".zarr", ".npy")
-OUTLINES = (".geojson", ".json", ".xml")
+MAPS = (".mask.ome.tif", ".mask.tif", ".mask.tiff", ".ome.tif", ".ome.tiff", ".tif", ".tiff", ".zarr", ".npy")
+ENDINGS = (*MAPS, ".mask.geojson", ".geojson", ".geojson.gz", ".xml", ".mask.png", ".png")  # the first that is there
+SLIDES = (".ome.tif", ".ome.tiff")  # endings of slides beside those after the last dot
+OUTLINES = (*GEOJSON, ".xml")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A predicted and a true label file of the slide ``name``."""
+    """A predicted and a true label file of the slide ``name``, and the slide's file where outlines need it."""
 
     name: str
     predicted: Path
     true: Path
+    slide: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -49,69 +58,108 @@ class Frame:
         raise SlideError(self.name, "has no pixels", "read one of the masks on it")
 
 
-def find_pairs(predicted: Path, true: Path) -> list[Pair]:
-    """Two files, or the files of two folders whose names agree but for their endings.
+def find_pairs(predicted: Path, true: Path, slides: Path | None = None) -> list[Pair]:
+    """Two files, or the files of two folders whose names agree but for their endings; likewise their slides.
 
     Raises:
         ConfigError: one is missing, or a prediction has no mask.
     """
-    for path in (predicted, true):
+    for path in (predicted, true, *([slides] if slides else [])):
         if not path.exists():
             raise ConfigError(str(path), "does not exist", "check the path")
     if predicted.is_dir() != true.is_dir() and not predicted.name.endswith(".zarr"):
         raise ConfigError(str(predicted), "and the masks are a folder and a file", "give two files, or two folders")
     if not true.is_dir():
-        return [Pair(stem(predicted), predicted, true)]
+        return [Pair(stem(predicted), predicted, true, slides)]
+    if slides is not None and not slides.is_dir():
+        raise ConfigError(str(slides), "is one slide, and masks are folders", "give the folder of the slides")
     masks, found = _by_stem(true), _by_stem(predicted)
     if not found:
-        raise ConfigError(str(predicted), "holds no label file", f"write predictions as {', '.join(ENDINGS[3:])}")
+        raise ConfigError(str(predicted), "holds no label file", f"write predictions as {', '.join(MAPS[3:])}")
     lost = [name for name in found if name not in masks]
     if lost:
         raise ConfigError(str(found[lost[0]]), f"has no mask of its name in {true}", "name the mask alike")
-    return [Pair(name, path, masks[name]) for name, path in found.items()]
+    known = {} if slides is None else {_slide_stem(path): path for path in sorted(slides.iterdir())}
+    return [Pair(name, path, masks[name], known.get(name)) for name, path in found.items()]
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The rows of a CSV file with columns ``prediction`` and ``mask``, and ``name`` if need be; relative to its folder.
+    """The rows of a CSV file with columns ``prediction`` and ``mask``, perhaps ``name`` and ``slide``; from its folder.
 
     Raises:
         ConfigError: it cannot be read, or lacks a column.
     """
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(str(path), f"cannot be read ({error})", "give a CSV file") from None
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read ({error.strerror})", "check the path") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        cause = f"is no CSV file ({' '.join(str(error).split())})"
+        raise ConfigError(str(path), cause, "give a CSV file, saved as UTF-8") from None
     if not rows or not {"prediction", "mask"} <= rows[0].keys():
         raise ConfigError(str(path), "has no rows with columns prediction and mask", "add a header with these names")
     for number, row in enumerate(rows, 2):
         if not row["prediction"] or not row["mask"]:
             raise ConfigError(f"{path}, line {number}", "names no prediction or no mask", "fill in both columns")
-    found = [(path.parent / row["prediction"], path.parent / row["mask"], row.get("name")) for row in rows]
-    return [Pair(name or stem(predicted), predicted, true) for predicted, true, name in found]
+    return [_of_row(path.parent, row) for row in rows]
+
+
+def _of_row(folder: Path, row: dict[str, str]) -> Pair:
+    predicted, slide = folder / row["prediction"], row.get("slide")
+    name = row.get("name") or stem(predicted)
+    return Pair(name, predicted, folder / row["mask"], folder / slide if slide else None)
 
 
 @contextmanager
-def opened(pair: Pair, mpp: float | None = None) -> Iterator[tuple[MapReader, MapReader, float | None]]:
-    """Both maps on the grid of the prediction, and um a pixel.
+def opened(
+    pair: Pair,
+    mpp: float | None = None,
+    classes: Mapping[str, int | None] | None = None,
+    ignore: Iterable[str] | None = None,
+) -> Iterator[tuple[MapReader, MapReader, float | None]]:
+    """Both maps on one grid, and um a pixel: the prediction's grid; the mask's, or the slide's, if it is of outlines.
+
+    Args:
+        mpp: um a pixel of that grid, where no file tells.
+        classes, ignore: what outlines mean, as for ``open_mask``.
 
     Raises:
         SlideError: one cannot be read, or they show different fields of view.
-        ConfigError: one is outlines, which do not tell the size of their slide.
+        ConfigError: outlines without their slide, or of classes that are not named.
     """
-    for path in (pair.predicted, pair.true):
-        if path.suffix.lower() in OUTLINES:
-            raise ConfigError(str(path), "is outlines, which have no pixels to count", "give the mask as .tif or .zarr")
-    (height, width), own = _grid(pair.predicted)
-    if own is None:
-        (_, true_width), own = _grid(pair.true)
-        own = own and own * true_width / width
-    frame = Frame(pair.name, (1, height, width), own if mpp is None else mpp)
-    predicted, true = (open_mask(_source(path), like=frame) for path in (pair.predicted, pair.true))
-    try:
-        yield predicted, true, frame.mpp
-    finally:
-        predicted.close()
-        true.close()
+    grids = [None if is_outlines(path) else _grid(path) for path in (pair.predicted, pair.true)]
+    if pair.slide is None and None in grids:
+        path = pair.true if grids[1] is None else pair.predicted
+        cause = "is outlines, which lie on a slide of unknown size"
+        raise ConfigError(str(path), cause, "give the slide with --slides, or the mask as .tif, .zarr or .png")
+    with ExitStack() as stack:
+        slide = None if pair.slide is None else stack.enter_context(open_slide(pair.slide))
+        (height, width), own = _frame(grids, slide)
+        known = own if mpp is None else mpp
+        like = Frame(pair.name, (1, height, width), known) if slide is None else slide
+        maps = []
+        for path in (pair.predicted, pair.true):
+            named = (classes, ignore) if is_outlines(path) else (None, None)
+            mask = stack.enter_context(open_mask(_source(path), like=like, classes=named[0], ignore=named[1]))
+            maps.append(mask if slide is None else mask.at(height, width))
+        yield maps[0], maps[1], known
+
+
+Grid = tuple[tuple[int, int], float | None]
+
+
+def _frame(grids: Sequence[Grid | None], slide: Slide | None) -> Grid:
+    """Height and width of the grid of comparison, and its um a pixel, which any of the files may tell."""
+    on_slide = None if slide is None else (slide.shape[1:], slide.mpp)
+    told = [grid for grid in (*grids, on_slide) if grid is not None]
+    (height, width), _ = told[0]
+    known = [mpp * other / width for (_, other), mpp in told if mpp is not None]
+    return (height, width), known[0] if known else None
+
+
+def is_outlines(path: Path) -> bool:
+    """Whether a file holds outlines, by its name."""
+    return path.name.lower().endswith(OUTLINES)
 
 
 def stem(path: Path) -> str:
@@ -119,20 +167,32 @@ def stem(path: Path) -> str:
     return next((path.name[: -len(end)] for end in ENDINGS if path.name.lower().endswith(end)), path.stem)
 
 
+def _slide_stem(path: Path) -> str:
+    return next((path.name[: -len(end)] for end in SLIDES if path.name.lower().endswith(end)), path.stem)
+
+
 def _by_stem(folder: Path) -> dict[str, Path]:
-    return {stem(path): path for path in sorted(folder.iterdir()) if path.name.lower().endswith(ENDINGS)}
+    """A folder's label files by name; of several of one name the one that comes first in ``ENDINGS``."""
+    found: dict[str, Path] = {}
+    for ending in ENDINGS:
+        for path in sorted(folder.iterdir()):
+            if path.name.lower().endswith(ending):
+                found.setdefault(stem(path), path)
+    return dict(sorted(found.items()))
 
 
-def _grid(path: Path) -> tuple[tuple[int, int], float | None]:
+def _grid(path: Path) -> Grid:
     """Height and width, and um a pixel if the file tells."""
+    if path.suffix.lower() == ".png":
+        return _picture(path).shape[1:], None
     if path.suffix.lower() == ".npy":
-        shape = np.load(_readable(path), mmap_mode="r").shape
-        return (shape[-2], shape[-1]), None
+        return open_npy(path).shape[1:], None
     if _is_zarr(path):
-        node = _zarr(path)
-        scale = dict(node.attrs)["multiscales"][0]["datasets"][0]["coordinateTransformations"][0]["scale"]
-        known = "unit" in dict(node.attrs)["multiscales"][0]["axes"][-1]
-        return node["0"].shape[-2:], float(scale[-1]) if known else None
+        with read_by(str(path), "as Zarr", "give an OME-Zarr store of labels"):
+            image = dict(_zarr(path).attrs)["multiscales"][0]
+            scale = image["datasets"][0]["coordinateTransformations"][0]["scale"]
+            known = "unit" in image["axes"][-1]
+            return _zarr(path)["0"].shape[-2:], float(scale[-1]) if known else None
     file = PositionedFile(path)
     try:
         container = read_container(path, file.size)
@@ -146,24 +206,23 @@ def _is_zarr(path: Path) -> bool:
 
 
 def _zarr(path: Path) -> Any:
-    try:
-        import zarr
-    except ImportError:
-        raise SlideError(str(path), "is a Zarr store, which zarr reads", "pip install 'wholegrad[zarr]'") from None
-    try:
+    zarr = library("zarr", str(path), "a Zarr store", "zarr")
+    with read_by(str(path), "as Zarr", "write or copy it again"):
         return zarr.open_group(path, mode="r")
-    except Exception as error:
-        detail = " ".join(str(error).split())[:120] or type(error).__name__
-        raise SlideError(str(path), f"cannot be read as Zarr ({detail})", "write or copy it again") from None
+
+
+def _picture(path: Path) -> npt.NDArray[np.uint8]:
+    """The labels ``(1, h, w)`` of a PNG."""
+    from wholegrad.slide.pictures import read_label_picture  # Pillow
+
+    labels = read_label_picture(str(path))
+    if set(np.unique(labels)) == {0, 255}:
+        cause = "holds 0 and 255 alone, and 255 means that a pixel is not to be counted"
+        raise SlideError(str(path), cause, "write classes as 1, 2, ...")
+    return labels
 
 
 def _source(path: Path) -> Any:
     if _is_zarr(path):
         return _zarr(path)["0"]
-    return np.load(_readable(path), mmap_mode="r") if path.suffix.lower() == ".npy" else path
-
-
-def _readable(path: Path) -> Path:
-    if not path.is_file():
-        raise SlideError(str(path), "no such file", "check the path")
     return path

@@ -28,7 +28,7 @@ def as_reader(obj: Any, *, name: str = "image") -> MapReader:
     An array is anything with ``shape``, ``dtype`` and ``__getitem__``: NumPy, memmap, Zarr, HDF5.
 
     Raises:
-        ShapeError: another rank, an empty array, or a tensor on another device.
+        ShapeError: another rank, an empty array, or a tensor on another device or of a dtype that NumPy lacks.
     """
     if isinstance(obj, MapReader):
         return obj
@@ -44,7 +44,11 @@ def as_reader(obj: Any, *, name: str = "image") -> MapReader:
 def _tensor_as_array(tensor: Any, name: str) -> npt.NDArray[Any]:
     if tensor.device.type != "cpu":
         raise ShapeError(name, f"is a tensor on {tensor.device}", "give it with .cpu(); boxes move to the device later")
-    array: npt.NDArray[Any] = tensor.detach().numpy()
+    try:
+        array: npt.NDArray[Any] = tensor.detach().numpy()
+    except TypeError:
+        remedy = "give it with .float(), which changes no value: a model in that dtype gets it so"
+        raise ShapeError(name, f"is a tensor of {tensor.dtype}, which NumPy does not have", remedy) from None
     return array
 
 

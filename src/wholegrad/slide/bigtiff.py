@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
+from wholegrad.aside import aside, sweep
 from wholegrad.errors import SlideError
 
 SHORT, LONG, RATIONAL, LONG8, ASCII = 3, 4, 5, 16, 2
@@ -35,11 +35,12 @@ class PartialFile:
     def __init__(self, path: Path) -> None:
         self.path, self.end = path, 0
         try:
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+            sweep(path.parent)
+            self._temporary = aside(path)
+            self._file = self._temporary.open("xb")
         except OSError as error:
             cause = f"cannot be written ({error.strerror})"
             raise SlideError(str(path), cause, "check that the folder exists and is writable") from None
-        self._file, self._temporary = os.fdopen(handle, "wb"), Path(name)
 
     def append(self, data: bytes) -> int:
         """Write ``data`` at the end, on an even offset, which is returned."""
@@ -81,9 +82,6 @@ class PartialFile:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            mask = os.umask(0)
-            os.umask(mask)
-            self._temporary.chmod(0o666 & ~mask)  # mkstemp's is private
         except OSError as error:
             self.discard()
             raise SlideError(str(self.path), f"cannot be written ({error.strerror})", "free disk space") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 
 from wholegrad.errors import ConfigError, SlideError
 from wholegrad.slide.outlines_read import Outline
@@ -27,11 +28,7 @@ def to_paint(
     kept = [name for name in names if name not in ignored]
     if classes is None:
         classes = _one_class(path, kept, bool(outlines))
-    wrong = [label for label in classes.values() if label is not None and not 0 <= label <= IGNORE]
-    if wrong:
-        raise ConfigError(
-            "classes", f"label {wrong[0]} is not within 0 to 255", "give small whole numbers, 255 to ignore"
-        )
+    _check_labels(classes)
     unknown = [name for name in kept if name not in classes and OTHERS not in classes]
     if unknown:
         cause = f"has the class {unknown[0]!r}, which classes {dict(classes)} does not name"
@@ -48,8 +45,23 @@ def to_paint(
     return [(label, outline) for _, label, outline in found]
 
 
+def _check_labels(classes: Classes) -> None:
+    if not isinstance(classes, Mapping):
+        raise ConfigError("classes", f"is {classes!r}", "give the label of each class: {'Tissue': 1}")
+    remedy = "give small whole numbers, 255 to ignore"
+    for name, label in classes.items():
+        if label is None:
+            continue
+        if not isinstance(label, Integral) or isinstance(label, bool):
+            raise ConfigError("classes", f"label {label!r} of {name!r} is no whole number", remedy)
+        if not 0 <= label <= IGNORE:
+            raise ConfigError("classes", f"label {label} is not within 0 to 255", remedy)
+
+
 def _ignored(name: str, ignore: Iterable[str] | None) -> bool:
     """By name; by default QuPath's rule (names that end in a star) and plain "Ignore"."""
+    if isinstance(ignore, str):
+        raise ConfigError("ignore", f"is {ignore!r}", "give a list of names of classes")
     return name in set(ignore) if ignore is not None else name.endswith("*") or name.lower() == "ignore"
 
 

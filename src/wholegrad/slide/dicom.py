@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wholegrad.errors import SlideError
 from wholegrad.graph.geometry import Box
+from wholegrad.slide.library import library, read_by
 from wholegrad.slide.origin import Origin
 from wholegrad.slide.pyramid import LevelReader
 from wholegrad.slide.tiles import TileReader
@@ -43,18 +43,12 @@ class DicomPyramid:
 
     def __init__(self, path: str) -> None:
         self.name = path
-        try:
-            from wsidicom import WsiDicom
-        except ImportError:
-            raise SlideError(path, "is DICOM, which wsidicom reads", "pip install 'wholegrad[dicom]'") from None
-        try:
-            self._slide: Any = WsiDicom.open(path)
+        wsidicom = library("wsidicom", path, "DICOM", "dicom")
+        with read_by(path, "by wsidicom", "export the slide again"):
+            self._slide: Any = wsidicom.WsiDicom.open(path)
             levels = list(self._slide.levels)
             self.level_shapes = tuple((level.size.height, level.size.width) for level in levels)
             self.mpp: float | None = float(levels[0].mpp.width) or None
-        except Exception as error:
-            detail = " ".join(str(error).split())[:120] or type(error).__name__
-            raise SlideError(path, f"cannot be read by wsidicom ({detail})", "export the slide again") from None
         self._levels = levels
 
     def level(self, number: int, cache_bytes: int, threads: int) -> LevelReader:

@@ -37,7 +37,7 @@ def _parsed(path: str) -> Any:
         data = Path(path).read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
         return json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, EOFError, RecursionError, zlib.error, gzip.BadGzipFile) as error:
         detail = " ".join(str(error).split())[:100]
         raise SlideError(path, f"is not JSON ({detail})", "it is probably cut off: export it again") from None
     except OSError as error:
@@ -59,11 +59,20 @@ def _areas(path: str, features: list[Any]) -> Iterator[Drawn]:
         where = f"feature {number}"
         if not isinstance(feature, dict) or "geometry" not in feature:
             raise SlideError(f"{path}, {where}", "has no geometry", "in QuPath: File > Export objects as GeoJSON")
-        properties = feature.get("properties") or {}
-        kind = str(properties.get("objectType", properties.get("object_type", ""))).lower().replace("_", "")
-        name = _class_of(properties)
-        for area in _polygons(f"{path}, {where}", feature["geometry"]) if kind != "tmacore" else ():
-            yield Drawn(name, area, f"{where}, class {name}")
+        try:
+            yield from _areas_of(f"{path}, {where}", where, feature)
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+            detail = f"{type(error).__name__}: {error}"
+            remedy = "in QuPath: File > Export objects as GeoJSON"
+            raise SlideError(f"{path}, {where}", f"is not laid out as GeoJSON is ({detail})", remedy) from None
+
+
+def _areas_of(place: str, where: str, feature: dict[str, Any]) -> Iterator[Drawn]:
+    properties = feature.get("properties") or {}
+    kind = str(properties.get("objectType", properties.get("object_type", ""))).lower().replace("_", "")
+    name = _class_of(properties)
+    for area in _polygons(place, feature["geometry"]) if kind != "tmacore" else ():
+        yield Drawn(name, area, f"{where}, class {name}")
 
 
 def _class_of(properties: dict[str, Any]) -> str:

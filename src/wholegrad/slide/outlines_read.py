@@ -46,7 +46,7 @@ def polygon(where: str, shell: Sequence[Any], holes: Iterable[Sequence[Any]] = (
         if not all(abs(value) < LARGEST for ring in rings for point in ring for value in point):
             raise ValueError("a corner is no number")
         made = shapely.Polygon(rings[0], rings[1:])
-    except (TypeError, ValueError, IndexError, shapely.errors.GEOSException) as error:
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError, shapely.errors.GEOSException) as error:
         raise SlideError(where, f"is no polygon ({' '.join(str(error).split())})", "delete or redraw it") from None
     return made
 

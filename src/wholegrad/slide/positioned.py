@@ -7,6 +7,7 @@ where they are asked for, and need no lock because no file position is shared.
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,11 @@ class PositionedFile:
         except OSError as error:
             cause = (error.strerror or str(error)).lower()
             raise SlideError(str(path), f"cannot be opened ({cause})", "check the path") from None
-        self.size = os.fstat(self._fd).st_size
+        told = os.fstat(self._fd)
+        if stat.S_ISDIR(told.st_mode):  # which some systems open
+            self.close()
+            raise SlideError(str(path), "cannot be opened (is a folder)", "give the path of a file")
+        self.size = told.st_size
 
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset``.

@@ -194,6 +194,10 @@ class Slide:
         """Another level of the same slide and region, opened anew with the same options."""
         return Slide(self.path, replace(self._wish, mpp=None, level=level, nearest=False))
 
+    def whole(self) -> Slide:
+        """All of the same slide, opened anew with the same options but for the region."""
+        return Slide(self.path, replace(self._wish, region=None))
+
     def close(self) -> None:
         """Close the file; reading afterwards is a SlideError."""
         self._reader.close()

@@ -49,6 +49,9 @@ def balanced(slide: MapReader) -> Balanced:
         ShapeError: it has other channels or values.
         SlideError: its pixels cannot be read.
     """
+    if isinstance(slide, Slide) and slide.share != (1.0, 1.0):  # of a region too
+        with slide.whole() as whole:
+            return Balanced(slide, find_balance(thumbnail(whole, PICTURE)))
     return Balanced(slide, find_balance(thumbnail(slide, PICTURE)))
 
 

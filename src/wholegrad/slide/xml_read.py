@@ -44,9 +44,17 @@ def _asap(path: str, root: Element) -> Iterator[Drawn]:
             continue
         where = drawn.get("Name") or f"annotation {number}"
         group = drawn.get("PartOfGroup") or "None"
-        points = sorted(drawn.iter("Coordinate"), key=lambda point: int(float(point.get("Order", "0"))))
+        points = sorted(drawn.iter("Coordinate"), key=lambda point: _order(f"{path}, {where}", point))
         corners = [(point.get("X"), point.get("Y")) for point in points]
         yield Drawn(UNCLASSIFIED if group == "None" else group, polygon(f"{path}, {where}", corners), where)
+
+
+def _order(where: str, point: Element) -> float:
+    told = point.get("Order", "0")
+    try:
+        return float(told)
+    except ValueError:
+        raise SlideError(where, f"has a corner whose order is {told!r}", "export it again") from None
 
 
 def _aperio(path: str, root: Element) -> Iterator[Drawn]:

@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from wholegrad.aside import REPLACED, aside, sweep
 from wholegrad.errors import ConfigError, SlideError
 from wholegrad.slide.bigtiff import sync_folder
 from wholegrad.slide.levels import Array, Levels, LevelWriter, deflate
@@ -64,7 +65,9 @@ class ZarrWriter(LevelWriter):
         self._mpp, self._names = mpp, tuple(channels)
         check_replaceable(self.path)
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent))
+            sweep(self.path.parent)
+            self._folder = aside(self.path)
+            self._folder.mkdir()
         except OSError as error:
             cause = f"cannot be written ({error.strerror})"
             raise SlideError(str(path), cause, "check that the folder exists and is writable") from None
@@ -93,25 +96,24 @@ class ZarrWriter(LevelWriter):
             self._describe(f"{number}/.zarray", self._array(number))
         try:
             _sync_all(self._folder)
-            mask = os.umask(0)
-            os.umask(mask)
-            self._folder.chmod(0o777 & ~mask)  # mkdtemp's is private
         except OSError as error:
             raise SlideError(str(self.path), f"cannot be written ({error.strerror})", "free disk space") from error
 
     def _publish(self) -> None:
         """Rename; a store that was there steps aside first, and is removed last."""
-        aside = self._folder.with_suffix(".replaced")
+        before = aside(self.path, REPLACED)
         try:
             if self.path.exists():
-                self.path.rename(aside)
+                self.path.rename(before)
             self._folder.rename(self.path)
         except OSError as error:
-            if aside.exists() and not self.path.exists():
-                aside.rename(self.path)
+            if before.exists() and not self.path.exists():
+                before.rename(self.path)
             raise SlideError(str(self.path), f"cannot be named ({error.strerror})", "check the folder") from error
         sync_folder(self.path.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):
+            self._folder = before.rename(aside(self.path))  # half of it shall not come back
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _discard(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from wholegrad.errors import SlideError
 from wholegrad.graph.geometry import Box
 from wholegrad.slide.background import BLACK_BELOW, WHITE_BELOW, Background, glass_colour
+from wholegrad.slide.library import library, read_by
 from wholegrad.slide.origin import Origin
 from wholegrad.slide.pyramid import LevelReader
 from wholegrad.slide.tiles import TileReader
@@ -44,18 +45,10 @@ class ZarrPyramid:
 
     def __init__(self, path: str) -> None:
         self.name = path
-        try:
-            import zarr
-        except ImportError:
-            raise SlideError(path, "is a Zarr store, which zarr reads", "pip install 'wholegrad[zarr]'") from None
-        try:
+        zarr = library("zarr", path, "a Zarr store", "zarr")
+        with read_by(path, "as Zarr", "write or copy it again"):
             node = zarr.open(path, mode="r")
             levels, self._axes, self.mpp = _levels(path, node)
-        except SlideError:
-            raise
-        except Exception as error:
-            detail = " ".join(str(error).split())[:120] or type(error).__name__
-            raise SlideError(path, f"cannot be read as Zarr ({detail})", "write or copy it again") from None
         self._levels = sorted(levels, key=lambda level: -level.shape[self._axes.index("x")])
         for level in self._levels:
             _check(path, level, self._axes)

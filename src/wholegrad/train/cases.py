@@ -19,6 +19,7 @@ from wholegrad.errors import ConfigError, SlideError
 from wholegrad.graph.geometry import Box
 from wholegrad.slide.arrays import Cropped
 from wholegrad.slide.augment import Framed
+from wholegrad.slide.background import WHITE, glass_colour
 from wholegrad.slide.balance import Balance, Balanced
 from wholegrad.slide.mask import open_mask
 from wholegrad.slide.reader import MapReader
@@ -27,7 +28,7 @@ from wholegrad.slide.thumbnail import balanced
 from wholegrad.train.split import Entry
 from wholegrad.train.tables import DataConfig
 
-GLASS, BACKGROUND = 255, 0  # what a frame beyond a slide shows, and its label
+BACKGROUND = 0  # the label of a frame beyond a slide
 PROBE = 256  # pixels: side of the box that is read at the middle of each file to see that it can be
 
 
@@ -47,6 +48,7 @@ class Case:
         slide_mpp: um a pixel of level 0, where the file does not say.
         box: the region that counts; may reach beyond the slide, where glass is.
         balance: what its glass and ink look like, if they are to be evened out.
+        glass: its colour as the network sees it, which a frame beyond the slide has.
         broken: why the slide could not be opened, if the run goes on without it.
     """
 
@@ -57,6 +59,7 @@ class Case:
     slide_mpp: float | None
     box: Box
     balance: Balance | None = None
+    glass: tuple[int, ...] = WHITE
     broken: SlideError | None = None
 
     @property
@@ -90,7 +93,7 @@ class Case:
             return readers
         if box.y0 >= 0 and box.x0 >= 0 and box.y1 <= height and box.x1 <= width:
             return Readers(Cropped(readers.slide, box), Cropped(readers.mask, box))
-        return Readers(Framed(readers.slide, box, GLASS), Framed(readers.mask, box, BACKGROUND))
+        return Readers(Framed(readers.slide, box, self.glass), Framed(readers.mask, box, BACKGROUND))
 
     def crop(self, size: tuple[int, int], rng: np.random.Generator, pad: bool = False) -> Case:
         """A region placed at random: of ``size`` (height, width) if ``pad``, else of no more than the slide has."""
@@ -136,6 +139,9 @@ def _tried(entry: Entry, data: DataConfig) -> Case:
         balance = balanced(slide).balance if data.balance else None
     case = Case(entry.name, entry.slide, entry.mask, data, slide_mpp, whole, balance)
     with case.open() as readers:
+        if data.pad:
+            glass = glass_colour(readers.slide, readers.slide)  # all that is read is the slide's own
+            case = dataclasses.replace(case, glass=tuple(glass.tolist()))
         middle = _middle(case.size)
         readers.slide.read(middle)
         odd = [int(label) for label in np.unique(readers.mask.read(middle)) if label not in (0, 1, 255)]

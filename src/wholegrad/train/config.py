@@ -27,6 +27,23 @@ NAMED = ("optimizer", "schedule")  # tables for which a name alone will do
 SHAPED = ("constant", "cosine")  # schedules that need nothing of torch
 UNFIT = ("LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "LRScheduler")  # need code, not values
 
+_NUMBER = "which is no whole number", "write a whole number, without quotes"
+_TABLE = "which is no table", "write it as a table of keys"
+WANTED = {  # what is wrong with a value, and the remedy, by the kind of error
+    "int_type": _NUMBER,
+    "int_from_float": _NUMBER,
+    "float_type": ("which is no number", "write a number, without quotes"),
+    "finite_number": ("which is no finite number", "write a finite number"),
+    "bool_type": ("which is neither true nor false", "write true or false, without quotes"),
+    "string_type": ("which is no text", "write text, in quotes"),
+    "tuple_type": ("which is no list", "write a list: [...]"),
+    "too_short": ("which is an empty list", "name at least one"),
+    "too_long": ("which is too long a list", "take something out"),
+    "dict_type": _TABLE,
+    "model_type": _TABLE,
+    "model_attributes_type": _TABLE,
+}
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, put ``key=value`` overrides (``train.lr=0.003``) on top, and check the whole.
@@ -88,24 +105,42 @@ def _toml_value(text: str) -> Any:
 
 
 def _first_error(error: ValidationError, where: str) -> ConfigError:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if str(part) not in ("PairConfig", "str"))
+    found = error.errors()
+    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
+    if isinstance(first["input"], dict):  # a pair, or a name: what is wrong with the pair
+        first = next((each for each in found if "PairConfig" in each["loc"]), first)
+    key = ".".join(str(part) for part in first["loc"] if str(part) not in ("PairConfig", "str", "int"))
     if first["type"] == "extra_forbidden":
-        return ConfigError(where, f"unknown key '{key}'", _nearest(key))
+        return ConfigError(where, f"unknown key '{key}'", _nearest(key, isinstance(first["input"], dict)))
     if first["type"] == "missing":
         return ConfigError(where, f"key '{key}' is missing", "add it")
+    if first["type"] in WANTED:
+        cause, remedy = WANTED[first["type"]]
+        given = list(first["input"]) if isinstance(first["input"], tuple) else first["input"]
+        return ConfigError(where, f"'{key}' is {given!r}, {cause}", remedy)
     said = first["msg"][0].lower() + first["msg"][1:]
     return ConfigError(where, f"'{key}' is {first['input']!r}, {said}", "mend that value")
 
 
-def _nearest(key: str) -> str:
+def _nearest(key: str, table: bool) -> str:
+    """The remedy for a key, or a table, that is not known."""
+    if table:
+        tables = list(known_tables(Config))
+        leaves = [name for name in tables if difflib.get_close_matches(_leaf(key), [_leaf(name)])]
+        meant = difflib.get_close_matches(key, tables, n=1) or leaves
+        if meant:
+            return f"did you mean [{meant[0]}]?"
     known = list(known_keys(Config))
     if "." in key and (same := difflib.get_close_matches(key, known, n=1, cutoff=0.8)):
         return f"did you mean '{same[0]}'?"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-    leaf = difflib.get_close_matches(key.rpartition(".")[2], [k.rpartition(".")[2] for k in known], n=1)
-    best = next((k for k in known if leaf and k.rpartition(".")[2] == leaf[0]), near)
+    leaf = difflib.get_close_matches(_leaf(key), [_leaf(k) for k in known], n=1)
+    best = next((k for k in known if leaf and _leaf(k) == leaf[0]), near)
     return f"did you mean '{best}'?"
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def known_keys(table: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -115,6 +150,14 @@ def known_keys(table: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from known_keys(field.annotation, f"{prefix}{name}.")
         elif not field.exclude:
             yield prefix + name
+
+
+def known_tables(table: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every table within a table, dotted."""
+    for name, field in table.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield prefix + name
+            yield from known_tables(field.annotation, f"{prefix}{name}.")
 
 
 def _check_sense(config: Config, where: str) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from wholegrad.aside import sweep
 from wholegrad.errors import ConfigError
 from wholegrad.train.log import Log
 from wholegrad.train.plans import Conditions
@@ -78,8 +79,7 @@ class Folder:
         for path, text in ((self.split, to_json(found)), (self.run, conditions.to_json())):
             if not path.exists() or not self.checkpoint.exists():
                 write_whole(path, text.encode())
-        for left in self.path.glob(".*.part"):
-            left.unlink(missing_ok=True)
+        sweep(self.path)
 
     def open_log(self, keep: int) -> Log:
         """The log, cut to the first ``keep`` bytes."""

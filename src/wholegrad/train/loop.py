@@ -151,6 +151,9 @@ class Run:
             torch.set_num_threads(conditions.threads)
         self.plans = Plans(config.train, conditions)
         kept = self._load() if resume and folder.checkpoint.exists() else 0
+        if self.total <= self.step:
+            asked = f"{self.step} steps are done and {self.total} are asked for"
+            self.watch.on_note(f"nothing is left to train: {asked}; ask for more with --steps or --epochs")
         folder.write(entries, conditions)
         self.log = folder.open_log(kept)
         self.tracking.start(config, self.step)

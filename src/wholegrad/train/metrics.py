@@ -10,7 +10,8 @@ from torch import nn
 
 import wholegrad as wg
 from wholegrad.errors import SlideError
-from wholegrad.losses import dice_counts, dice_from_counts
+from wholegrad.losses import dice_counts
+from wholegrad.metrics.counts import Counts
 from wholegrad.train.cases import Case, Readers
 
 METRICS = {"counts": dice_counts}
@@ -25,6 +26,11 @@ class Score:
     dice: float
     precision: float
     recall: float
+
+    @property
+    def iou(self) -> float:
+        """The intersection's share of the union."""
+        return self.dice / (2 - self.dice)
 
 
 def evaluate(
@@ -68,14 +74,8 @@ def evaluate(
 
 def score(name: str, counts: torch.Tensor) -> Score:
     """The score that counts ``(tp, fp, fn, tn)`` make; what has nothing to be measured on is 1."""
-    tp, fp, fn, _ = (float(count) for count in counts)
-    return Score(
-        name,
-        pixels=int(counts.sum()),
-        dice=dice_from_counts(counts),
-        precision=tp / (tp + fp) if tp + fp else 1.0,
-        recall=tp / (tp + fn) if tp + fn else 1.0,
-    )
+    found = Counts(*(int(count) for count in counts))
+    return Score(name, found.pixels, found.dice, found.precision, found.recall)
 
 
 def mean_dice(scores: Sequence[Score]) -> float:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
+from wholegrad.aside import aside
 from wholegrad.errors import ConfigError, WholegradError
 from wholegrad.train.networks import NETWORKS, build_network, normalized, without_normalization
 from wholegrad.train.optim import AVERAGE, Mover
@@ -160,17 +162,18 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         WholegradError: the file cannot be written.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = aside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
+        with partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        partial.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may be a file
+            partial.unlink()
         raise WholegradError(str(path), f"cannot be written ({error.strerror})", "check space and rights") from None
 
 

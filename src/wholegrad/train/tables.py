@@ -22,7 +22,16 @@ LARGEST_BLUR = 20.0  # pixels of standard deviation
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """Values are taken as TOML has them: a text is no number, however it reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_tuples(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
 
 
 class PairConfig(_Table):
@@ -58,7 +67,7 @@ class DataConfig(_Table):
     say. ``balance`` evens out glass and ink, of which a picture of the whole slide tells, before the network sees it;
     so do ``predict`` and ``evaluate`` then. ``classes`` and ``ignore`` say what outlines mean, as for
     :func:`wholegrad.open_mask`. ``crop`` (height, width in pixels) trains on a random region of each slide in place of
-    the whole; with ``pad`` a slide smaller than it is framed in white background.
+    the whole; with ``pad`` a slide smaller than it is framed in its own glass.
     """
 
     root: str = "."
@@ -147,8 +156,8 @@ class TrainConfig(_Table):
     ``on_error`` says whether a slide that cannot be read ends the run or is skipped.
     """
 
-    steps: int | None = Field(default=None, ge=0)
-    epochs: int | None = Field(default=None, ge=0)
+    steps: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
     lr: float = Field(default=0.01, gt=0)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)

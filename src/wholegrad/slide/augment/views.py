@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -17,17 +19,17 @@ class Framed(Transformed):
     Args:
         reader: the map beneath.
         frame: in that map's pixels; may begin below 0 and end beyond its size, or miss it altogether.
-        fill_value: of pixels that the map does not have.
+        fill_value: of pixels that the map does not have; one for all channels, or one for each.
 
     Raises:
         ShapeError: the frame is empty.
     """
 
-    def __init__(self, reader: MapReader, frame: Box, fill_value: int = 0) -> None:
+    def __init__(self, reader: MapReader, frame: Box, fill_value: int | Sequence[int] = 0) -> None:
         if frame.height < 1 or frame.width < 1:
             raise ShapeError(reader.name, f"frame {tuple(frame)} is empty", "give (y0, y1, x0, x1) with y0 < y1")
         super().__init__(reader, (reader.shape[0], frame.height, frame.width))
-        self._frame, self._value = frame, fill_value
+        self._frame, self._value = frame, np.array(fill_value, reader.dtype).reshape(-1, 1, 1)
 
     def fill(self, block: Box, out: npt.NDArray[np.generic]) -> None:
         _, height, width = self._reader.shape
