@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tifffile
 import torch
-from arms import ARMS, FEW, FOLDS, MANY
+from arms import ARMS, FEW, FOLDS
 from score import dice
 from thresholds import TCGA, clam, otsu
 
@@ -142,8 +142,8 @@ def synthetic(out: Path) -> list[str]:
 def machine() -> str:
     """Where and when."""
     threads, today = torch.get_num_threads(), datetime.datetime.now(datetime.UTC).date()
+    where = f"{platform.processor() or platform.machine()}, {threads} threads, {platform.system()}"
     return (
-        f"Written {today}: {platform.processor() or platform.machine()}, {threads} threads, {platform.system()}, Python "
-        f"{platform.python_version()}, torch {torch.__version__}; {FEW} or {MANY} updates. Minutes are those of all five "
-        "folds, of training alone. Command: `python examples/paper/main.py --write`."
+        f"Written {today}: {where}, Python {platform.python_version()}, torch {torch.__version__}. Minutes are "
+        "training alone, all five folds together. Command: `python examples/paper/main.py --write`."
     )
