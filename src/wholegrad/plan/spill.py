@@ -22,6 +22,7 @@ from wholegrad.graph.graph import Graph, Ref
 from wholegrad.plan.storage import stored_bytes
 
 BLOCK = 1 << 20  # bytes of a block at most, unless a single pixel has more
+ASPECT = 8  # columns of a block over its rows: blocks beside a tile are still in memory, those above it are not
 PAGE = 4096  # blocks take multiples of it, as direct input and output want
 HELD = 64 << 20  # bytes of blocks in memory: written lately, waiting to be written, read ahead
 SPARE = 4  # blocks in use beside one for each worker: the caller's, one being written, one being read, one to come
@@ -65,7 +66,7 @@ class Layout:
 
 
 def layout(rows: Sequence[int], cols: Sequence[int], pixel: int) -> Layout:
-    """Blocks of at most :data:`BLOCK` bytes, nearly square, for a map of ``pixel`` bytes a pixel.
+    """Blocks of at most :data:`BLOCK` bytes, wider than high, for a map of ``pixel`` bytes a pixel.
 
     Args:
         rows, cols: cuts of the tiles that own the map, from 0 to its size.
@@ -74,8 +75,8 @@ def layout(rows: Sequence[int], cols: Sequence[int], pixel: int) -> Layout:
     tallest, widest = (max(b - a for a, b in pairwise(cuts)) for cuts in (rows, cols))
     joined = _joined(cols, area // tallest)
     widest = max(widest, max(b - a for a, b in pairwise(joined)))
-    width = min(widest, max(isqrt(area), area // tallest))
-    height = min(tallest, area // width)
+    width = min(widest, max(isqrt(area * ASPECT), area // tallest))
+    height = min(tallest, max(area // width, 1))
     return Layout(_split(rows, height), _split(joined, width), pixel)
 
 

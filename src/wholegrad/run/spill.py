@@ -300,10 +300,14 @@ class Spill:
             if other := next((slots for slots in self._free.values() if slots), None):
                 self.held -= len(other.pop())
                 continue
-            idle = next((key for key, block in self._clean.items() if not block.held and not block.readers), None)
-            if idle is None:
+            idle = (key for key, block in self._clean.items() if not block.held and not block.readers)
+            latest = None  # of those read ahead, which go last
+            for latest in idle:
+                if not self._clean[latest].ahead:
+                    break
+            if latest is None:
                 return None
-            self._remove(idle)
+            self._remove(latest)
 
     # The two threads.
 
