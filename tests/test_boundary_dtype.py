@@ -22,7 +22,9 @@ from wholegrad.plan.plan import Placement
 from wholegrad.plan.storage import NARROW, stored_bytes, stored_dtype
 from wholegrad.proof import errors, random_labels
 from wholegrad.run.blocks import Blocks
-from wholegrad.run.store import DiskStore, HostStore, MapStore, overflows
+from wholegrad.run.spill import Spill
+from wholegrad.run.spill_store import DiskStore
+from wholegrad.run.store import HostStore, MapStore, overflows
 from wholegrad.verify import EXACT
 
 BOUNDARIES = ["down1", "middle", "up1"]
@@ -137,8 +139,9 @@ def spec(dtype: torch.dtype) -> Spec:
     return Spec(map_layout((2, 3, 7, 9)), dtype)
 
 
-def stores(kind: torch.dtype, dtype: torch.dtype, folder: Path) -> list[MapStore]:
-    return [HostStore(spec(kind), Blocks(), dtype=dtype), DiskStore(spec(kind), folder, dtype)]
+def stores(kind: torch.dtype, dtype: torch.dtype, spill: Spill) -> list[MapStore]:
+    cuts = [0, 4, 7], [0, 5, 9]
+    return [HostStore(spec(kind), Blocks(), dtype=dtype), DiskStore(spec(kind), spill, cuts, "a map", dtype)]
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
@@ -147,7 +150,8 @@ def test_a_store_rounds_once_and_reads_in_the_graphs_dtype(
     kind: torch.dtype, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     whole = torch.randn(2, 3, 7, 9, dtype=kind)
-    for store in stores(kind, dtype, tmp_path):
+    spill = Spill(1 << 20, tmp_path, 0)
+    for store in stores(kind, dtype, spill):
         for box in (Box(0, 4, 0, 9), Box(4, 7, 0, 5), Box(4, 7, 5, 9)):
             rows, cols = box.slices()
             store.write(box, whole[..., rows, cols])
@@ -155,6 +159,7 @@ def test_a_store_rounds_once_and_reads_in_the_graphs_dtype(
         assert read.dtype == kind and store.nbytes == 2 * whole.numel()
         assert torch.equal(read, whole.to(dtype).to(kind)[..., 1:6, 2:8])
         store.close()
+    spill.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.bfloat16, torch.float16])

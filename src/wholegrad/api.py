@@ -29,7 +29,6 @@ from wholegrad.run.blocks import drop_blocks
 from wholegrad.run.executor import Executor, ProgressFn
 from wholegrad.run.sink import Sink
 from wholegrad.run.sources import model_dtype, raw_images
-from wholegrad.run.store import check_space
 from wholegrad.run.workers import default_workers
 
 LossFn = Callable[..., torch.Tensor]
@@ -334,8 +333,6 @@ def _executor(
     made: Plan, tensors: Mapping[str, torch.Tensor], inputs: Given, *, seed: int | None = None, **options: Any
 ) -> Executor:
     """An executor with a seed of its own if the graph draws random numbers and the caller names none."""
-    spilled = sum(made.stored_bytes(ref) for ref, place in made.placements.items() if place is Placement.DISK)
-    check_space(spilled, made.spill_dir)
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()).item()) if made.graph.random else 0
     return Executor(made, {**tensors, **inputs.values}, inputs.sources, seed=seed, **options)

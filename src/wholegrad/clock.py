@@ -143,6 +143,7 @@ def node_span(by: Recorder, op: str, label: Label, size: float) -> Off:
     return Span(by, Key(stage, op, label.path), label.macs, label.wide, size, label)
 
 
+DISK = "disk"  # stage of boundaries' reads and writes, most of them beside the threads that run tiles
 FORWARD, BACKWARD, FUSED = "forward", "backward", "fused"  # sweeps, as the spans of whole tiles name them
 
 

@@ -51,6 +51,10 @@ class NumericsError(WholegradError):
     """The loss or a gradient is not finite, or a boundary holds values too large for the dtype it is stored in."""
 
 
+class SpillError(WholegradError):
+    """A boundary on disk: its folder cannot be written or is full, or what was read is not what was written."""
+
+
 class SlideError(WholegradError):
     """A slide or mask file is missing, truncated, corrupt, of an unknown format, or does not match its partner."""
 

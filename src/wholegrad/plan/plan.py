@@ -103,6 +103,7 @@ class Plan:
         seconds: predicted, up to the speed of the machine.
         workers: tiles that run side by side.
         spill_dir: folder of the boundaries on disk.
+        on_disk: bytes there at most, boundaries' gradients included.
         boundary_dtype: in which boundaries of a wider dtype are stored; None for the graph's own.
         made_for: what the plan was made for, as the caller saw it; compared before a run.
     """
@@ -119,6 +120,7 @@ class Plan:
     backward: bool
     workers: int = 1
     spill_dir: Path | None = None
+    on_disk: int = 0
     boundary_dtype: torch.dtype | None = None
     made_for: object = None
     _grids: dict[int, Grid] = field(default_factory=dict, repr=False)

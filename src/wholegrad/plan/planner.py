@@ -23,6 +23,7 @@ from wholegrad.graph.segment import Segment, cut
 from wholegrad.plan import cost, memory
 from wholegrad.plan.boundaries import candidates, summed
 from wholegrad.plan.plan import Placement, Plan, SegmentPlan, show_bytes
+from wholegrad.plan.spill import spill_bytes
 from wholegrad.plan.storage import stored_bytes
 from wholegrad.plan.tiles import AxisTiles, axis_tiles
 
@@ -243,7 +244,7 @@ class _Search:
         return min((plan for plan in found if plan is not None), key=lambda plan: plan.seconds, default=None)
 
     def placed(self, segments: tuple[Segment, ...], fused: bool, places: dict[Ref, Placement]) -> Plan | None:
-        base = self.request.reserved + self.always + memory.leftover(len(segments))
+        base = self.request.reserved + self.always + memory.leftover(len(segments)) + self.spill(places)
         forward, backward = self.held(segments, places)
         parts = []
         for i, segment in enumerate(segments):
@@ -347,8 +348,10 @@ class _Search:
         """The same with its gradient, which is kept in the graph's dtype."""
         return self.stored(ref) + self.graph.spec(ref).nbytes
 
-    def held(self, segments: tuple[Segment, ...], places: Mapping[Ref, Placement]) -> tuple[list[int], list[int]]:
-        """Bytes of boundaries and their gradients in host memory while each segment runs forward, and backward."""
+    def held(
+        self, segments: tuple[Segment, ...], places: Mapping[Ref, Placement], where: Placement = Placement.HOST
+    ) -> tuple[list[int], list[int]]:
+        """Bytes of boundaries and their gradients that lie there while each segment runs forward, and backward."""
         made = {ref: k for k, segment in enumerate(segments) for ref in segment.outputs}
         read: dict[Ref, list[int]] = {ref: [] for ref in places}
         for k, segment in enumerate(segments):
@@ -356,7 +359,7 @@ class _Search:
                 if ref in read:
                     read[ref].append(k)
         forward, backward = [0] * len(segments), [0] * len(segments)
-        for ref in (ref for ref, place in places.items() if place is Placement.HOST):
+        for ref in (ref for ref, place in places.items() if place is where):
             size, last = self.stored(ref), max(read[ref], default=made[ref])
             for i in range(made[ref], len(segments) if self.request.backward else last + 1):
                 forward[i] += size
@@ -394,15 +397,21 @@ class _Search:
             placements=places,
             budget=request.budget,
             reserved=request.reserved,
-            projected=request.reserved + self.always + peak + memory.leftover(len(parts)),
+            projected=request.reserved + self.always + peak + memory.leftover(len(parts)) + self.spill(places),
             whole_image=memory.whole_image(graph),
             recompute=macs / self.whole,
             seconds=seconds + self.disk_seconds(places),
             backward=request.backward,
             workers=request.workers,
             spill_dir=request.spill_dir,
+            on_disk=max(max(held, default=0) for held in self.held(segments, places, Placement.DISK)),
             boundary_dtype=request.boundary_dtype,
         )
+
+    def spill(self, places: Mapping[Ref, Placement]) -> int:
+        """Bytes of memory that boundaries on disk take."""
+        spilled = [ref for ref, place in places.items() if place is Placement.DISK]
+        return spill_bytes(self.graph, spilled, self.request.boundary_dtype, self.request.workers)
 
     def disk_seconds(self, places: Mapping[Ref, Placement]) -> float:
         spilled = sum(self.with_gradient(ref) for ref, place in places.items() if place is Placement.DISK)

@@ -37,10 +37,11 @@ from wholegrad.run.blocks import blocks_of
 from wholegrad.run.sink import Sink
 from wholegrad.run.small import SmallValues
 from wholegrad.run.sources import Source, raw_images
-from wholegrad.run.store import DiskStore, HostStore, MapStore, overflows
+from wholegrad.run.spill_store import DiskStore, ask_ahead, owners_cuts, spill_of
+from wholegrad.run.store import HostStore, MapStore, overflows
 from wholegrad.run.strips import Strips
 from wholegrad.run.tile import Pull, partials, pull_back, run_tile
-from wholegrad.run.workers import in_order
+from wholegrad.run.workers import announced, in_order
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Executor:
         self.level = _levels(plan)
         self.done = 0
         self.total = self._count_tiles()
+        self.spill = spill_of(plan)
 
     def _count_tiles(self) -> int:
         runs = 2 if self.plan.backward else 1
@@ -111,6 +113,8 @@ class Executor:
             store.close()
         self.maps.clear()
         self.map_grads.clear()
+        if self.spill is not None:
+            self.spill.close()
 
     def _tick(self, phase: str) -> None:
         self.done += 1
@@ -159,7 +163,8 @@ class Executor:
                 made = {ref: sink.made(run.owned[ref]) for ref, sink in sunk.items() if ref in run.owned}
                 return outputs, made, partials(self.graph, segment, run)
 
-        for tile, (outputs, made, parts) in self._tiles(i, work, clock.FORWARD):
+        soon = partial(ask_ahead, again=Recall(self.graph, segment, {}), maps=self.maps, grads={})
+        for tile, (outputs, made, parts) in self._tiles(i, work, soon, clock.FORWARD):
             for ref, value in outputs.items():
                 self._keep(ref, tile.owned[ref], value)
             for ref, value in made.items():
@@ -168,8 +173,10 @@ class Executor:
             self._tick("forward")
         self._finish(segment.reductions)
 
-    def _tiles(self, i: int, work: Callable[[Tile], Result], sweep: str) -> Iterator[tuple[Tile, Result]]:
-        """Every tile of segment ``i`` with what ``work`` made of it, in tile order."""
+    def _tiles(
+        self, i: int, work: Callable[[Tile], Result], soon: Callable[[Tile], None], sweep: str
+    ) -> Iterator[tuple[Tile, Result]]:
+        """Every tile of segment ``i`` with what ``work`` made of it, in tile order; ``soon`` is told of each before."""
         clock.expect(self.plan.workers)
         with clock.span("preparing", "tiles"):
             tiles = self.plan.grid(i)
@@ -178,7 +185,11 @@ class Executor:
             with clock.span("between ops", sweep):
                 return work(tile)
 
-        yield from in_order(tiles, len(tiles), counted, self.plan.workers)
+        if self.spill is None:
+            yield from in_order(tiles, len(tiles), counted, self.plan.workers)
+        else:
+            yield from in_order(announced(tiles, soon), len(tiles), counted, self.plan.workers)
+            self.spill.forget()
 
     def _make_room(self, working: int, new: Mapping[Ref, int]) -> None:
         """Return free memory to the system where a segment might else pass the projected peak (rule 7).
@@ -190,7 +201,7 @@ class Executor:
             new: bytes of maps that are kept from now on.
         """
         sizes = [size for ref, size in new.items() if self._placement(ref) is not Placement.DISK]
-        room = self.plan.projected - working
+        room = self.plan.projected - working - (self.spill.limit - self.spill.held if self.spill else 0)
         if process.resident() + self.blocks.missing(sizes) > room:
             process.release_memory()
         if process.resident() + self.blocks.missing(sizes) > room:
@@ -251,7 +262,9 @@ class Executor:
     def _new_store(self, ref: Ref, dtype: torch.dtype, zero: bool) -> MapStore:
         spec = self.graph.spec(ref)
         if self._placement(ref) is Placement.DISK:
-            return DiskStore(spec, self.plan.spill_dir, dtype)
+            assert self.spill is not None
+            what = f"{'gradient of ' if zero else ''}boundary {self.graph.nodes[ref.node].place}"
+            return DiskStore(spec, self.spill, owners_cuts(self.plan, ref), what, dtype)
         return HostStore(spec, self.blocks, zero, dtype)
 
     def _fetch(self, ref: Ref, box: Box, raw: bool = False) -> torch.Tensor:
@@ -318,7 +331,8 @@ class Executor:
             again = recall(self.graph, segment, self.maps.keys())
             how = self._how(again.graph, again.segment)
             self._make_room(self.plan.segments[i].working.backward, self._new_grads(segment))
-            for _, pulled in self._tiles(i, partial(self._pull_tile, again, how, pull, False), clock.BACKWARD):
+            soon = partial(ask_ahead, again=again, maps=self.maps, grads=self.map_grads)
+            for _, pulled in self._tiles(i, partial(self._pull_tile, again, how, pull, False), soon, clock.BACKWARD):
                 self._add_grads(pulled)
                 self._tick("backward")
         self._after_backward(i)
@@ -387,7 +401,8 @@ class Executor:
         again = recall(self.graph, segment, frozenset())
         how = self._how(again.graph, again.segment)
         self._make_room(self.plan.segments[i].working.backward, self._new_grads(segment))
-        for tile, pulled in self._tiles(i, partial(self._pull_tile, again, how, pull, True), clock.FUSED):
+        soon = partial(ask_ahead, again=again, maps=self.maps, grads=self.map_grads)
+        for tile, pulled in self._tiles(i, partial(self._pull_tile, again, how, pull, True), soon, clock.FUSED):
             self._merge(pulled.parts, tile)
             self._add_grads(pulled)
             self._tick("fused")

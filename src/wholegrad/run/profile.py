@@ -7,7 +7,8 @@
     print(profile.table())
 
 Seconds are those of threads. What no row counts of ``workers`` threads' time is the row *waiting*: for the last tile
-of a segment, for merging, for Python's lock to be free while nothing is open.
+of a segment, for merging, for Python's lock to be free while nothing is open. Seconds of the stage *disk* are those of
+threads beside the workers, and count towards no sum; a tile that waits for them waits.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ ARITHMETIC = (
     "forward", "recompute", "input gradient", "weight gradient", "bias gradient", "backward", "sums",
 )  # fmt: skip
 TRAFFIC = ("reading", "writing")
+BESIDE = (clock.DISK, "waiting")  # stages whose bytes are not memory's
 LONGEST = 40  # rows of a table
 HEADER = ("stage", "op", "where", "calls", "seconds", "share", "Gmac", "GB", "of roofline")
 
@@ -48,6 +50,11 @@ class Entry:
     @property
     def fraction(self) -> float:
         return self.ideal / self.seconds if self.seconds else 0.0
+
+    @property
+    def counts(self) -> bool:
+        """Whether its seconds are those of a thread that runs tiles."""
+        return self.stage != clock.DISK
 
 
 @dataclass(frozen=True)
@@ -109,16 +116,16 @@ class Profile:
         steps = max(1, self.steps)
         found = [
             Entry(*key, row.calls / steps, row.seconds / steps, row.macs / steps, row.bytes / steps,
-                  self.roofline.seconds(row.macs, row.wide, row.bytes) / steps)
+                  self.roofline.seconds(row.macs, row.wide, row.bytes if key.stage not in BESIDE else 0.0) / steps)
             for key, row in self._recorder.rows().items()
         ]  # fmt: skip
-        left = self._recorder.workers * self.seconds / steps - sum(entry.seconds for entry in found)
+        left = self._recorder.workers * self.seconds / steps - sum(entry.seconds for entry in found if entry.counts)
         found.append(Entry("waiting", "", "", 0.0, max(0.0, left), 0.0, 0.0, 0.0))
         return sorted(found, key=lambda entry: -entry.seconds)
 
     def summary(self) -> Summary:
         """The step as a whole."""
-        entries, workers = self.entries(), self._recorder.workers
+        entries, workers = [entry for entry in self.entries() if entry.counts], self._recorder.workers
         whole = sum(entry.seconds for entry in entries)
 
         def share(stages: Sequence[str]) -> float:
@@ -135,10 +142,21 @@ class Profile:
             other=1 - share(TRAFFIC) - share(ARITHMETIC) if whole else 0.0,
         )
 
+    def disk(self) -> list[str]:
+        """What boundaries on disk cost, in words; nothing if there are none."""
+        beside = [entry for entry in self.entries() if entry.stage in BESIDE and entry.op]
+        moved = []
+        for op in ("written", "read"):
+            size, seconds = (sum(getattr(e, name) for e in beside if e.op == op) for name in ("bytes", "seconds"))
+            if seconds:
+                moved.append(f"{size / 1e9:.3g} GB {op} at {size / seconds / 1e6:.0f} MB/s")
+        waited = sum(entry.seconds for entry in beside if entry.counts)
+        return [f"boundaries on disk: {', '.join(moved)}; tiles waited {waited:.3g} s for it"] if beside else []
+
     def cells(self) -> list[tuple[str, ...]]:
         """The rows of a table under :data:`HEADER`; the shortest ones as one."""
         entries = self.entries()
-        whole = sum(entry.seconds for entry in entries)
+        whole = sum(entry.seconds for entry in entries if entry.counts)
         return [_cells(entry, whole) for entry in _shortened(entries)]
 
     def lines(self) -> list[str]:
@@ -150,6 +168,7 @@ class Profile:
             f"reading and writing {found.reading:.0%}, arithmetic {found.arithmetic:.0%}, other {found.other:.0%}",
             f"roofline of a thread: {self.roofline.macs / 1e9:.3g} Gmac/s in float32, "
             f"{self.roofline.bytes / 1e9:.3g} GB/s read and written",
+            *self.disk(),
         ]
 
     def table(self) -> str:

@@ -36,6 +36,16 @@ def _single_threaded(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def announced(items: Iterable[Item], soon: Callable[[Item], None]) -> Iterator[Item]:
+    """The items, each once ``soon`` has been told of it and of the next."""
+    before: list[Item] = []
+    for item in items:
+        soon(item)
+        yield from before
+        before = [item]
+    yield from before
+
+
 def in_order(
     items: Iterable[Item], count: int, work: Callable[[Item], Result], workers: int
 ) -> Iterator[tuple[Item, Result]]:

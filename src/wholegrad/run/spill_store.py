@@ -1,0 +1,128 @@
+"""A boundary on disk: its elements as blocks that :mod:`wholegrad.run.spill` keeps, written and read by box."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from wholegrad.graph.geometry import Box
+from wholegrad.graph.graph import Ref, Spec
+from wholegrad.graph.recall import Recall
+from wholegrad.plan.plan import Placement, Plan
+from wholegrad.plan.spill import layout, spill_bytes
+from wholegrad.plan.tiles import Tile
+from wholegrad.run.spill import Spill
+from wholegrad.run.store import MapStore
+
+
+class DiskStore(MapStore):
+    """A map in a file without a name; zeros where nothing was written.
+
+    Args:
+        cuts: along rows and columns, of the tiles that own the map: 0 to its size.
+        what: the map in words, for messages.
+
+    Raises:
+        SpillError: the folder takes no such file; later: the disk is full, fails, or gives other bytes back.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        spill: Spill,
+        cuts: tuple[Sequence[int], Sequence[int]],
+        what: str,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(spec, dtype)
+        self._spill = spill
+        self._file = spill.file(layout(*cuts, self.stored[0] * self.stored[3] * self.dtype.itemsize), what)
+
+    def _on(self, box: Box) -> list[tuple[int, Box, Box]]:
+        """Each block that ``box`` meets, the pixels of it that are in the box, and all its pixels."""
+        found = []
+        for number in self._file.layout.on(box):
+            block = self._file.layout.box(number)
+            y0, y1 = max(box.y0, block.y0), min(box.y1, block.y1)
+            found.append((number, Box(y0, y1, max(box.x0, block.x0), min(box.x1, block.x1)), block))
+        return found
+
+    def _part(self, values: torch.Tensor, block: Box, inner: Box) -> torch.Tensor:
+        """The pixels on ``inner`` of a block's bytes, ``(N, h, w, C)``."""
+        n, c = self.stored[0], self.stored[3]
+        pixels = (
+            values[: block.area * n * c * self.dtype.itemsize].view(self.dtype).view(n, block.height, block.width, c)
+        )
+        return _crop(pixels, inner, block)
+
+    def read(self, box: Box) -> torch.Tensor:
+        result = torch.empty((self.stored[0], box.height, box.width, self.stored[3]), dtype=self.read_dtype)
+        for number, inner, block in self._on(box):
+            with self._spill.reading(self._file, number) as values:
+                _crop(result, inner, box).copy_(self._part(values, block, inner))
+        return self._tile(result)
+
+    def write(self, box: Box, tile: torch.Tensor) -> None:
+        pixels = self._pixels(tile)
+        for number, inner, block in self._on(box):
+            with self._spill.changing(self._file, number, whole=inner == block) as values:
+                self._part(values, block, inner).copy_(_crop(pixels, inner, box))
+
+    def add(self, box: Box, tile: torch.Tensor) -> None:
+        pixels = self._pixels(tile)
+        for number, inner, block in self._on(box):
+            with self._spill.changing(self._file, number, whole=False) as values:
+                part = self._part(values, block, inner)
+                more = _crop(pixels, inner, box)
+                part.add_(more) if self.dtype == self.read_dtype else part.copy_(part.to(self.read_dtype) + more)
+
+    def ahead(self, box: Box) -> None:
+        """Have what ``box`` meets read from disk before it is asked for."""
+        self._spill.ahead(self._file, self._file.layout.on(box))
+
+    def close(self) -> None:
+        self._spill.drop(self._file)
+
+
+def _crop(pixels: torch.Tensor, inner: Box, outer: Box) -> torch.Tensor:
+    """The pixels on ``inner`` of those on ``outer``, ``(N, h, w, C)``."""
+    return pixels[:, inner.y0 - outer.y0 : inner.y1 - outer.y0, inner.x0 - outer.x0 : inner.x1 - outer.x0]
+
+
+def spill_of(plan: Plan) -> Spill | None:
+    """What a step of the plan needs for its boundaries on disk; None if it has none there.
+
+    Raises:
+        SpillError: the folder is none, or has too little space.
+    """
+    spilled = [ref for ref, place in plan.placements.items() if place is Placement.DISK]
+    if not spilled:
+        return None
+    held = spill_bytes(plan.graph, spilled, plan.boundary_dtype, plan.workers)
+    return Spill(held, plan.spill_dir, max(plan.on_disk - held, 0))
+
+
+def owners_cuts(plan: Plan, ref: Ref) -> tuple[list[int], list[int]]:
+    """Where the tiles that own a boundary cut its rows and columns."""
+    makers = (i for i, part in enumerate(plan.segments) if ref in part.segment.outputs)
+    grid = plan.grid(next(makers))
+    rows, cols = ([0, *(owned[ref].hi for owned in axis.owned if ref in owned)] for axis in (grid.rows, grid.cols))
+    return rows, cols
+
+
+def ask_ahead(tile: Tile, again: Recall, maps: Mapping[Ref, MapStore], grads: Mapping[Ref, MapStore]) -> None:
+    """Have what a tile will read, and add to, brought from disk.
+
+    Args:
+        again: its segment as it runs.
+        maps: the boundaries that there are.
+        grads: their gradients; none in the forward sweep.
+    """
+    for ref in map(again.original, again.segment.maps):
+        for stores in (maps, grads):
+            if ref in stores and ref.node in tile.boxes:
+                stores[ref].ahead(tile.boxes[ref.node])
+    for ref in again.segment.outputs:
+        if ref in grads and ref in tile.owned:
+            grads[ref].ahead(tile.owned[ref])
