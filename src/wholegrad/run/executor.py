@@ -12,6 +12,7 @@ tile runs forward and backward once, in the backward sweep.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,7 +36,7 @@ from wholegrad.plan.tiles import Tile
 from wholegrad.run import process
 from wholegrad.run.blocks import blocks_of
 from wholegrad.run.sink import Sink
-from wholegrad.run.small import SmallValues
+from wholegrad.run.small import SmallValues, levels
 from wholegrad.run.sources import Source, raw_images
 from wholegrad.run.spill_store import DiskStore, ask_ahead, owners_cuts, spill_of
 from wholegrad.run.store import HostStore, MapStore, overflows
@@ -53,6 +54,8 @@ class Progress:
     total: int
 
 
+LOOK_EVERY, RELEASE_EVERY = 0.02, 0.5  # seconds between looks at this process's size, and after one that helped
+NEAR = 24 << 20  # bytes below the projected peak from which on free memory is given back
 Result = TypeVar("Result")
 ProgressFn = Callable[[Progress], None]
 
@@ -98,8 +101,8 @@ class Executor:
         self.maps: dict[Ref, MapStore] = {}
         self.map_grads: dict[Ref, MapStore] = {}
         self.totals: dict[int, State] = {}
-        self.level = _levels(plan)
-        self.done = 0
+        self.level = levels(plan)
+        self.done, self._next_look = 0, 0.0
         self.total = self._count_tiles()
         self.spill = spill_of(plan)
 
@@ -118,6 +121,7 @@ class Executor:
 
     def _tick(self, phase: str) -> None:
         self.done += 1
+        self._stay_below()
         if self.progress is not None:
             self.progress(Progress(phase, self.done, self.total))
 
@@ -206,6 +210,15 @@ class Executor:
             process.release_memory()
         if process.resident() + self.blocks.missing(sizes) > room:
             self.blocks.clear()
+
+    def _stay_below(self) -> None:
+        """Return free memory to the system, now and then, where the heap comes apart into ever more pieces (rule 7)."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            near = process.resident() > self.plan.projected - NEAR
+            if near:
+                process.release_memory()
+            self._next_look = now + (RELEASE_EVERY if near else LOOK_EVERY)
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
         if overflows(value, self.maps[ref].dtype):
@@ -429,16 +442,3 @@ def unknown_value(spec: Spec) -> torch.Tensor:
     dtype = spec.dtype if spec.dtype.is_complex else wide(spec.dtype)
     known = not dtype.is_floating_point and not dtype.is_complex
     return torch.full(spec.shape, 0 if known else float("nan"), dtype=dtype)
-
-
-def _levels(plan: Plan) -> dict[int, int]:
-    """For each node, how many segments of the plan must have run before its value is known."""
-    made: dict[int, int] = {}
-    for i, part in enumerate(plan.segments):
-        made.update(dict.fromkeys(part.segment.reductions, i + 1))
-        made.update({ref.node: i + 1 for ref in part.segment.outputs})
-    levels: dict[int, int] = {}
-    for node in plan.graph.nodes:
-        below = max((levels[ref.node] for ref in node.operands), default=0)
-        levels[node.index] = made.get(node.index, below)
-    return levels

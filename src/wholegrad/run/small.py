@@ -20,6 +20,7 @@ from wholegrad.graph.layout import Layout, on_box, unflattened
 from wholegrad.graph.rules.fill import FILLS, filled
 from wholegrad.graph.rules.random import drawn
 from wholegrad.graph.rules.reduction import wide
+from wholegrad.plan.plan import Plan
 
 aten = torch.ops.aten
 WHOLE = Box(0, 1, 0, 1)  # of a tensor without rows and columns
@@ -156,3 +157,16 @@ def _widened_node(node: Node) -> Node:
     kwargs = {key: widen(value) for key, value in node.kwargs.items()}
     args = tuple(widen(value) for value in node.args)
     return node if kwargs == node.kwargs and args == node.args else replace(node, args=args, kwargs=kwargs)
+
+
+def levels(plan: Plan) -> dict[int, int]:
+    """For each node, how many segments of the plan must have run before its value is known."""
+    made: dict[int, int] = {}
+    for i, part in enumerate(plan.segments):
+        made.update(dict.fromkeys(part.segment.reductions, i + 1))
+        made.update({ref.node: i + 1 for ref in part.segment.outputs})
+    levels: dict[int, int] = {}
+    for node in plan.graph.nodes:
+        below = max((levels[ref.node] for ref in node.operands), default=0)
+        levels[node.index] = made.get(node.index, below)
+    return levels
