@@ -21,18 +21,18 @@ from wholegrad.graph.inputs import Input, Leaf
 from wholegrad.looks import Looks, difference, looks
 from wholegrad.plan import memory
 from wholegrad.plan.boundaries import storable
-from wholegrad.plan.plan import Placement, Plan, Room, parse_bytes
+from wholegrad.plan.plan import Placement, Plan, Room
 from wholegrad.plan.planner import Request, check_elements, make_plan
 from wholegrad.plan.storage import NARROW
 from wholegrad.run import process
 from wholegrad.run.blocks import drop_blocks
+from wholegrad.run.budget import budget_bytes, check_limit
 from wholegrad.run.executor import Executor, ProgressFn
 from wholegrad.run.sink import Sink
 from wholegrad.run.sources import model_dtype, raw_images
 from wholegrad.run.workers import default_workers
 
 LossFn = Callable[..., torch.Tensor]
-SHARE = 0.6  # of the memory that is free, where nobody names a budget
 
 
 def joint_tensors(model: nn.Module, loss_fn: Any, metrics: Mapping[str, Any] | None) -> dict[str, torch.Tensor]:
@@ -47,20 +47,6 @@ def joint_tensors(model: nn.Module, loss_fn: Any, metrics: Mapping[str, Any] | N
     }
 
 
-def budget_bytes(budget: str | int | None) -> int:
-    """Bytes of a budget; without one, a safe share of what is free, on top of what this process has already.
-
-    Raises:
-        PlanError: the budget cannot be read.
-    """
-    if budget is None:
-        return process.resident() + int(SHARE * process.available())
-    try:
-        return parse_bytes(budget)
-    except (ValueError, AttributeError) as error:
-        raise PlanError("budget", str(error), 'write for example "1.5GiB"') from error
-
-
 def _request(
     graph: Graph,
     inputs: Given,
@@ -69,10 +55,10 @@ def _request(
     sinks: tuple[Ref, ...] = (),
 ) -> Request:
     drop_blocks()
-    still_to_load = memory.LIBRARIES // (4 if process.has_run() else 1)
-    reserved = process.resident() + still_to_load + inputs.cache_bytes
+    still_to_load = memory.libraries(graph) // (4 if process.has_run() else 1)
+    reserved = memory.Reserved(process.resident(), still_to_load, inputs.cache_bytes)
     raw = raw_images(graph, inputs.sources)
-    limit = reserved + budget if isinstance(budget, Room) else budget_bytes(budget)
+    limit = int(reserved) + budget if isinstance(budget, Room) else budget_bytes(budget)
     return Request(limit, reserved, backward, default_workers(), sinks, raw=raw)
 
 
@@ -136,7 +122,8 @@ def plan(
         image: ``(C, H, W)`` pixels (or ``(N, C, H, W)``): a slide, array, memmap or CPU tensor; a tuple of such for
             ``model(*images)``, a dictionary for ``model(**images)``. Only shapes matter here.
         target: the loss's second argument: a map, a small tensor such as a slide's label, or several, nested.
-        budget: the whole process's peak, such as ``"1.5GiB"`` or bytes; without one, a safe share of what is free.
+        budget: the whole process's peak, such as ``"1.5GiB"`` or bytes; without one or with ``"auto"``, a safe share
+            of what is free under the limits of the machine and of its control groups.
         metrics: functions ``fn(output, target)`` to a small tensor, computed in the same pass without gradient.
         tile: height and width of every tile in pixels of the largest map that a segment owns.
         boundaries: module paths (or node names) whose outputs are kept, instead of the planner's choice.
@@ -333,6 +320,7 @@ def _executor(
     made: Plan, tensors: Mapping[str, torch.Tensor], inputs: Given, *, seed: int | None = None, **options: Any
 ) -> Executor:
     """An executor with a seed of its own if the graph draws random numbers and the caller names none."""
+    check_limit(made.projected)
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()).item()) if made.graph.random else 0
     return Executor(made, {**tensors, **inputs.values}, inputs.sources, seed=seed, **options)

@@ -10,29 +10,30 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import wholegrad as wg
-from wholegrad.commands import cache, demo, evaluate, plan, predict, segment, synth, train, verify
 from wholegrad.commands.common import NOTES, Parser
 
-COMMANDS = (demo, segment, train, evaluate, predict, plan, verify, synth, cache)
+COMMANDS = ("demo", "segment", "train", "evaluate", "predict", "plan", "verify", "synth", "cache")
 ABOUT = "Train convolutional networks end to end on gigapixel images, exactly, in the memory that there is."
 
 
-def build_parser() -> Parser:
-    """The whole command line."""
+def build_parser(command: str | None = None) -> Parser:
+    """The whole command line; given the name of a command, with that one alone, since others' libraries take memory."""
     parser = Parser(prog="wholegrad", description=ABOUT, epilog="wholegrad COMMAND --help shows examples.")
     parser.add_argument("--version", action="version", version=f"wholegrad {wg.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add(commands)
+    for name in (command,) if command in COMMANDS else COMMANDS:
+        import_module(f"wholegrad.commands.{name}").add(commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors go to standard error, a line each."""
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = build_parser(words[0] if words else None).parse_args(words)
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is said once, by us
     try:
         with warnings.catch_warnings():

@@ -66,7 +66,7 @@ def add_command(
 
 
 def add_budget(parser: Parser) -> None:
-    help_text = "most memory for the whole process, e.g. 1.5GiB (default: a safe share of what is free)"
+    help_text = "most memory for the whole process, e.g. 1.5GiB, or auto: a safe share of what is free (auto)"
     parser.add_argument("--budget", metavar="SIZE", help=help_text)
 
 

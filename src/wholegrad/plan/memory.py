@@ -5,37 +5,79 @@ Words as in the documentation: *reserved* is what interpreter, libraries and all
 set of a tile. A tile's working set follows the order in which the executor runs and frees: in the forward sweep a
 value dies after its last reader, in the backward sweep values stay until the pull-back has passed them.
 
-``SLACK`` covers what the arithmetic does not see: the libraries' own scratch space, the narrow copy of a box on its way
-from disk (at most half of the box), and the heap, which between tiles of unequal size comes apart into pieces that do
-not fit the next request. It was set so that the measured peak stays below the projected one over the grid of
-``tests/test_memory.py``.
+What the arithmetic does not see was measured (``benchmarks/memory_grid``). ``KERNELS`` and ``LIBRARY`` are what code
+takes once it has run. ``SLACK`` covers the narrow copy of a box on its way from disk (at most half of the box), and the
+heap, which between tiles of unequal size comes apart into pieces that do not fit the next request; ``LIBRARY_SLACK``
+also PyTorch's own copies and scratch space, in segments that run its convolutions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from wholegrad.graph.graph import READERS, Graph, Kind, Node
+from wholegrad.graph.graph import READERS, Graph, Kind, Node, Ref
 from wholegrad.graph.inline import Inlined
+from wholegrad.graph.recall import recallable
 from wholegrad.graph.rules import rule_for
 from wholegrad.graph.rules.fill import FILLS
 from wholegrad.graph.segment import Segment
+from wholegrad.kernels.choice import suits
+from wholegrad.plan.storage import stored_bytes
 from wholegrad.plan.tiles import AxisTiles
 
 SLACK = 1.5
-LIBRARIES = 188 << 20  # kernels (oneDNN's, our own and LLVM), thread stacks, autograd and decoders once they have run
+LIBRARY_SLACK = 2.0
+KERNELS = 104 << 20  # LLVM, our own kernels' code, thread stacks, autograd and decoders
+LIBRARY = 84 << 20  # beside that: oneDNN's code and what it keeps for each thread
+LIBRARIES = KERNELS + LIBRARY
 LEFTOVER = 6 << 20  # what each further segment leaves in pieces of the heap that cannot be given back
 DOUBLE = 8
+aten = torch.ops.aten
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+
+
+class Reserved(int):
+    """Bytes taken whatever the plan, and what they are made of.
+
+    Attributes:
+        interpreter: what the process holds already: Python, PyTorch, the model, the captured graph.
+        libraries: what they will load or make once they run (``LIBRARIES``).
+        readers: caches and decoders of images and targets.
+    """
+
+    interpreter: int
+    libraries: int
+    readers: int
+
+    def __new__(cls, interpreter: int, libraries: int = 0, readers: int = 0) -> Reserved:
+        made = super().__new__(cls, interpreter + libraries + readers)
+        made.interpreter, made.libraries, made.readers = interpreter, libraries, readers
+        return made
 
 
 @dataclass(frozen=True)
 class Working:
-    """Bytes that one tile of a segment needs at its largest."""
+    """Bytes that one tile of a segment needs at its largest; ``slack`` is the factor in them for what is not seen."""
 
     forward: int
     backward: int
+    slack: float = 1.0
+
+
+def libraries(graph: Graph) -> int:
+    """Bytes of code that this graph makes or loads once it runs."""
+    return LIBRARIES if any(_by_library(graph, node) for node in graph.nodes) else KERNELS
+
+
+def _by_library(graph: Graph, node: Node) -> bool:
+    """Whether PyTorch's convolutions or products of matrices run a node."""
+    if node.op is not aten.convolution.default:
+        return node.op in PRODUCTS
+    weight = graph.spec(node.operands[1])
+    return not suits(weight.shape, weight.dtype, node.args[3], node.args[8])
 
 
 def leftover(segments: int) -> int:
@@ -52,7 +94,9 @@ def node_bytes(graph: Graph, index: int, rows: AxisTiles, cols: AxisTiles) -> in
 def working(graph: Graph, segment: Segment, how: Inlined, rows: AxisTiles, cols: AxisTiles) -> Working:
     """What the largest tile of a segment needs, forward only and forward with pull-back."""
     tile = _Tile(graph, segment, how, rows, cols)
-    return Working(int((tile.raw + tile.forward()) * SLACK), int((tile.raw + tile.backward()) * SLACK))
+    alien = any(i not in how.convolutions and _by_library(graph, graph.nodes[i]) for i in how.nodes)
+    slack = LIBRARY_SLACK if alien else SLACK
+    return Working(int((tile.raw + tile.forward()) * slack), int((tile.raw + tile.backward()) * slack), slack)
 
 
 class _Tile:
@@ -119,13 +163,54 @@ class _Tile:
             grads.setdefault(index, sizes[index])
             fresh = 0
             for ref in self._readers(index):
-                if needs[ref]:
-                    fresh += sizes[ref]  # a second contribution is a tensor of its own until it is added
+                if needs[ref]:  # a second contribution is a tensor of its own until it is added
+                    fresh += sizes[ref] if ref in grads else 0
                     grads[ref] = sizes[ref]
             peak = max(peak, live + sum(grads.values()) + fresh + self._copies(index))
             live -= kept[index]
             del grads[index]
         return peak
+
+
+@dataclass
+class Kept:
+    """Bytes of boundaries in host memory while a segment runs forward and backward, and of their gradients then."""
+
+    forward: int = 0
+    backward: int = 0
+    gradients: int = 0
+
+
+def kept(
+    graph: Graph, segments: Sequence[Segment], hosts: Sequence[Ref], dtype: torch.dtype | None, backward: bool
+) -> list[Kept]:
+    """For each segment what is held of boundaries while it runs.
+
+    Args:
+        hosts: the boundaries that live in host memory.
+        dtype: in which they are stored; None for the graph's own.
+        backward: whether a backward sweep follows, which reads boundaries again.
+    """
+    made = {ref: k for k, segment in enumerate(segments) for ref in segment.outputs}
+    read: dict[Ref, list[int]] = {ref: [] for ref in made}
+    for k, segment in enumerate(segments):
+        for ref in segment.maps:
+            if ref in read:
+                read[ref].append(k)
+    found = [Kept() for _ in segments]
+    for ref in hosts:
+        size, last = stored_bytes(graph.spec(ref), dtype), max(read[ref], default=made[ref])
+        for i in range(made[ref], len(segments) if backward else last + 1):
+            found[i].forward += size
+        if not backward:
+            continue
+        again = recallable(graph, segments[made[ref]], {ref})
+        for i in range(made[ref] if again else min(read[ref], default=last + 1), len(segments)):
+            found[i].backward += size
+        if graph.nodes[ref.node].needs_grad:
+            for i in range(made[ref], last + 1):
+                found[i].gradients += graph.spec(ref).nbytes
+    return found
 
 
 def gradient_accumulators(graph: Graph) -> int:

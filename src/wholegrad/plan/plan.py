@@ -11,7 +11,8 @@ import torch
 
 from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.segment import Segment
-from wholegrad.plan.memory import Working, held_whole
+from wholegrad.plan.memory import Working, held_whole, kept
+from wholegrad.plan.parts import Parts, parts
 from wholegrad.plan.storage import dtype_name, stored_bytes, stored_dtype
 from wholegrad.plan.tiles import Grid, grid
 
@@ -147,6 +148,20 @@ class Plan:
         """``(N, C, H, W)``"""
         return self.graph.image.outputs[0].shape
 
+    @cached_property
+    def memory(self) -> Parts:
+        """What ``projected`` is made up of."""
+        hosts = [ref for ref, place in self.placements.items() if place is Placement.HOST]
+        cut = [part.segment for part in self.segments]
+        moments = []
+        held = kept(self.graph, cut, hosts, self.boundary_dtype, self.backward)
+        for part, now in zip(self.segments, held, strict=True):
+            if not part.fused:
+                moments.append((now.forward, 0, part.working.forward, part.working.slack))
+            if self.backward:
+                moments.append((now.backward, now.gradients, part.working.backward, part.working.slack))
+        return parts(self.graph, self.reserved, moments, len(cut))
+
     def grid(self, index: int) -> Grid:
         """The tiles of segment ``index``."""
         if index not in self._grids:
@@ -198,5 +213,6 @@ class Plan:
             f"projected peak {show_bytes(self.projected)} (of which reserved {show_bytes(self.reserved)})"
             + (f" of a budget of {show_bytes(self.budget)}" if self.budget else "")
             + f"; whole-image autograd would need {show_bytes(self.whole_image)}",
+            "made up of " + ", ".join(f"{name} {show_bytes(size)}" for name, size in self.memory.rows() if size),
         ]
         return "\n".join(lines)

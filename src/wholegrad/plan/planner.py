@@ -18,7 +18,6 @@ from wholegrad.graph import fusion
 from wholegrad.graph.graph import Graph, Kind, Node, Ref
 from wholegrad.graph.inline import Inlined, inline
 from wholegrad.graph.layout import Role
-from wholegrad.graph.recall import recallable
 from wholegrad.graph.segment import Segment, cut
 from wholegrad.plan import cost, memory
 from wholegrad.plan.boundaries import candidates, summed
@@ -324,7 +323,7 @@ class _Search:
         band = sum(rows.largest[ref.node] * self.graph.spec(ref).cols for ref in sunk) * self.request.sink_bytes
         band += self.request.sink_held
         side = min(self.request.workers, rows.count * cols.count)
-        return memory.Working(side * tile.forward + band, side * tile.backward + band)
+        return memory.Working(side * tile.forward + band, side * tile.backward + band, tile.slack)
 
     def places(self, boundaries: frozenset[Ref], room: float) -> dict[Ref, Placement]:
         """Host memory for the smallest boundaries and their gradients, up to ``room`` bytes; disk for the rest."""
@@ -352,26 +351,10 @@ class _Search:
         self, segments: tuple[Segment, ...], places: Mapping[Ref, Placement], where: Placement = Placement.HOST
     ) -> tuple[list[int], list[int]]:
         """Bytes of boundaries and their gradients that lie there while each segment runs forward, and backward."""
-        made = {ref: k for k, segment in enumerate(segments) for ref in segment.outputs}
-        read: dict[Ref, list[int]] = {ref: [] for ref in places}
-        for k, segment in enumerate(segments):
-            for ref in segment.maps:
-                if ref in read:
-                    read[ref].append(k)
-        forward, backward = [0] * len(segments), [0] * len(segments)
-        for ref in (ref for ref, place in places.items() if place is where):
-            size, last = self.stored(ref), max(read[ref], default=made[ref])
-            for i in range(made[ref], len(segments) if self.request.backward else last + 1):
-                forward[i] += size
-            first = (
-                made[ref] if recallable(self.graph, segments[made[ref]], {ref}) else min(read[ref], default=last + 1)
-            )
-            for i in range(first, len(segments)):
-                backward[i] += size
-            if self.graph.nodes[ref.node].needs_grad:
-                for i in range(made[ref], last + 1):
-                    backward[i] += self.graph.spec(ref).nbytes
-        return forward, backward if self.request.backward else forward
+        there = [ref for ref, place in places.items() if place is where]
+        kept = memory.kept(self.graph, segments, there, self.request.boundary_dtype, self.request.backward)
+        forward = [each.forward for each in kept]
+        return forward, [each.backward + each.gradients for each in kept] if self.request.backward else forward
 
     def assemble(self, parts: Sequence[SegmentPlan], fused: bool, places: dict[Ref, Placement]) -> Plan:
         graph, request = self.graph, self.request

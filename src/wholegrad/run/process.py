@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from wholegrad import clock
+from wholegrad.run import limits
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _WHILE_RUNNING = {_M_MMAP_THRESHOLD: 1 << 25, _M_TRIM_THRESHOLD: 1 << 30, _M_TOP_PAD: 1 << 26}  # glibc takes no more
@@ -57,8 +58,8 @@ def peak_resident() -> int:
 
 
 def available() -> int:
-    """Bytes that this process could take without swapping, cgroup limits aside."""
-    return int(psutil.virtual_memory().available)
+    """Bytes that this process could take without swapping or meeting a limit."""
+    return limits.available()
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import wholegrad as wg
+from wholegrad.plan.plan import show_bytes
 from wholegrad.train.metrics import Score
 from wholegrad.train.split import Entry
 
@@ -63,7 +64,33 @@ class Validation:
     stale: int
 
 
-Event = Step | Skip | Validation
+@dataclass(frozen=True)
+class Replan:
+    """Plans are made anew from this step on, since other processes took memory or gave it back.
+
+    Attributes:
+        before, budget: bytes of the process's peak.
+        held, free: bytes that the process held, and that it could still take.
+        stalled: per cent of time that processes waited for memory.
+    """
+
+    kind: ClassVar[str] = "replan"
+    step: int
+    before: int
+    budget: int
+    held: int
+    free: int
+    stalled: float
+
+    def __str__(self) -> str:
+        why = "other processes took memory" if self.budget < self.before else "memory is free again"
+        return (
+            f"{why}: budget {show_bytes(self.budget)} instead of {show_bytes(self.before)} from step {self.step} on "
+            f"({show_bytes(self.free)} free), sums rounded in another order"
+        )
+
+
+Event = Step | Skip | Validation | Replan
 
 
 def as_line(event: Event) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import nn
 import wholegrad as wg
 from wholegrad.errors import NumericsError, SlideError, WholegradError
 from wholegrad.losses import LOSSES, Loss, dice_from_counts
+from wholegrad.run.budget import is_automatic, limit_note
 from wholegrad.run.process import peak_resident, resident
 from wholegrad.run.profile import Profile
 from wholegrad.train.cases import Case, Readers, open_cases
@@ -33,7 +34,7 @@ from wholegrad.train.metrics import METRICS, Score, evaluate, mean_dice
 from wholegrad.train.networks import Normalized, build_network, normalized, without_normalization
 from wholegrad.train.optim import Mover
 from wholegrad.train.page import write_report
-from wholegrad.train.plans import Conditions, Plans
+from wholegrad.train.plans import Conditions, Plans, SqueezedError
 from wholegrad.train.report import caption, report_case
 from wholegrad.train.split import of_part
 from wholegrad.train.state import (
@@ -48,6 +49,8 @@ from wholegrad.train.state import (
 )
 from wholegrad.train.tables import Config, TrainConfig
 from wholegrad.train.track import Tracking
+
+SQUEEZED_AT_MOST = 3  # times that one step is given up for want of memory
 
 __all__ = ["Outcome", "Step", "Watch", "train"]
 
@@ -150,6 +153,8 @@ class Run:
         if not config.train.threads:
             torch.set_num_threads(conditions.threads)
         self.plans = Plans(config.train, conditions)
+        if not is_automatic(config.train.budget) and (said := limit_note(conditions.budget)):
+            self.watch.on_note(said)
         kept = self._load() if resume and folder.checkpoint.exists() else 0
         if self.total <= self.step:
             asked = f"{self.step} steps are done and {self.total} are asked for"
@@ -211,6 +216,7 @@ class Run:
         self._validate_if_due(interrupt)  # an interrupt may have come between a step and its validation
         while self.step < self.total and not self.stopped:
             interrupt.check()
+            self._react()
             event = self._step(interrupt)
             self._note(event)
             self.sound = True
@@ -225,6 +231,13 @@ class Run:
                 self.checkpoint()
         if self.val_cases and self.validated != self.step and self.step:
             self._validate(interrupt)
+
+    def _react(self) -> None:
+        """Adapt an automatic budget to the memory that is free."""
+        event = self.plans.react(self.step)
+        if event is not None:
+            self._note(event)
+            self.watch.on_note(str(event))
 
     def _note(self, event: Event) -> None:
         line = as_line(event)
@@ -263,7 +276,20 @@ class Run:
         return norm
 
     def _gradient(self, name: str, readers: Readers, interrupt: Interrupt) -> tuple[float, float, int]:
-        """Loss, Dice and projected bytes of a case; its gradients are added to the parameters'."""
+        """Loss, Dice and projected bytes of a case; its gradients are added to the parameters'.
+
+        A step that is given up for want of memory has changed nothing yet, and is taken again by a smaller plan.
+        """
+        for _ in range(SQUEEZED_AT_MOST):
+            try:
+                return self._planned_gradient(name, readers, interrupt, self.plans.check)
+            except SqueezedError:
+                self._react()
+        return self._planned_gradient(name, readers, interrupt, lambda plan: None)
+
+    def _planned_gradient(
+        self, name: str, readers: Readers, interrupt: Interrupt, check: Callable[[wg.Plan], None]
+    ) -> tuple[float, float, int]:
         seed, augment = self.config.train.seed, self.config.augment
         change = draw_change(augment, seed, self.step)
         fullest = change.fullest(augment).apply(readers)
@@ -280,7 +306,7 @@ class Run:
                     changed.mask,
                     plan=plan,
                     metrics=METRICS,
-                    progress=self._progress(interrupt),
+                    progress=self._progress(interrupt, functools.partial(check, plan)),
                     seed=draw_seed(seed, self.step),
                 )
         except NumericsError as error:
@@ -380,9 +406,12 @@ class Run:
         self.tracking.finish(card, report)
         return Outcome(self.step, weights, tuple(scores), tuple(pictures), interrupted=False, report=report)
 
-    def _progress(self, interrupt: Interrupt) -> Callable[[wg.Progress], None]:
+    def _progress(
+        self, interrupt: Interrupt, check: Callable[[], None] = lambda: None
+    ) -> Callable[[wg.Progress], None]:
         def progress(event: wg.Progress) -> None:
             interrupt.check()
+            check()
             self.watch.on_tile(event)
 
         return progress

@@ -3,31 +3,42 @@
 A plan depends on the memory that is left, and with it the order in which sums are rounded. So that a resumed run ends
 with the bits of an unbroken one, what is left is decided once, at the run's start: budget, threads and what the process
 held then are saved in ``run.json``, and plans are made for the room that follows from them, in whole steps of ``STEP``.
+
+Only where the budget is automatic and other processes take the memory that it counted on, plans are made anew, for
+less; and for more again once memory is back. The run says so: its sums are rounded in another order from there on.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import wholegrad as wg
-from wholegrad.api import budget_bytes
 from wholegrad.errors import BudgetError, ConfigError
 from wholegrad.losses import Loss
 from wholegrad.plan.memory import LIBRARIES
 from wholegrad.plan.plan import Room
 from wholegrad.plan.storage import NARROW
+from wholegrad.run.budget import budget_bytes, is_automatic
+from wholegrad.run.pressure import Governor, Look
 from wholegrad.run.process import has_run, resident
 from wholegrad.train.cases import Readers
+from wholegrad.train.events import Replan
 from wholegrad.train.metrics import METRICS
 from wholegrad.train.tables import TrainConfig
 
 STEP = 64 << 20  # bytes in which room is counted
 GROWTH = 64 << 20  # bytes by which a process may come to hold more than at the start of its run
+LOOK_EVERY = 1.0  # seconds between looks at the memory that is free within a step
+
+
+class SqueezedError(Exception):
+    """A step was given up, since its plan counts on memory that others have taken."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,35 @@ class Plans:
     def __init__(self, train: TrainConfig, conditions: Conditions) -> None:
         self.train, self.conditions = train, conditions
         self.made: dict[tuple[tuple[int, ...], int], wg.Plan] = {}
+        self.governor = Governor(conditions.budget) if is_automatic(train.budget) else None
+        self._looked = 0.0
+
+    def react(self, step: int) -> Replan | None:
+        """Before a step: adapt an automatic budget to what is free; returns what changed, if anything."""
+        if self.governor is None:
+            return None
+        before = self.governor.budget
+        found = self.governor.changed(max((plan.projected for plan in self.made.values()), default=None))
+        return None if found is None else self._replanned(step, before, found)
+
+    def _replanned(self, step: int, before: int, found: Look) -> Replan:
+        assert self.governor is not None
+        self.made.clear()
+        self.conditions = replace(self.conditions, budget=self.governor.budget)
+        return Replan(step, before, self.governor.budget, found.held, found.free, found.stalled)
+
+    def check(self, plan: wg.Plan) -> None:
+        """Within a step, now and then: give it up where the system would soon kill it.
+
+        Raises:
+            SqueezedError: the memory that is free does not suffice for what the plan may still take.
+        """
+        now = time.monotonic()
+        if self.governor is None or now - self._looked < LOOK_EVERY:
+            return
+        self._looked = now
+        if self.governor.squeezed(plan.projected):
+            raise SqueezedError
 
     def budget(self, readers: Readers) -> int:
         """What to hand to ``plan`` or ``measure`` for these readers."""
@@ -101,8 +141,10 @@ class Plans:
             made = wg.plan(
                 model, loss_fn, slide, mask, budget=self.budget(readers), metrics=METRICS, boundary_dtype=dtype
             )
-        except BudgetError:  # tight: without the allowance for growth
+        except BudgetError as error:  # tight: without the allowance for growth
             budget = self.conditions.budget
+            if self.governor is not None and self.governor.budget < self.governor.most and error.smallest:
+                budget = max(budget, error.smallest)  # as little as will do, under pressure
             made = wg.plan(model, loss_fn, slide, mask, budget=budget, metrics=METRICS, boundary_dtype=dtype)
         self.made[key] = made
         return made, True
