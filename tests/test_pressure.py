@@ -43,7 +43,7 @@ def test_a_budget_falls_at_once_and_rises_with_patience() -> None:
     small = governor.budget
     assert small == machine.now.safe < 400 * MIB + 2 * GIB and small % STEP == 0
     assert governor.changed() is None, "the same again is no change"
-    machine.now = Look(400 * MIB, 8 * GIB)
+    machine.now = Look(400 * MIB, 6 * GIB)
     assert [governor.changed() is None for _ in range(PATIENCE)] == [True] * (PATIENCE - 1) + [False]
     assert governor.budget == machine.now.safe > small
     machine.now = Look(400 * MIB, 80 * GIB)
@@ -93,7 +93,7 @@ def test_calls_in_a_row_get_the_same_automatic_budget() -> None:
 
 def test_a_look_at_this_machine_is_cheap_and_sane() -> None:
     seen = pressure.look()
-    assert 0 < seen.held and 0 <= seen.free and 0 <= seen.stalled <= 100
+    assert seen.held > 0 and seen.free >= 0 and 0 <= seen.stalled <= 100
     assert seen.fits(seen.held) and not seen.fits(seen.held + seen.free)
 
 
@@ -147,9 +147,9 @@ def eaten(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], int]], N
 
 
 def test_a_run_whose_memory_others_take_goes_on_by_smaller_plans(
-    tmp_path: Path, small_slide: Callable[..., None], eaten: Callable[[Callable[[int], int]], None]
+    tmp_path: Path, write_case: Callable[..., None], eaten: Callable[[Callable[[int], int]], None]
 ) -> None:
-    small_slide(tmp_path, "a", size=(700, 900))
+    write_case(tmp_path, "a", size=(700, 900))
     eaten(lambda i: 4 * GIB)
     calm, notes, plans = run(tmp_path, "")
     assert [line["kind"] for line in calm] == ["step"] * 6 and not notes and len(plans) == 1
@@ -170,9 +170,9 @@ def test_a_run_whose_memory_others_take_goes_on_by_smaller_plans(
 
 
 def test_a_fixed_budget_is_kept_whatever_others_take(
-    tmp_path: Path, small_slide: Callable[..., None], eaten: Callable[[Callable[[int], int]], None]
+    tmp_path: Path, write_case: Callable[..., None], eaten: Callable[[Callable[[int], int]], None]
 ) -> None:
-    small_slide(tmp_path, "a")
+    write_case(tmp_path, "a")
     eaten(lambda i: 0)
     log, notes, plans = run(tmp_path, 'budget = "3GiB"')
     assert [line["kind"] for line in log] == ["step"] * 6 and not notes and len(plans) == 1
@@ -180,11 +180,11 @@ def test_a_fixed_budget_is_kept_whatever_others_take(
 
 def test_a_step_that_is_squeezed_is_given_up_and_taken_again(
     tmp_path: Path,
-    small_slide: Callable[..., None],
+    write_case: Callable[..., None],
     eaten: Callable[[Callable[[int], int]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    small_slide(tmp_path, "a")
+    write_case(tmp_path, "a")
     monkeypatch.setattr("wholegrad.train.plans.LOOK_EVERY", 0.0)
     eaten(lambda i: 4 * GIB)
     calm, _, _ = run(tmp_path, "")

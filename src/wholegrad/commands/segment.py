@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from wholegrad.api import budget_bytes
 from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_command, make_folder
 from wholegrad.errors import ConfigError, WholegradError
 from wholegrad.nets.tissue import MPP
+from wholegrad.run.budget import budget_bytes
 from wholegrad.segment import MIN_AREA, MIN_HOLE, Segmented, segment
 from wholegrad.slide.grid import OutlineOptions
 from wholegrad.train.progress import display
