@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +175,48 @@ def test_a_step_lives_in_a_real_group(group: Path) -> None:
     assert found["limit"] == int(0.9 * GIB) // 4096 * 4096
     assert found["peak"] <= found["projected"] <= found["budget"] < found["limit"]
     assert found["said"].startswith("cgroup limit 921.6 MiB: is below the ")
+
+
+BESIDE_AN_EATER = """
+import json, os, subprocess, sys
+from pathlib import Path
+folder, out = sys.argv[1:3]
+enter = "open(%r, 'w').write(str(os.getpid()))" % (folder + "/cgroup.procs")
+exec(enter)
+from wholegrad.run import limits
+from wholegrad.train.config import load_config
+from wholegrad.train.events import Watch
+from wholegrad.train.loop import train
+
+eaters, notes = [], []
+
+def after(step):
+    if step.step == 1:
+        take = limits.group_limits()[0].free - (90 << 20)
+        code = "import os, sys, time; %s; held = b'x' * %d; print('full', flush=True); time.sleep(600)" % (enter, take)
+        eaters.append(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE))
+        eaters[0].stdout.readline()
+    if step.step == 3:
+        eaters[0].kill()
+        eaters[0].wait()
+
+train(load_config(Path(out) / "run.toml"), Watch(on_note=notes.append, on_step=after))
+print(json.dumps(notes))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_outlives_a_process_that_eats_its_memory(
+    group: Path, tmp_path: Path, write_case: Callable[..., None]
+) -> None:
+    write_case(tmp_path, "a", size=(1600, 3200))
+    text = '[data]\ntrain = ["a"]\n[train]\nsteps = 9\npanels = false\nbudget = "auto"\nout = "out"\n'
+    (tmp_path / "run.toml").write_text(text)
+    command = [sys.executable, "-c", BESIDE_AN_EATER, str(group), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    notes = json.loads(done.stdout.splitlines()[-1])
+    assert len(notes) == 2, notes
+    assert notes[0].startswith("other processes took memory") and notes[1].startswith("memory is free again")
+    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if line["kind"] == "step"] == list(range(9))
