@@ -59,6 +59,7 @@ def check(plan: Plan) -> None:
                 assert box.area * spec.pixel_bytes // spec.dtype.itemsize < 2**31
     if plan.budget is not None:
         assert plan.projected <= plan.budget
+    assert plan.memory.total == plan.projected, "the parts are all there is"
 
 
 @settings(max_examples=25)

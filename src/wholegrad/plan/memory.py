@@ -96,7 +96,8 @@ def working(graph: Graph, segment: Segment, how: Inlined, rows: AxisTiles, cols:
     tile = _Tile(graph, segment, how, rows, cols)
     alien = any(i not in how.convolutions and _by_library(graph, graph.nodes[i]) for i in how.nodes)
     slack = LIBRARY_SLACK if alien else SLACK
-    return Working(int((tile.raw + tile.forward()) * slack), int((tile.raw + tile.backward()) * slack), slack)
+    forward, backward = tile.forward() + tile.made(), tile.backward() + tile.pulled()
+    return Working(int((tile.raw + forward) * slack), int((tile.raw + backward) * slack), slack)
 
 
 class _Tile:
@@ -129,6 +130,15 @@ class _Tile:
         transposed = node.op is torch.ops.aten.convolution.default and node.args[6]
         inputs, outputs = rule.copies
         return inputs * self.sizes[node.operands[0].node] + (outputs or transposed) * self.sizes[index]
+
+    def made(self) -> int:
+        """What a tile hands on in the forward sweep, which may wait while its worker runs another."""
+        return sum(self.sizes.get(ref.node, 0) for ref in self.segment.outputs)
+
+    def pulled(self) -> int:
+        """The same in the backward sweep: gradients of the boundaries that it read."""
+        refs, nodes = self.segment.maps, self.graph.nodes
+        return sum(self.sizes[ref.node] for ref in refs if nodes[ref.node].needs_grad)
 
     def forward(self) -> int:
         """Peak of a walk that frees every value after its last reader."""

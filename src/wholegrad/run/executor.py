@@ -12,6 +12,7 @@ tile runs forward and backward once, in the backward sweep.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,6 +54,8 @@ class Progress:
     total: int
 
 
+LOOK_EVERY = 0.02  # seconds between looks at this process's size
+NEAR = 24 << 20  # bytes below the projected peak from which on free memory is given back
 Result = TypeVar("Result")
 ProgressFn = Callable[[Progress], None]
 
@@ -99,7 +102,7 @@ class Executor:
         self.map_grads: dict[Ref, MapStore] = {}
         self.totals: dict[int, State] = {}
         self.level = _levels(plan)
-        self.done = 0
+        self.done, self._looked = 0, 0.0
         self.total = self._count_tiles()
         self.spill = spill_of(plan)
 
@@ -118,6 +121,7 @@ class Executor:
 
     def _tick(self, phase: str) -> None:
         self.done += 1
+        self._stay_below()
         if self.progress is not None:
             self.progress(Progress(phase, self.done, self.total))
 
@@ -206,6 +210,14 @@ class Executor:
             process.release_memory()
         if process.resident() + self.blocks.missing(sizes) > room:
             self.blocks.clear()
+
+    def _stay_below(self) -> None:
+        """Return free memory to the system, now and then, where the heap comes apart into ever more pieces (rule 7)."""
+        now = time.monotonic()
+        if now - self._looked > LOOK_EVERY:
+            self._looked = now
+            if process.resident() > self.plan.projected - NEAR:
+                process.release_memory()
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
         if overflows(value, self.maps[ref].dtype):
