@@ -29,7 +29,7 @@ from wholegrad.plan.storage import stored_bytes
 from wholegrad.plan.tiles import AxisTiles
 
 SLACK = 1.5
-LIBRARY_SLACK = 2.0
+LIBRARY_SLACK = 2.4
 KERNELS = 104 << 20  # LLVM, our own kernels' code, thread stacks, autograd and decoders
 LIBRARY = 84 << 20  # beside that: oneDNN's code and what it keeps for each thread
 LIBRARIES = KERNELS + LIBRARY

@@ -54,7 +54,7 @@ class Progress:
     total: int
 
 
-LOOK_EVERY = 0.02  # seconds between looks at this process's size
+LOOK_EVERY, RELEASE_EVERY = 0.02, 0.5  # seconds between looks at this process's size, and after one that helped
 NEAR = 24 << 20  # bytes below the projected peak from which on free memory is given back
 Result = TypeVar("Result")
 ProgressFn = Callable[[Progress], None]
@@ -102,7 +102,7 @@ class Executor:
         self.map_grads: dict[Ref, MapStore] = {}
         self.totals: dict[int, State] = {}
         self.level = _levels(plan)
-        self.done, self._looked = 0, 0.0
+        self.done, self._next_look = 0, 0.0
         self.total = self._count_tiles()
         self.spill = spill_of(plan)
 
@@ -214,10 +214,11 @@ class Executor:
     def _stay_below(self) -> None:
         """Return free memory to the system, now and then, where the heap comes apart into ever more pieces (rule 7)."""
         now = time.monotonic()
-        if now - self._looked > LOOK_EVERY:
-            self._looked = now
-            if process.resident() > self.plan.projected - NEAR:
+        if now >= self._next_look:
+            near = process.resident() > self.plan.projected - NEAR
+            if near:
                 process.release_memory()
+            self._next_look = now + (RELEASE_EVERY if near else LOOK_EVERY)
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
         if overflows(value, self.maps[ref].dtype):
