@@ -31,7 +31,7 @@ def mixed(value: int) -> int:
 
 def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
     """Logical shift to the right; PyTorch's copies the sign."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
+    return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def positions(layout: Layout, box: Box) -> torch.Tensor:
@@ -50,11 +50,11 @@ def positions(layout: Layout, box: Box) -> torch.Tensor:
 def uniform(seed: int, call: int, layout: Layout, box: Box) -> torch.Tensor:
     """Numbers in ``[0, 1)`` with 53 random bits, float64."""
     key = mixed((seed & _MASK) ^ mixed((call + 1) * _GAMMA & _MASK))
-    x = positions(layout, box) * _signed(_GAMMA) + _signed(key + _GAMMA)
-    x = (x ^ _shifted(x, 30)) * _signed(_MULTIPLY[0])
-    x = (x ^ _shifted(x, 27)) * _signed(_MULTIPLY[1])
-    x = x ^ _shifted(x, 31)
-    return _shifted(x, 11).to(torch.float64) * 2.0**-53
+    x = positions(layout, box).mul_(_signed(_GAMMA)).add_(_signed(key + _GAMMA))  # in place: 64 bits for each element
+    x.bitwise_xor_(_shifted(x, 30)).mul_(_signed(_MULTIPLY[0]))
+    x.bitwise_xor_(_shifted(x, 27)).mul_(_signed(_MULTIPLY[1]))
+    x.bitwise_xor_(_shifted(x, 31))
+    return _shifted(x, 11).to(torch.float64).mul_(2.0**-53)
 
 
 def normal(seed: int, call: int, layout: Layout, box: Box) -> torch.Tensor:

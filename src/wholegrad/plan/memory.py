@@ -23,17 +23,18 @@ from wholegrad.graph.inline import Inlined
 from wholegrad.graph.recall import recallable
 from wholegrad.graph.rules import rule_for
 from wholegrad.graph.rules.fill import FILLS
+from wholegrad.graph.rules.random import is_random
 from wholegrad.graph.segment import Segment
 from wholegrad.kernels.choice import suits
 from wholegrad.plan.storage import stored_bytes
 from wholegrad.plan.tiles import AxisTiles
 
 SLACK = 1.5
-LIBRARY_SLACK = 2.4
+LIBRARY_SLACK = 2.0
 KERNELS = 104 << 20  # LLVM, our own kernels' code, thread stacks, autograd and decoders
 LIBRARY = 84 << 20  # beside that: oneDNN's code and what it keeps for each thread
 LIBRARIES = KERNELS + LIBRARY
-LEFTOVER = 6 << 20  # what each further segment leaves in pieces of the heap that cannot be given back
+LEFTOVER = 12 << 20  # what each further segment leaves in pieces of the heap that cannot be given back
 DOUBLE = 8
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
@@ -131,6 +132,23 @@ class _Tile:
         inputs, outputs = rule.copies
         return inputs * self.sizes[node.operands[0].node] + (outputs or transposed) * self.sizes[index]
 
+    def _rearranged(self, index: int) -> int:
+        """Gradients of a library convolution's output and input that are laid out anew for it and for its neighbour."""
+        node = self.graph.nodes[index]
+        if (
+            index in self.how.convolutions
+            or not _by_library(self.graph, node)
+            or node.operands[0].node not in self.sizes
+        ):
+            return 0
+        return self.sizes[index] + self.sizes[node.operands[0].node]
+
+    def _drawing(self, index: int) -> int:
+        """What random numbers take while they are drawn: a counter, a shifted copy and the result, 64 bits each."""
+        node = self.graph.nodes[index]
+        size = self.sizes[index] // max(node.outputs[0].dtype.itemsize, 1)
+        return 3 * DOUBLE * size if node.op is not None and is_random(node.op) else 0
+
     def made(self) -> int:
         """What a tile hands on in the forward sweep, which may wait while its worker runs another."""
         return sum(self.sizes.get(ref.node, 0) for ref in self.segment.outputs)
@@ -147,7 +165,7 @@ class _Tile:
         live = peak = self.inputs
         for index in self.how.nodes:
             live += self.sizes[index]
-            peak = max(peak, live + self._copies(index))
+            peak = max(peak, live + self._copies(index) + self._drawing(index))
             live -= sum(self.sizes[ref] for ref in set(self._readers(index)) if last[ref] == index and ref not in kept)
         return peak + DOUBLE * self._widest()
 
@@ -163,7 +181,7 @@ class _Tile:
         needs = {i: graph.nodes[i].needs_grad for i in sizes}
         kept = {i: sizes[i] + self._copies(i) for i in how.nodes if needs[i]}
         live = self.inputs + sum(sizes[i] for i in how.nodes if not needs[i]) + sum(kept.values())
-        peak = live + DOUBLE * self._widest()
+        peak = live + max(DOUBLE * self._widest(), max((self._drawing(i) for i in how.nodes), default=0))
         grads = {ref.node: sizes[ref.node] for ref in self.segment.owned(graph) if ref.node in sizes}
         for reading in how.sums.values():
             grads |= {ref.node: sizes[ref.node] for ref in reading.leaves if ref.node in sizes and needs[ref.node]}
@@ -176,7 +194,7 @@ class _Tile:
                 if needs[ref]:  # a second contribution is a tensor of its own until it is added
                     fresh += sizes[ref] if ref in grads else 0
                     grads[ref] = sizes[ref]
-            peak = max(peak, live + sum(grads.values()) + fresh + self._copies(index))
+            peak = max(peak, live + sum(grads.values()) + fresh + self._copies(index) + self._rearranged(index))
             live -= kept[index]
             del grads[index]
         return peak
