@@ -119,26 +119,27 @@ out = "out"
 """
 
 
-def run(folder: Path, budget: str) -> tuple[list[dict[str, float]], list[str], list[wg.Plan]]:
-    """The log, the notes and the plans of a run."""
+def run(
+    folder: Path, budget: str, after: Callable[[int], None] = lambda step: None
+) -> tuple[list[dict[str, float]], list[str], list[wg.Plan]]:
+    """The log, the notes and the plans of a run; ``after`` is called after each step."""
     (folder / "run.toml").write_text(CONFIG.format(budget=budget))
     notes: list[str] = []
     plans: list[wg.Plan] = []
-    watch = Watch(on_note=notes.append, on_plan=lambda name, plan: plans.append(plan))
+    watch = Watch(
+        on_note=notes.append, on_plan=lambda name, plan: plans.append(plan), on_step=lambda event: after(event.step)
+    )
     train(load_config(folder / "run.toml"), watch)
     return [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()], notes, plans
 
 
 @pytest.fixture
-def eaten(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], int]], None]:
-    """Makes the machine seem to have so many bytes free, by how often it was looked at."""
+def eaten(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], int]], None]:
+    """Makes the machine seem to have so many bytes free."""
 
-    def set_free(free: Callable[[int], int]) -> None:
-        looks = iter(range(10**9))
-        base = pressure.look().held
-
+    def set_free(free: Callable[[], int]) -> None:
         def look() -> Look:
-            return Look(max(base, pressure.process.resident()), free(next(looks)))
+            return Look(pressure.process.resident(), free())
 
         monkeypatch.setattr(pressure.Governor.__init__, "__defaults__", (look,))
         monkeypatch.setattr("wholegrad.run.budget._automatic", Automatic(look))
@@ -147,18 +148,27 @@ def eaten(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], int]], N
 
 
 def test_a_run_whose_memory_others_take_goes_on_by_smaller_plans(
-    tmp_path: Path, write_case: Callable[..., None], eaten: Callable[[Callable[[int], int]], None]
+    tmp_path: Path,
+    write_case: Callable[..., None],
+    eaten: Callable[[Callable[[], int]], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("wholegrad.train.plans.LOOK_EVERY", float("inf"))  # only between steps
     write_case(tmp_path, "a", size=(700, 900))
-    eaten(lambda i: 4 * GIB)
+    free = 4 * GIB
+    eaten(lambda: free)
     calm, notes, plans = run(tmp_path, "")
     assert [line["kind"] for line in calm] == ["step"] * 6 and not notes and len(plans) == 1
     (tmp_path / "out").rename(tmp_path / "calm")
 
     need = plans[0].projected - pressure.look().held
     assert need > 8 * MIB, "else nothing could squeeze it"
-    eaten(lambda i: 4 * GIB if i < 3 else int(need * 1.05) if i < 5 else 4 * GIB)
-    log, notes, plans = run(tmp_path, 'budget = "auto"')
+
+    def others(step: int) -> None:
+        nonlocal free
+        free = need // 4 if step == 1 else 4 * GIB
+
+    log, notes, plans = run(tmp_path, 'budget = "auto"', others)
     kinds = [line["kind"] for line in log]
     assert kinds.count("replan") == 2 and kinds.count("step") == 6
     down, up = (line for line in log if line["kind"] == "replan")
@@ -170,10 +180,10 @@ def test_a_run_whose_memory_others_take_goes_on_by_smaller_plans(
 
 
 def test_a_fixed_budget_is_kept_whatever_others_take(
-    tmp_path: Path, write_case: Callable[..., None], eaten: Callable[[Callable[[int], int]], None]
+    tmp_path: Path, write_case: Callable[..., None], eaten: Callable[[Callable[[], int]], None]
 ) -> None:
     write_case(tmp_path, "a")
-    eaten(lambda i: 0)
+    eaten(lambda: 0)
     log, notes, plans = run(tmp_path, 'budget = "3GiB"')
     assert [line["kind"] for line in log] == ["step"] * 6 and not notes and len(plans) == 1
 
@@ -181,12 +191,12 @@ def test_a_fixed_budget_is_kept_whatever_others_take(
 def test_a_step_that_is_squeezed_is_given_up_and_taken_again(
     tmp_path: Path,
     write_case: Callable[..., None],
-    eaten: Callable[[Callable[[int], int]], None],
+    eaten: Callable[[Callable[[], int]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_case(tmp_path, "a")
     monkeypatch.setattr("wholegrad.train.plans.LOOK_EVERY", 0.0)
-    eaten(lambda i: 4 * GIB)
+    eaten(lambda: 4 * GIB)
     calm, _, _ = run(tmp_path, "")
     (tmp_path / "out").rename(tmp_path / "calm")
     given_up = []

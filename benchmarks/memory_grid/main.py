@@ -1,10 +1,10 @@
 """Measured, projected and allowed peak memory of training steps over a grid of networks, sizes and budgets.
 
-    python benchmarks/memory_grid/main.py [--only TEXT] [--again] [--write]
+    python -W ignore benchmarks/memory_grid/main.py [--only TEXT] [--again] [--kept] [--write]
 
 Every cell is a process of its own: it plans, takes two steps with Adam on noise, and reports its peak (``VmHWM``,
 Linux) beside the plan's. Results are kept as JSON under ``out/memory_grid``, so that a broken run goes on;
-``--again`` measures anew. ``--write`` puts the table into this folder's README. The exit code is 1 if any cell breaks
+``--again`` measures anew, ``--kept`` nothing. ``--write`` puts the table into this folder's README. The exit code is 1 if any cell breaks
 measured <= projected <= budget.
 """
 
@@ -152,9 +152,14 @@ def child(cell: Cell, folder: Path) -> None:
     )  # fmt: skip
 
 
+def kept_path(cell: Cell, out: Path) -> Path:
+    """Where a cell's result is kept."""
+    return out / f"{cell.name.replace(' ', '_')}.json"
+
+
 def measured(cell: Cell, out: Path, again: bool) -> dict[str, Any]:
     """A cell's result, from its file if it is there."""
-    path = out / f"{cell.name.replace(' ', '_')}.json"
+    path = kept_path(cell, out)
     if path.exists() and not again:
         kept: dict[str, Any] = json.loads(path.read_text())
         return kept
@@ -204,6 +209,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--again", action="store_true", help="measure what is measured already")
+    parser.add_argument("--kept", action="store_true", help="leave out what is not measured yet")
     parser.add_argument("--write", action="store_true", help="put the table into the README")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "memory_grid")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -214,7 +220,7 @@ def main() -> int:
         return 0
     results = []
     for cell in grid():
-        if args.only in cell.name:
+        if args.only in cell.name and (not args.kept or kept_path(cell, args.out).exists()):
             results.append((cell, measured(cell, args.out, args.again)))
             mark = "BROKEN" if broken(results[-1][1]) else ""
             print(" | ".join(row(*results[-1])), mark, flush=True)
