@@ -3,9 +3,9 @@
     python -W ignore benchmarks/memory_grid/main.py [--only TEXT] [--again] [--kept] [--write]
 
 Every cell is a process of its own: it plans, takes two steps with Adam on noise, and reports its peak (``VmHWM``,
-Linux) beside the plan's. Results are kept as JSON under ``out/memory_grid``, so that a broken run goes on;
-``--again`` measures anew, ``--kept`` nothing. ``--write`` puts the table into this folder's README. The exit code is 1 if any cell breaks
-measured <= projected <= budget.
+Linux) beside the plan's. Results are kept as JSON under ``out/memory_grid``, so that a broken run goes on; ``--again``
+measures anew, ``--kept`` nothing. ``--write`` puts the table into this folder's README. The exit code is 1 if any cell
+breaks measured <= projected <= budget.
 """
 
 from __future__ import annotations
