@@ -418,6 +418,35 @@ def test_alignment_that_a_disk_does_not_take_goes_through_the_page_cache(
     file.close()
 
 
+@linux
+def test_without_direct_files_little_stays_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is flushed and dropped every few blocks, and what is read is dropped at once."""
+    monkeypatch.setattr(spill_file, "_DIRECT", 0)
+    monkeypatch.setattr(spill_file, "FLUSHED", 4 * PAGE)
+    fsync, advise, done = os.fsync, os.posix_fadvise, []
+
+    def flushed(descriptor: int) -> None:
+        done.append("flushed")
+        fsync(descriptor)
+
+    def dropped(descriptor: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        done.append((offset, length))
+        advise(descriptor, offset, length, advice)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "posix_fadvise", dropped)
+    file, page = SpillFile(tmp_path, 10 * PAGE, "a map"), memoryview(bytearray(PAGE))
+    assert not file.direct
+    for number in range(10):
+        file.write(page, number * PAGE)
+        assert done.count("flushed") == (number + 1) // 4
+    assert done == ["flushed", (0, 0)] * 2
+    file.read(page, 7 * PAGE)
+    assert done[4:] == [(7 * PAGE, PAGE)]
+    file.close()
+
+
 # Gone afterwards.
 
 KILLED = """

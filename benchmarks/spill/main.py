@@ -48,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=768, help="height and width (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="processes a row (default %(default)s)")
     parser.add_argument("--folder", default=".", help="where boundaries go (default %(default)s)")
+    parser.add_argument("--note", default="", help="said beside the date, such as what else ran")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -86,9 +87,9 @@ def main() -> None:
         print(json.dumps(step(*args.child, args.size, args.folder)))
         return
     lines = ["# Boundaries on disk", "", *(__doc__ or "").strip().splitlines(), ""]
-    lines += [f"Measured {datetime.date.today()} on {os.cpu_count()} cores ({platform.machine()}), "
-              f"torch {torch.__version__}; float32, {args.size} x {args.size} pixels, median of {args.rounds}.",
-              ""]  # fmt: skip
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}"
+    what = f"float32, {args.size} x {args.size} pixels, median of {args.rounds}. {args.note}".strip()
+    lines += [f"Measured {datetime.date.today()} on {machine}; {what}", ""]
     for name in NETWORKS:
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for _ in range(args.rounds):

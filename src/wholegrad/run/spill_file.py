@@ -1,9 +1,9 @@
 """Files of boundaries: without a name, read and written past the page cache where that is possible.
 
 Pages that the system caches for a file count towards a container's memory, though not towards this process. So files
-are opened for direct input and output (``O_DIRECT``, on macOS ``F_NOCACHE``), which at blocks of a megabyte also takes
-a quarter of the processor time of buffered calls; where a file system has no such thing, what was written is flushed
-and dropped from the cache every few blocks.
+are opened for direct input and output (``O_DIRECT``, on macOS ``F_NOCACHE``), whose calls on a megabyte also take a
+quarter of the processor time of cached ones. Where a file system has no such thing, what was written is flushed and
+dropped from the cache every few blocks.
 
 A file has no name from the start (``O_TMPFILE``), or loses it at once where Linux or the file system cannot do that: it
 is gone with the process, however that ends. A process that is killed between giving and taking a name leaves an empty
@@ -88,7 +88,7 @@ def remove_orphans(folder: Path) -> list[Path]:
 
 def _open_unnamed(folder: Path) -> tuple[int, bool]:
     """Descriptor of a file without a name, and whether it is direct."""
-    unnamed = [(_UNNAMED | _DIRECT, True), (_UNNAMED, False)] if _UNNAMED else []
+    unnamed = [(_UNNAMED | _DIRECT, bool(_DIRECT)), (_UNNAMED, False)] if _UNNAMED else []
     named = [(os.O_CREAT | os.O_EXCL | _DIRECT, bool(_DIRECT)), (os.O_CREAT | os.O_EXCL, False)]
     for flags, direct in (*unnamed, *named):
         path = folder if flags & _UNNAMED == _UNNAMED != 0 else folder / _name()
