@@ -105,6 +105,7 @@ class Plan:
         spill_dir: folder of the boundaries on disk.
         boundary_dtype: in which boundaries of a wider dtype are stored; None for the graph's own.
         made_for: what the plan was made for, as the caller saw it; compared before a run.
+        strategy: how activations are held (:mod:`wholegrad.plan.strategies`); a plan of tiles is ``stream``.
     """
 
     graph: Graph
@@ -121,6 +122,7 @@ class Plan:
     spill_dir: Path | None = None
     boundary_dtype: torch.dtype | None = None
     made_for: object = None
+    strategy: str = "stream"
     _grids: dict[int, Grid] = field(default_factory=dict, repr=False)
 
     @property
