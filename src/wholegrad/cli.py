@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import wholegrad as wg
-from wholegrad.commands import cache, demo, evaluate, plan, predict, segment, synth, train, verify
+from wholegrad.commands import cache, demo, evaluate, explore, plan, predict, segment, synth, train, verify
 from wholegrad.commands.common import NOTES, Parser
 
-COMMANDS = (demo, segment, train, evaluate, predict, plan, verify, synth, cache)
+COMMANDS = (demo, segment, train, evaluate, predict, plan, verify, explore, synth, cache)
 ABOUT = "Train convolutional networks end to end on gigapixel images, exactly, in the memory that there is."
 
 

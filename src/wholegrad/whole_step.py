@@ -62,7 +62,7 @@ def fastest_whole(job: Job, request: Request, than: float) -> WholePlan | None:
 
 
 def plan_whole(job: Job, strategy: Strategy, request: Request) -> WholePlan:
-    """The plan of this strategy; of chunks, the fewest that fit.
+    """The plan of this strategy; of chunks, those that need the least memory.
 
     Raises:
         BudgetError: it does not fit; carries the smallest budget that would do.
@@ -106,17 +106,12 @@ def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
         foot = _rehearsed(job, strategy is Strategy.OFFLOAD, interleaved)
         moving = foot.moved * strategies.SECONDS_PER_MOVED_BYTE
         return made(foot, ahead + back + moving, 1.0)
-    least: WholePlan | None = None
+    found = []
     for chunks in choices_of_chunks(graph):
         work, twice = recomputed(graph, chunks)
         foot = rehearse_chunks(graph, chunks, job.tensors, job.inputs.inputs, interleaved)
-        plan = made(foot, ahead * (1 + twice) + back, work, chunks)
-        if request.budget is not None and plan.projected <= request.budget:
-            return plan
-        if least is None or plan.projected < least.projected:
-            least = plan
-    assert least is not None
-    return least
+        found.append(made(foot, ahead * (1 + twice) + back, work, chunks))
+    return min(found, key=lambda plan: plan.projected)
 
 
 def _rehearsed(job: Job, away: bool, interleaved: bool) -> Footprint:

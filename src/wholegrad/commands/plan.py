@@ -18,13 +18,12 @@ from wholegrad.commands.common import (
     add_region,
     blaming_target,
     blank,
-    model_and_loss,
     shape,
-    target_of,
 )
 from wholegrad.errors import ConfigError
 from wholegrad.plan.storage import NARROW
 from wholegrad.slide.slide import open_slide
+from wholegrad.train.made_up import model_and_loss, target_of
 
 TEXT = f"""\
 Print the plan of one training step: segments, tiles, projected peak, what whole-image training would need.

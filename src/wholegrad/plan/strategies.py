@@ -41,7 +41,14 @@ class Strategy(StrEnum):
 
 
 WHOLE = (Strategy.IN_CORE, Strategy.RECOMPUTE, Strategy.OFFLOAD)
-CHUNKS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625)  # bytes of the largest chunk, as shares of all
+CHUNKS = (
+    0.7,
+    0.5,
+    0.35,
+    0.25,
+    0.18,
+    0.125,
+)  # bytes of the largest chunk, as shares of all; less adds what is kept
 
 # Measured on whole maps in channels_last, with PyTorch's default allocator and all of its threads (docs/explore.md).
 WIDE = 16  # channels from which on a convolution keeps the vector units busy
@@ -212,7 +219,7 @@ def cut_into_chunks(graph: Graph, most: float) -> tuple[tuple[int, int], ...]:
 def choices_of_chunks(graph: Graph) -> list[tuple[tuple[int, int], ...]]:
     """Ways to cut the graph, from the fewest chunks to the most."""
     total = sum(made_bytes(node) for node in graph.nodes if node.kind not in SOURCES)
-    return list(dict.fromkeys(cut_into_chunks(graph, total * share) for share in CHUNKS[1:]))
+    return list(dict.fromkeys(cut_into_chunks(graph, total * share) for share in CHUNKS))
 
 
 def recomputed(graph: Graph, chunks: Sequence[tuple[int, int]]) -> tuple[float, float]:

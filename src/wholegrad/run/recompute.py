@@ -93,6 +93,8 @@ class Recompute:
         leaves = {ref: value for ref, value in local.items() if self.graph.nodes[ref.node].needs_grad and _real(value)}
         for value in leaves.values():
             value.requires_grad_()
+        if not last:  # these were for later chunks, which are done; they come again
+            self._drop(self.values, inside)
         self._run(chunk, local, grad=True)
         if last:
             assert self.graph.loss is not None
@@ -110,8 +112,10 @@ class Recompute:
                 self.grads[ref] = self.grads[ref] + grad if ref in self.grads else grad
         for ref in made:
             self.grads.pop(ref, None)
-            if ref not in self.results:
-                self.values.pop(ref, None)
+
+    def _drop(self, values: Values, made: Sequence[Node]) -> None:
+        for ref in (ref for node in made for ref in node.refs if ref not in self.results):
+            values.pop(ref, None)
 
 
 def _real(value: torch.Tensor) -> bool:
