@@ -23,6 +23,7 @@ from wholegrad.plan.strategies import (
     recomputed,
     whole_seconds,
 )
+from wholegrad.run import process
 from wholegrad.run.executor import Progress, ProgressFn
 from wholegrad.run.recompute import Recompute
 from wholegrad.run.rehearse import rehearse_chunks, rehearse_whole
@@ -31,8 +32,9 @@ from wholegrad.run.whole_image import Outcome, Parts, StandIns, copied, whole_st
 
 aten = torch.ops.aten
 FASTER = 0.8  # of the tiles' predicted time that a step on whole maps must take for "auto" to choose it
-SCRATCH = 1.06  # of the bytes that a rehearsal counts: what kernels take for themselves and the heap does not give back
+SCRATCH = 1.1  # of the bytes that a rehearsal counts: what kernels take for themselves
 UNFOLDED = 1.4  # the same in float64, where convolutions unfold their input
+HEAP = 256 << 20  # bytes that the heap may hold in pieces: blocks of up to 32 MiB come from it, larger ones do not
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
@@ -82,14 +84,14 @@ def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
 
     def made(foot: Footprint, seconds: float, work: float, chunks: tuple[tuple[int, int], ...] = ()) -> WholePlan:
         scratch = UNFOLDED if _double(graph) else SCRATCH
-        grads = sum(t.nbytes for t in job.tensors.values()) * 2
+        needed = int(foot.peak * scratch) + min(foot.peak, HEAP) + 2 * sum(t.nbytes for t in job.tensors.values())
         return WholePlan(
             graph=graph,
             segments=(),
             placements={},
             budget=request.budget,
             reserved=request.reserved,
-            projected=request.reserved + int(foot.peak * scratch) + grads,
+            projected=request.reserved + needed,
             whole_image=memory.whole_image(graph),
             recompute=work,
             seconds=seconds,
@@ -151,6 +153,7 @@ def run_whole(made: WholePlan, job: Job, seed: int, progress: ProgressFn | None)
         else:
             outcome = _in_one(made, job, seed)
             tick("backward")
+    process.mark_run()
     return outcome
 
 

@@ -106,7 +106,7 @@ class Result:
 
 def area(megapixels: float) -> tuple[int, int]:
     """Height and width, a quarter of it, of so many megapixels."""
-    height = max(1, round((megapixels * 1e6 / ASPECT) ** 0.5))
+    height = round(max(megapixels * 1e6 / ASPECT, 0.0) ** 0.5)
     return height, height * ASPECT
 
 

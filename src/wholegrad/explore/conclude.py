@@ -127,6 +127,6 @@ def _answer(done: dict[str, list[Result]], machine: Machine) -> list[str]:
     end = "" if whole else " No strategy that holds maps whole reached that size."
     here = f"{show_bytes(best.peak)}, {100 * share:.2g} % of that, and {best.seconds:.3g} s, {faster}"
     return [
-        f"The step for which the paper used over 100 GB of shared memory and {PAPER_SECONDS:.0f} s ({PAPER}) ran here by "
+        f"The step that took the paper ({PAPER}) over 100 GB of shared memory and {PAPER_SECONDS:.0f} s ran here by "
         f"{label(best)} in {here}, on a machine of {show_bytes(machine.memory)}.{end}"
     ]

@@ -13,6 +13,7 @@ COLOURS = ("#2563b8", "#c2571a", "#16805c", "#7a3cbe", "#8a6d1d", "#b02a5b")
 STYLE = """
 text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; fill: #39424c; }
 .title { font-size: 14px; font-weight: 600; fill: #1f242b; } .tick { fill: #66707b; font-size: 11px; }
+.halo { stroke: #ffffff; stroke-width: 4px; stroke-linejoin: round; }
 .grid { stroke: #e6e8eb; } .frame { stroke: #b9c0c7; fill: none; }
 """
 
@@ -55,7 +56,7 @@ class _Axis:
     def __init__(self, values: Sequence[float], lo: float, hi: float) -> None:
         good = [math.log10(value) for value in values if value > 0]
         low, high = (min(good), max(good)) if good else (0.0, 1.0)
-        margin = max(0.06 * (high - low), 0.08)
+        margin = max(0.08 * (high - low), 0.08)
         self.low, self.high, self.lo, self.hi = low - margin, high + margin, lo, hi
 
     def __call__(self, value: float) -> float:
@@ -106,7 +107,7 @@ def _panel(panel: Panel) -> str:
         at = y(level)
         parts.append(f'<line x1="{LEFT}" x2="{PANEL - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="#39424c" '
                      f'stroke-dasharray="2 3"/>')  # fmt: skip
-        parts.append(f'<text class="tick" x="{LEFT + 5}" y="{at - 4:.1f}">{escape(label)}</text>')
+        parts.append(_over(LEFT + 5, at - 4, label, "start"))
     parts += [_series(each, x, y) for each in panel.series]
     parts += [_star(x(a), y(b), label) for a, b, label in panel.stars]
     return "".join(parts)
@@ -156,7 +157,10 @@ def _star(x: float, y: float, label: str) -> str:
         radius, turn = (7.0 if k % 2 == 0 else 3.0), math.pi * k / 5
         corners.append((x + radius * math.sin(turn), y - radius * math.cos(turn)))
     anchor, shift = ("end", -11) if x > PANEL / 2 else ("start", 11)
-    return (
-        f'<polygon points="{_path(corners)}" fill="#1f242b"/>'
-        f'<text x="{x + shift:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">{escape(label)}</text>'
-    )
+    return f'<polygon points="{_path(corners)}" fill="#1f242b"/>{_over(x + shift, y - 6, label, anchor)}'
+
+
+def _over(x: float, y: float, text: str, anchor: str) -> str:
+    """Text over lines: once in white around it, once by itself."""
+    at = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="tick halo" {at}>{escape(text)}</text><text class="tick" {at}>{escape(text)}</text>'

@@ -18,7 +18,7 @@ from torch import nn
 
 import wholegrad as wg
 from wholegrad.api import LossFn
-from wholegrad.errors import BudgetError, PlanError, WholegradError
+from wholegrad.errors import BudgetError, TooLargeError, WholegradError
 from wholegrad.explore.cells import DONE, IMPOSSIBLE, KILLED, REFUSED, SLOW, Cell, Settings
 from wholegrad.explore.pixels import EDGE, Repeated, stained
 from wholegrad.given import given
@@ -81,8 +81,8 @@ def _measure(cell: Cell, settings: Settings) -> None:
             _say(outcome=REFUSED, said=str(error), projected=error.smallest)
             return
         plan = wg.plan(model, loss_fn, image, target, budget=error.smallest, strategy=cell.strategy)
-    except PlanError as error:
-        _say(outcome=IMPOSSIBLE, said=str(error))
+    except TooLargeError as error:
+        _say(outcome=IMPOSSIBLE, said=str(error), projected=error.needed)
         return
     saved = plan.footprint.saved if isinstance(plan, WholePlan) else None
     pieces = max(len(plan.chunks), 1) if isinstance(plan, WholePlan) else plan.tiles

@@ -45,38 +45,43 @@ def run_limited(command: Sequence[str], limit: int, seconds: float) -> Ended:
     Ctrl-C ends the process too.
     """
     busy, started = _busy(), time.monotonic()
-    process = subprocess.Popen(list(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines: list[str] = []
     errors: list[str] = []
-    readers = [
-        threading.Thread(target=_collect, args=(stream, kept), daemon=True)
-        for stream, kept in ((process.stdout, lines), (process.stderr, errors))
-    ]
-    for reader in readers:
-        reader.start()
-    highest, over, used = 0, "", 0.0
+    with subprocess.Popen(list(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        readers = [
+            threading.Thread(target=_collect, args=(stream, kept), daemon=True)
+            for stream, kept in ((process.stdout, lines), (process.stderr, errors))
+        ]
+        for reader in readers:
+            reader.start()
+        try:
+            highest, over, used = _watched(process, limit, started + seconds)
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            for reader in readers:
+                reader.join(timeout=5)
+    wall = max(time.monotonic() - started, 1e-3)
+    return Ended(code, lines, errors[-LAST_WORDS:], highest, over, max(0.0, (_busy() - busy - used) / wall))
+
+
+def _watched(process: subprocess.Popen[str], limit: int, until: float) -> tuple[int, str, float]:
+    """The most resident bytes seen, what the process was ended for, and the seconds that it computed."""
+    highest, used = 0, 0.0
     try:
         watched = psutil.Process(process.pid)
         while process.poll() is None:
-            try:
-                highest = max(highest, int(watched.memory_info().rss))
-                used = sum(watched.cpu_times()[:2])
-            except psutil.Error:
-                break
-            if highest > limit or time.monotonic() - started > seconds:
-                over = "memory" if highest > limit else "time"
+            highest = max(highest, int(watched.memory_info().rss))
+            used = float(sum(watched.cpu_times()[:2]))
+            if highest > limit or time.monotonic() > until:
                 process.kill()
-                break
+                return highest, "memory" if highest > limit else "time", used
             time.sleep(EVERY)
-        code = process.wait()
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    for reader in readers:
-        reader.join(timeout=5)
-    wall = max(time.monotonic() - started, 1e-3)
-    return Ended(code, lines, errors[-LAST_WORDS:], highest, over, max(0.0, (_busy() - busy - used) / wall))
+    except psutil.Error:  # it has just ended
+        pass
+    return highest, "", used
 
 
 def _collect(stream: object, kept: list[str]) -> None:

@@ -21,7 +21,7 @@ from itertools import pairwise
 
 import torch
 
-from wholegrad.errors import BudgetError, PlanError
+from wholegrad.errors import BudgetError, PlanError, TooLargeError
 from wholegrad.graph.graph import SOURCES, Graph, Kind, Node
 from wholegrad.plan import cost
 from wholegrad.plan.plan import Plan, show_bytes
@@ -129,16 +129,18 @@ def check_whole(plan: WholePlan) -> None:
 
     Raises:
         BudgetError: it does not fit; says the smallest budget that would do.
-        PlanError: a tensor is too large, whatever the budget.
+        TooLargeError: a tensor is too large, whatever the budget.
     """
     foot = plan.footprint
     shape = " x ".join(map(str, plan.image_shape))
     if foot.largest >= ELEMENT_LIMIT:
-        raise PlanError(
+        raise TooLargeError(
             f"strategy {plan.strategy}",
             f"has a tensor of {foot.largest} elements ({foot.place}) at {shape}, and 2**31 are too many; it would "
             f"need {show_bytes(plan.projected)}",
             "use strategy stream",
+            plan.projected,
+            plan.seconds,
         )
     if plan.budget is not None and plan.projected > plan.budget:
         smallest = plan.projected + MARGIN

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -97,12 +98,11 @@ class Plans:
             return self.made[key], False
         dtype = NARROW.get(self.train.boundary_dtype or "")
         slide, mask = readers
+        options: dict[str, Any] = {"metrics": METRICS, "boundary_dtype": dtype, "strategy": self.train.strategy}
         try:
-            made = wg.plan(
-                model, loss_fn, slide, mask, budget=self.budget(readers), metrics=METRICS, boundary_dtype=dtype
-            )
+            made = wg.plan(model, loss_fn, slide, mask, budget=self.budget(readers), **options)
         except BudgetError:  # tight: without the allowance for growth
             budget = self.conditions.budget
-            made = wg.plan(model, loss_fn, slide, mask, budget=budget, metrics=METRICS, boundary_dtype=dtype)
+            made = wg.plan(model, loss_fn, slide, mask, budget=budget, **options)
         self.made[key] = made
         return made, True
