@@ -196,6 +196,33 @@ def test_offload_writes_what_the_backward_pass_needs_once(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+class Asking(nn.Module):
+    """Looks at a number of its own, which a tensor without values does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 1, 3, padding=1)
+        self.register_buffer("steps", torch.tensor(3.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) * (2.0 if self.steps.item() > 2 else 1.0)
+
+
+def test_code_that_cannot_be_rehearsed_is_counted_by_its_graph() -> None:
+    made = wg.plan(Asking().double(), LOSSES["bce"], IMAGE, LABELS, strategy="in-core")
+    assert isinstance(made, WholePlan)
+    assert made.footprint.peak == made.whole_image
+    assert_exact(Asking().double(), LOSSES["bce"], IMAGE, LABELS, strategy="in-core")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = unet4492().double()
+    made = wg.plan(model, LOSSES["bce"], IMAGE, LABELS, strategy="offload")
+    monkeypatch.setattr("wholegrad.run.store.shutil.disk_usage", lambda where: type("Usage", (), {"free": 10})())
+    with pytest.raises(PlanError, match="MiB that are free"):
+        wg.backward(model, LOSSES["bce"], IMAGE, LABELS, plan=made)
+
+
 STEP = """
 import json, sys
 import numpy as np

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -28,6 +29,7 @@ from wholegrad.run.executor import Progress, ProgressFn
 from wholegrad.run.recompute import Recompute
 from wholegrad.run.rehearse import rehearse_chunks, rehearse_whole
 from wholegrad.run.spill import Spill
+from wholegrad.run.store import check_space
 from wholegrad.run.whole_image import Outcome, Parts, StandIns, copied, whole_step
 
 aten = torch.ops.aten
@@ -105,24 +107,28 @@ def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
         )
 
     if strategy is not Strategy.RECOMPUTE:
-        foot = _rehearsed(job, strategy is Strategy.OFFLOAD, interleaved)
+        away = strategy is Strategy.OFFLOAD
+        rehearsal = partial(rehearse_whole, job.parts, job.tensors, job.inputs.inputs, away, interleaved)
+        foot = _counted(graph, away, rehearsal)
         moving = foot.moved * strategies.SECONDS_PER_MOVED_BYTE
         return made(foot, ahead + back + moving, 1.0)
     found = []
     for chunks in choices_of_chunks(graph):
         work, twice = recomputed(graph, chunks)
-        foot = rehearse_chunks(graph, chunks, job.tensors, job.inputs.inputs, interleaved)
+        foot = _counted(
+            graph, False, partial(rehearse_chunks, graph, chunks, job.tensors, job.inputs.inputs, interleaved)
+        )
         found.append(made(foot, ahead * (1 + twice) + back, work, chunks))
     return min(found, key=lambda plan: plan.projected)
 
 
-def _rehearsed(job: Job, away: bool, interleaved: bool) -> Footprint:
-    """What the user's code holds; where it cannot run without memory, what the graph's maps take."""
+def _counted(graph: Graph, away: bool, rehearsal: Callable[[], Footprint]) -> Footprint:
+    """What a rehearsal counts; where code cannot run without memory, what the graph's maps take."""
     try:
-        return rehearse_whole(job.parts, job.tensors, job.inputs.inputs, away, interleaved)
-    except Exception:  # whatever the user's code raises on tensors without values
-        whole = memory.whole_image(job.graph)
-        largest = max(job.graph.nodes, key=lambda node: max(spec.numel for spec in node.outputs))
+        return rehearsal()
+    except Exception:  # whatever the user's code, or an op of it, raises on tensors without values
+        whole = memory.whole_image(graph)
+        largest = max(graph.nodes, key=lambda node: max(spec.numel for spec in node.outputs))
         elements = max(spec.numel for spec in largest.outputs)
         return Footprint(whole, whole, whole if away else 0, elements, largest.place)
 
@@ -182,6 +188,7 @@ def _in_one(made: WholePlan, job: Job, seed: int) -> Outcome:
     numbers = seed if job.graph.random else None
     if made.strategy != Strategy.OFFLOAD:
         return whole_step(job.parts, leaves, given, numbers)
+    check_space(made.footprint.moved, made.spill_dir)
     spill = Spill(made.spill_dir, tuple(leaves.named.values()))
     try:
         return whole_step(job.parts, leaves, given, numbers, spill.saving())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,9 @@ def _say(**found: Any) -> None:
 def _die_first() -> None:
     """Where the system runs out of memory in spite of the limit, this process is the one to go."""
     score = Path("/proc/self/oom_score_adj")
-    if score.exists():
-        score.write_text("1000")
+    with suppress(OSError):
+        if score.exists():
+            score.write_text("1000")
 
 
 def _measure(cell: Cell, settings: Settings) -> None:

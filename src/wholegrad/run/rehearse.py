@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 from wholegrad.graph.graph import Graph, Kind, Node, Ref
 from wholegrad.graph.inputs import Inputs
 from wholegrad.plan.strategies import Footprint
+from wholegrad.run import spill
 from wholegrad.run.recompute import Chunks, Recompute
-from wholegrad.run.spill import LEAST
 from wholegrad.run.whole import meaning
 from wholegrad.run.whole_image import Parts, StandIns, whole_step
 
@@ -81,8 +81,8 @@ class _Saved:
         if known is None or known() is not storage:
             self._seen[id(storage)] = weakref.ref(storage)
             self.bytes += size
-            self.moved += size if size >= LEAST else 0
-        if not self.away or size < LEAST:
+            self.moved += size if size >= spill.LEAST else 0
+        if not self.away or size < spill.LEAST:
             return tensor
         return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
