@@ -19,12 +19,12 @@ import tifffile
 
 import wholegrad
 from wholegrad.cli import main
-from wholegrad.commands.common import blobs
 from wholegrad.slide.slide import open_slide
 from wholegrad.slide.write import PyramidWriter
+from wholegrad.train.made_up import blobs
 from wholegrad.train.state import load_model, read_card
 
-COMMANDS = ("demo", "train", "evaluate", "predict", "plan", "verify", "synth")
+COMMANDS = ("demo", "train", "evaluate", "predict", "plan", "verify", "explore", "synth")
 SETTINGS = '[data]\nroot = "."\ntrain = ["a", "b"]\ntest = ["c"]\n[train]\nsteps = 3\nout = "out"\n'
 
 

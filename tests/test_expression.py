@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import wholegrad as wg
-from wholegrad.api import joint_tensors
 from wholegrad.graph.inline import OPS, inline
 from wholegrad.graph.rules.normalize import NORMALIZE
 from wholegrad.kernels import expression, pointwise
@@ -22,6 +21,7 @@ from wholegrad.kernels.host import Host, host
 from wholegrad.kernels.stage import Part
 from wholegrad.kernels.thin import Mixed
 from wholegrad.run.small import SmallValues
+from wholegrad.signature import joint_tensors
 
 pytestmark = pytest.mark.skipif(host() is None, reason="no kernels for this processor")
 aten = torch.ops.aten

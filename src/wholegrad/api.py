@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,35 +16,25 @@ from wholegrad.cache import cached
 from wholegrad.errors import CaptureError, NumericsError, PlanError, ShapeError
 from wholegrad.given import Given, given
 from wholegrad.graph.capture import capture
-from wholegrad.graph.graph import Graph, Kind, Ref
-from wholegrad.graph.inputs import Input, Leaf
-from wholegrad.looks import Looks, difference, looks
+from wholegrad.graph.graph import WIDE_ELEMENTS, Graph, Kind, Ref
 from wholegrad.plan import memory
 from wholegrad.plan.boundaries import storable
 from wholegrad.plan.plan import Placement, Plan, Room
 from wholegrad.plan.planner import Request, check_elements, make_plan
 from wholegrad.plan.storage import NARROW
+from wholegrad.plan.strategies import WHOLE, Strategy, WholePlan, check_strategy
 from wholegrad.run import process
 from wholegrad.run.blocks import drop_blocks
 from wholegrad.run.budget import budget_bytes, check_limit
 from wholegrad.run.executor import Executor, ProgressFn
 from wholegrad.run.sink import Sink
 from wholegrad.run.sources import model_dtype, raw_images
+from wholegrad.run.whole_image import Outcome, Parts
 from wholegrad.run.workers import default_workers
+from wholegrad.signature import another_buffer, check_plan, joint_tensors, signature
+from wholegrad.whole_step import Job, fastest_whole, plan_whole, run_whole
 
 LossFn = Callable[..., torch.Tensor]
-
-
-def joint_tensors(model: nn.Module, loss_fn: Any, metrics: Mapping[str, Any] | None) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of model, loss and metrics by the names that the captured graph has for them."""
-    parts: list[tuple[str, Any]] = [("model", model), ("loss", loss_fn)]
-    parts += [(f"metrics.m{i}", fn) for i, fn in enumerate((metrics or {}).values())]
-    return {
-        f"{prefix}.{name}": tensor
-        for prefix, part in parts
-        if isinstance(part, nn.Module)
-        for name, tensor in (*part.named_parameters(), *part.named_buffers())
-    }
 
 
 def _request(
@@ -113,6 +103,7 @@ def plan(
     placement: str | None = None,
     spill_dir: str | Path | None = None,
     boundary_dtype: torch.dtype | None = None,
+    strategy: str = "auto",
 ) -> Plan:
     """Plan one training step; nothing is read or run.
 
@@ -132,6 +123,10 @@ def plan(
         boundary_dtype: ``torch.bfloat16`` or ``torch.float16`` to store wider boundaries rounded, in fewer bytes.
             Off by default. Gradients are then those of a model that rounds these maps, with one for the rounding's
             own gradient. Arithmetic and boundaries' gradients keep their dtype.
+        strategy: how activations are held: ``"stream"`` (in tiles), ``"in-core"`` (whole-image autograd of the model as
+            it is), ``"recompute"`` (whole maps, of which most are computed twice), ``"offload"`` (whole maps that wait
+            in a file of ``spill_dir``), or ``"auto"``: tiles, or whole maps where these fit into the budget and are
+            predicted to be faster by a fifth. Tiles, boundaries, placement and ``boundary_dtype`` are of ``"stream"``.
 
     Raises:
         ShapeError: image and target do not fit together.
@@ -140,6 +135,12 @@ def plan(
     """
     _check_tile(tile)
     _check_boundary_dtype(boundary_dtype)
+    how = check_strategy(strategy)
+    fixed = [name for name, value in (("tile", tile), ("boundaries", boundaries), ("placement", placement),
+                                      ("boundary_dtype", boundary_dtype)) if value is not None]  # fmt: skip
+    if how in WHOLE and (fixed or loss_fn is None):
+        cause = f"holds maps whole and takes no {fixed[0]}" if fixed else "is for training steps, and there is no loss"
+        raise PlanError(f"strategy {how}", cause, "use strategy stream")
     inputs = given(image, target, model_dtype(model))
     graph = _capture(model, loss_fn, inputs, metrics)
     request = replace(
@@ -150,59 +151,17 @@ def plan(
         spill_dir=None if spill_dir is None else Path(spill_dir),
         boundary_dtype=boundary_dtype,
     )
-    made = replace(make_plan(graph, request), made_for=_signature(model, loss_fn, inputs, metrics))
+    job = Job(Parts(model, loss_fn or _no_loss, metrics or {}), inputs, graph, joint_tensors(model, loss_fn, metrics))
+    whole_too = how is Strategy.AUTO and not fixed and loss_fn is not None
+    made = plan_whole(job, how, request) if how in WHOLE else _tiles_or_whole(job, request, whole_too)
+    return replace(made, made_for=signature(model, loss_fn, inputs, metrics))
+
+
+def _tiles_or_whole(job: Job, request: Request, whole_too: bool) -> Plan:
+    """The plan of tiles, or one on whole maps if that may be and is predicted to be faster."""
+    made = make_plan(job.graph, request)
     check_elements(made)
-    return made
-
-
-@dataclass(frozen=True)
-class _Signature:
-    """What a captured graph depends on: a graph and its plans are used only where all of it is the same."""
-
-    image: tuple[Any, ...]
-    target: tuple[Any, ...]
-    modes: tuple[bool, ...]
-    tensors: tuple[tuple[str, tuple[int, ...], torch.dtype, bool], ...]
-    metrics: tuple[str, ...]
-    autocast: torch.dtype | None
-    bytes: tuple[bool, ...]
-    looks: Looks
-
-    def difference(self, other: _Signature) -> str | None:
-        """What differs first, in words."""
-        words = {
-            "image": "an image of {}",
-            "target": "a target of {}",
-            "modes": "other modules in training or evaluation mode",
-            "tensors": "other parameters (names, shapes, dtypes, or which are trained)",
-            "metrics": "the metrics {}",
-            "autocast": "autocast to {}",
-            "bytes": "images of 8-bit pixels or not: {}",
-        }
-        for name, text in words.items():
-            mine = getattr(self, name)
-            if mine != getattr(other, name):
-                return text.format(mine)
-        return difference(self.looks, other.looks)
-
-
-def _signature(model: nn.Module, loss_fn: Any, inputs: Given, metrics: Mapping[str, Any] | None) -> _Signature:
-    def leaf(each: Leaf) -> Any:
-        return (*each.shape, each.dtype) if isinstance(each, Input) else each.value
-
-    parts = [part for part in (model, loss_fn, *(metrics or {}).values()) if isinstance(part, nn.Module)]
-    tensors = joint_tensors(model, loss_fn, metrics)
-    nested = inputs.inputs
-    return _Signature(
-        image=(*(leaf(each) for each in nested.images), *([nested.image_tree] if len(nested.images) > 1 else [])),
-        target=(*(leaf(each) for each in nested.targets), *([nested.target_tree] if len(nested.targets) > 1 else [])),
-        modes=tuple(module.training for part in parts for module in part.modules()),
-        tensors=tuple((name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in tensors.items()),
-        metrics=tuple(metrics or {}),
-        autocast=torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
-        bytes=tuple(source.raw for source in inputs.sources.values()),
-        looks=looks(model=model, loss=loss_fn, metrics=dict(metrics or {})),
-    )
+    return (fastest_whole(job, request, made.seconds) if whole_too else None) or made
 
 
 def _capture(
@@ -223,40 +182,23 @@ def _capture(
     tensors = joint_tensors(model, loss_fn, metrics)
     return cached(
         model,
-        lambda: _signature(model, loss_fn, inputs, metrics),
-        lambda graph: _another_buffer(graph, tensors) is None,
+        lambda: signature(model, loss_fn, inputs, metrics),
+        lambda graph: another_buffer(graph, tensors) is None,
         make,
     )
-
-
-def _another_buffer(graph: Graph, tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """A buffer at whose values the code looked while it was traced, and which holds others now."""
-    for name, value in graph.looked_at.items():
-        if name not in tensors or not torch.equal(tensors[name], value):
-            return name
-    return None
-
-
-def _check_plan(made: Plan, wanted: _Signature, tensors: Mapping[str, torch.Tensor]) -> None:
-    known = made.made_for
-    apart = known.difference(wanted) if isinstance(known, _Signature) else "nothing that is known"
-    if apart is None and (buffer := _another_buffer(made.graph, tensors)) is not None:
-        apart = f"other values of {buffer}, at which the code looks"
-    if apart is not None:
-        raise PlanError("plan", f"was made for {apart}", "plan again for what is to be run")
 
 
 @overload
 def backward(
     model: nn.Module, loss_fn: LossFn, image: Any, target: Any = ..., *, plan: Plan | None = ...,
     budget: str | int | None = ..., metrics: None = ..., progress: ProgressFn | None = ...,
-    seed: int | None = ...,
+    seed: int | None = ..., strategy: str = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 @overload
 def backward(
     model: nn.Module, loss_fn: LossFn, image: Any, target: Any = ..., *, plan: Plan | None = ...,
     budget: str | int | None = ..., metrics: Mapping[str, Callable[..., torch.Tensor]],
-    progress: ProgressFn | None = ..., seed: int | None = ...,
+    progress: ProgressFn | None = ..., seed: int | None = ..., strategy: str = ...,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...  # fmt: skip
 def backward(
     model: nn.Module,
@@ -269,6 +211,7 @@ def backward(
     metrics: Mapping[str, Callable[..., torch.Tensor]] | None = None,
     progress: ProgressFn | None = None,
     seed: int | None = None,
+    strategy: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Add to every ``param.grad`` what ``loss_fn(model(image), target).backward()`` would add, and return the loss.
 
@@ -280,6 +223,7 @@ def backward(
         plan: from :func:`plan` for the same model, loss, shapes and metrics; made here if missing.
         progress: called after each tile.
         seed: of random ops (dropout); without one, drawn from PyTorch's generator.
+        strategy: of the plan that is made here; see :func:`plan`.
 
     Returns:
         The loss, 0-dimensional in float64; with ``metrics`` also their values by name.
@@ -291,10 +235,35 @@ def backward(
         SlideError: pixels cannot be read.
     """
     inputs = given(image, target, model_dtype(model))
-    made = plan if plan is not None else _plan(model, loss_fn, image, target, budget=budget, metrics=metrics)
+    if plan is None:
+        plan = _plan(model, loss_fn, image, target, budget=budget, metrics=metrics, strategy=strategy)
+    made = plan
     tensors = joint_tensors(model, loss_fn, metrics)
     with clock.span("preparing", "checks of the plan"):
-        _check_plan(made, _signature(model, loss_fn, inputs, metrics), tensors)
+        check_plan(made, signature(model, loss_fn, inputs, metrics), tensors)
+    if isinstance(made, WholePlan):
+        job = Job(Parts(model, loss_fn, metrics or {}), inputs, made.graph, tensors)
+        with torch.inference_mode(False):
+            outcome = run_whole(made, job, _seed(made, seed), progress)
+    else:
+        outcome = _in_tiles(made, tensors, inputs, progress, seed)
+    loss = outcome.loss.to(torch.float64).reshape(())
+    if not torch.isfinite(loss):
+        raise NumericsError("loss", f"is {loss.item()}", "lower the learning rate, or check weights and pixels")
+    _leave_gradients(outcome.grads, tensors)
+    _leave_buffers(outcome.updates, tensors)
+    if metrics is None:
+        return loss
+    return loss, {name: _wide(value) for name, value in outcome.metrics.items()}
+
+
+_plan = plan
+
+
+def _in_tiles(
+    made: Plan, tensors: Mapping[str, torch.Tensor], inputs: Given, progress: ProgressFn | None, seed: int | None
+) -> Outcome:
+    """One step tile by tile."""
     executor = _executor(made, tensors, inputs, progress=progress, seed=seed)
     try:
         with _as_captured(), torch.enable_grad():
@@ -302,18 +271,30 @@ def backward(
             executor.backward()
     finally:
         executor.close()
-    assert made.graph.loss is not None
-    loss = executor.small.values[made.graph.loss].detach().to(torch.float64).reshape(())
-    if not torch.isfinite(loss):
-        raise NumericsError("loss", f"is {loss.item()}", "lower the learning rate, or check weights and pixels")
-    _leave_gradients(made.graph, executor, tensors)
-    _leave_buffers(executor, tensors)
-    if metrics is None:
-        return loss
-    return loss, {name: executor.small.values[ref] for name, ref in made.graph.metrics.items()}
+    graph, small = made.graph, executor.small
+    assert graph.loss is not None
+    trained = [
+        (node.name, small.grads.get(Ref(node.index))) for node in graph.of_kind(Kind.PARAMETER) if node.needs_grad
+    ]
+    return Outcome(
+        small.values[graph.loss].detach(),
+        {name: grad for name, grad in trained if grad is not None},
+        executor.updates(),
+        {name: small.values[ref] for name, ref in graph.metrics.items()},
+    )
 
 
-_plan = plan
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    """A metric as small values are held: in float64."""
+    small = value.is_floating_point() and value.numel() <= WIDE_ELEMENTS
+    return value.detach().to(torch.float64) if small else value.detach()
+
+
+def _seed(made: Plan, seed: int | None) -> int:
+    """The caller's, or a new one if the graph draws random numbers."""
+    if seed is None:
+        return int(torch.randint(2**63 - 1, ()).item()) if made.graph.random else 0
+    return seed
 
 
 def _executor(
@@ -321,9 +302,7 @@ def _executor(
 ) -> Executor:
     """An executor with a seed of its own if the graph draws random numbers and the caller names none."""
     check_limit(made.projected)
-    if seed is None:
-        seed = int(torch.randint(2**63 - 1, ()).item()) if made.graph.random else 0
-    return Executor(made, {**tensors, **inputs.values}, inputs.sources, seed=seed, **options)
+    return Executor(made, {**tensors, **inputs.values}, inputs.sources, seed=_seed(made, seed), **options)
 
 
 @contextmanager
@@ -333,23 +312,18 @@ def _as_captured() -> Iterator[None]:
         yield
 
 
-def _leave_buffers(executor: Executor, tensors: Mapping[str, torch.Tensor]) -> None:
+def _leave_buffers(updates: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
-        for name, value in executor.updates().items():
+        for name, value in updates.items():
             tensors[name].copy_(value)
 
 
-def _leave_gradients(graph: Graph, executor: Executor, tensors: Mapping[str, torch.Tensor]) -> None:
-    found = []
-    for node in graph.of_kind(Kind.PARAMETER):
-        grad = executor.small.grads.get(Ref(node.index))
-        if grad is None or not node.needs_grad:
-            continue
+def _leave_gradients(grads: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, grad in grads.items():
         if not torch.isfinite(grad).all():
-            raise NumericsError(node.name, "has a gradient that is not finite", "lower the learning rate")
-        found.append((tensors[node.name], grad))
-    for parameter, grad in found:
-        _accumulate(parameter, grad.to(parameter.dtype).reshape(parameter.shape))
+            raise NumericsError(name, "has a gradient that is not finite", "lower the learning rate")
+    for name, grad in grads.items():
+        _accumulate(tensors[name], grad.to(tensors[name].dtype).reshape(tensors[name].shape))
 
 
 def _accumulate(parameter: torch.Tensor, grad: torch.Tensor) -> None:
@@ -394,7 +368,7 @@ def measure(
             executor.forward()
     finally:
         executor.close()
-    _leave_buffers(executor, tensors)
+    _leave_buffers(executor.updates(), tensors)
     return {name: executor.small.values[ref] for name, ref in graph.metrics.items()}
 
 
@@ -431,5 +405,5 @@ def run_outputs(
             executor.forward()
     finally:
         executor.close()
-    _leave_buffers(executor, tensors)
+    _leave_buffers(executor.updates(), tensors)
     return {ref: executor.small.leaf(ref) for ref in graph.outputs if not graph.spec(ref).is_map}

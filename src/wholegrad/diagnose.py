@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from wholegrad.api import joint_tensors
 from wholegrad.given import Given
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import SOURCES, Graph, Kind, Node
@@ -27,6 +26,7 @@ from wholegrad.run.opcheck import OpCheck, difference, tolerance, uneven
 from wholegrad.run.reference import buffers, gradients, parts
 from wholegrad.run.watched import Seen, Watched
 from wholegrad.run.whole import given_values, gradients_whole
+from wholegrad.signature import joint_tensors
 
 PLAN_BOXES = 24  # boxes of the plan's own tiles on which each op is tried
 REPEATS = 1e-12  # two runs of a deterministic model agree to this

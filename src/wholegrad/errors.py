@@ -47,6 +47,16 @@ class PlanError(WholegradError):
     """A plan does not belong to this model, loss and image, or what was asked of it cannot be planned."""
 
 
+class TooLargeError(PlanError):
+    """A tensor of a plan has too many elements, whatever the budget; ``needed`` bytes, ``seconds`` are the plan's."""
+
+    def __init__(
+        self, where: str, cause: str, remedy: str, needed: int | None = None, seconds: float | None = None
+    ) -> None:
+        super().__init__(where, cause, remedy)
+        self.needed, self.seconds = needed, seconds
+
+
 class NumericsError(WholegradError):
     """The loss or a gradient is not finite, or a boundary holds values too large for the dtype it is stored in."""
 

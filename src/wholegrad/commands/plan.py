@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import wholegrad as wg
@@ -18,13 +19,15 @@ from wholegrad.commands.common import (
     add_region,
     blaming_target,
     blank,
-    model_and_loss,
     shape,
-    target_of,
 )
 from wholegrad.errors import ConfigError
+from wholegrad.explore.tradeoff import Row, as_json, drawing, planner, read_budgets, table, trade_off
 from wholegrad.plan.storage import NARROW
+from wholegrad.plan.strategies import Strategy
 from wholegrad.slide.slide import open_slide
+from wholegrad.train.made_up import model_and_loss, target_of
+from wholegrad.train.state import write_whole
 
 TEXT = f"""\
 Print the plan of one training step: segments, tiles, projected peak, what whole-image training would need.
@@ -36,6 +39,7 @@ EXAMPLES = """\
   wholegrad plan --shape 3x16000x64000 --budget 1.5GiB
   wholegrad plan --slide case.svs --mpp 0.5 --budget 2GiB
   wholegrad plan --slide case.svs --mpp 0.5 --region 20000,8000,30000,30000
+  wholegrad plan --budgets 0.6GiB..64GiB --plot budgets.svg
   wholegrad plan --network mynets:make_unet --loss torch.nn:BCEWithLogitsLoss --target mask"""
 
 
@@ -52,9 +56,16 @@ def add(commands: Commands) -> None:
     add_budget(parser)
     help_text = "store boundaries rounded to this dtype, in half the bytes of float32 (default: as they are)"
     parser.add_argument("--boundary-dtype", choices=NARROW, help=help_text)
+    parser.add_argument("--strategy", default="auto", choices=list(Strategy), help="how activations are held (auto)")
+    help_text = "time against memory of every strategy, e.g. 0.6GiB..64GiB or 1GiB,2GiB, instead of one plan"
+    parser.add_argument("--budgets", metavar="RANGE", help=help_text)
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw that, with --budgets")
+    parser.add_argument("--json", action="store_true", help="print that as JSON, with --budgets")
 
 
 def run(args: argparse.Namespace) -> int:
+    if not args.budgets and (args.plot or args.json):
+        raise ConfigError("--plot" if args.plot else "--json", "is for several budgets", "give --budgets too")
     how = {"mpp": args.mpp, "level": args.level, "region": args.region, "slide_mpp": args.slide_mpp}
     given = next((name for name, value in how.items() if value is not None), None)
     if given and not args.slide:
@@ -65,8 +76,22 @@ def run(args: argparse.Namespace) -> int:
     target = target_of(args.target, (height, width), empty=True)
     try:
         dtype = NARROW.get(args.boundary_dtype)
-        made = wg.plan(model, loss_fn, image, target, budget=args.budget, boundary_dtype=dtype)
+        if args.budgets:
+            return _trade_off(args, trade_off(planner(model, loss_fn, image, target), read_budgets(args.budgets)))
+        options = {"budget": args.budget, "boundary_dtype": dtype, "strategy": args.strategy}
+        made = wg.plan(model, loss_fn, image, target, **options)
     except wg.WholegradError as error:
         raise blaming_target(error, model, image, args.target) from error
     CONSOLE.print(str(made))
     return 0
+
+
+def _trade_off(args: argparse.Namespace, rows: list[Row]) -> int:
+    """Show what came of several budgets."""
+    if args.plot:
+        write_whole(args.plot, drawing(rows).encode())
+    if args.json:
+        print(json.dumps(as_json(rows), indent=1))
+    else:
+        CONSOLE.print(table(rows))
+    return 0 if any(row.fits for row in rows) else 2

@@ -49,6 +49,7 @@ FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {  # flag: the key that it 
     "patience": ("validation.patience", int),
     "budget": ("train.budget", str),
     "boundary_dtype": ("train.boundary_dtype", str),
+    "strategy": ("train.strategy", str),
     "threads": ("train.threads", int),
     "seed": ("train.seed", int),
     "on_error": ("train.on_error", str),

@@ -19,10 +19,9 @@ from wholegrad.commands.common import (
     add_network,
     blaming_target,
     blank,
-    model_and_loss,
     size,
-    target_of,
 )
+from wholegrad.train.made_up import model_and_loss, target_of
 
 TEXT = f"""\
 Run training steps tile by tile and one on the whole image, in float64 and float32, and compare loss, output, buffers

@@ -107,6 +107,7 @@ class Plan:
         on_disk: bytes there at most, boundaries' gradients included.
         boundary_dtype: in which boundaries of a wider dtype are stored; None for the graph's own.
         made_for: what the plan was made for, as the caller saw it; compared before a run.
+        strategy: how activations are held (:mod:`wholegrad.plan.strategies`); a plan of tiles is ``stream``.
     """
 
     graph: Graph
@@ -124,6 +125,7 @@ class Plan:
     on_disk: int = 0
     boundary_dtype: torch.dtype | None = None
     made_for: object = None
+    strategy: str = "stream"
     _grids: dict[int, Grid] = field(default_factory=dict, repr=False)
 
     @property

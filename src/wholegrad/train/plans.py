@@ -14,6 +14,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -137,14 +138,13 @@ class Plans:
             return self.made[key], False
         dtype = NARROW.get(self.train.boundary_dtype or "")
         slide, mask = readers
+        options: dict[str, Any] = {"metrics": METRICS, "boundary_dtype": dtype, "strategy": self.train.strategy}
         try:
-            made = wg.plan(
-                model, loss_fn, slide, mask, budget=self.budget(readers), metrics=METRICS, boundary_dtype=dtype
-            )
+            made = wg.plan(model, loss_fn, slide, mask, budget=self.budget(readers), **options)
         except BudgetError as error:  # tight: without the allowance for growth
             budget = self.conditions.budget
             if self.governor is not None and self.governor.budget < self.governor.most and error.smallest:
                 budget = max(budget, error.smallest)  # as little as will do, under pressure
-            made = wg.plan(model, loss_fn, slide, mask, budget=budget, metrics=METRICS, boundary_dtype=dtype)
+            made = wg.plan(model, loss_fn, slide, mask, budget=budget, **options)
         self.made[key] = made
         return made, True

@@ -151,6 +151,7 @@ class TrainConfig(_Table):
     """Steps or epochs, not both; a step is one slide; ``weights`` are of background and tissue.
 
     ``boundary_dtype`` stores boundaries rounded to it, as :func:`wholegrad.plan` does; left out, as they are.
+    ``strategy`` is how activations are held, as for :func:`wholegrad.plan`.
     ``accumulate`` slides make one update, by the mean of their gradients. ``clip`` is the largest norm of a gradient.
     ``ema`` is the decay of averaged weights, which are then what is evaluated and saved. ``warmup`` counts updates.
     ``on_error`` says whether a slide that cannot be read ends the run or is skipped.
@@ -169,6 +170,7 @@ class TrainConfig(_Table):
     weights: tuple[float, float] = (1.0, 1.0)
     budget: str | int | None = None
     boundary_dtype: Literal["bfloat16", "float16"] | None = None
+    strategy: Literal["auto", "in-core", "recompute", "offload", "stream"] = "auto"
     seed: int = Field(default=0, ge=0)
     threads: int | None = Field(default=None, ge=1)
     checkpoint_minutes: float = Field(default=5.0, ge=0)

@@ -1,0 +1,234 @@
+"""The ways to hold activations, by name: what plans of whole maps are, and what they would take.
+
+==========  ==================================================================================================
+in-core     whole-image autograd of the model as it is: everything that the backward pass needs stays in memory
+recompute   whole maps; only what passes between chunks of the graph is kept, the rest is computed twice
+offload     whole-image autograd; what the backward pass needs waits in a file (of a GPU: in the host's memory)
+stream      tiles (:mod:`wholegrad.plan.planner`)
+auto        whichever of these is predicted to be fastest of those that fit
+==========  ==================================================================================================
+
+Bytes come from a rehearsal (:mod:`wholegrad.run.rehearse`), times from multiply-adds and bytes as in
+:mod:`wholegrad.plan.cost`, but of PyTorch's own kernels on whole maps: those are slow where channels are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+
+import torch
+
+from wholegrad.errors import BudgetError, PlanError, TooLargeError
+from wholegrad.graph.graph import SOURCES, Graph, Kind, Node
+from wholegrad.plan import cost
+from wholegrad.plan.plan import Plan, show_bytes
+from wholegrad.plan.planner import ELEMENT_LIMIT, MARGIN
+
+aten = torch.ops.aten
+
+
+class Strategy(StrEnum):
+    """How activations are held."""
+
+    AUTO = "auto"
+    IN_CORE = "in-core"
+    RECOMPUTE = "recompute"
+    OFFLOAD = "offload"
+    STREAM = "stream"
+
+
+WHOLE = (Strategy.IN_CORE, Strategy.RECOMPUTE, Strategy.OFFLOAD)
+CHUNKS = (
+    0.7,
+    0.5,
+    0.35,
+    0.25,
+    0.18,
+    0.125,
+)  # bytes of the largest chunk, as shares of all; less adds what is kept
+
+# Measured on whole maps in channels_last, with PyTorch's default allocator and all of its threads (docs/explore.md).
+WIDE = 16  # channels from which on a convolution keeps the vector units busy
+SECONDS_PER_MAC = 2.0e-11
+MACS_BACKWARD = 2.2
+SECONDS_PER_BYTE = 5e-10  # of a map that an op makes: fresh pages
+BYTES_BACKWARD = 1.5
+SECONDS_PER_CALL = 2e-5
+SECONDS_PER_MOVED_BYTE = 1.2e-9  # written to the file and read back, through the page cache
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a step on whole maps holds, in bytes.
+
+    Attributes:
+        peak: the most tensors alive at once, inputs included.
+        saved: what is kept from the forward sweep for the backward.
+        moved: of it, what waits elsewhere.
+        largest: elements of the largest tensor, and the op that makes it.
+    """
+
+    peak: int
+    saved: int
+    moved: int
+    largest: int
+    place: str
+
+
+@dataclass(frozen=True, eq=False)
+class WholePlan(Plan):
+    """A plan on whole maps; it has no segments.
+
+    Attributes:
+        footprint: what it holds.
+        chunks: node indices of each chunk that is computed twice (``recompute``).
+        interleaved: whether images lie in memory with their channels last.
+    """
+
+    footprint: Footprint = Footprint(0, 0, 0, 0, "")
+    chunks: tuple[tuple[int, int], ...] = ()
+    interleaved: bool = False
+
+    def __str__(self) -> str:
+        foot = self.footprint
+        shape = " x ".join(map(str, self.image_shape))
+        how = {
+            Strategy.IN_CORE: f"whole-image autograd; {show_bytes(foot.saved)} kept for the backward pass",
+            Strategy.RECOMPUTE: f"whole maps in {len(self.chunks)} chunks; {show_bytes(foot.saved)} kept between them",
+            Strategy.OFFLOAD: f"whole-image autograd; {show_bytes(foot.moved)} kept in a file for the backward pass",
+        }[Strategy(self.strategy)]
+        return "\n".join(
+            [
+                f"{self.strategy}: {how}",
+                "",
+                f"image {shape}; forward work x {self.recompute:.2f}; predicted {self.seconds:.2f} s a step",
+                f"projected peak {show_bytes(self.projected)} (of which reserved {show_bytes(self.reserved)})"
+                + (f" of a budget of {show_bytes(self.budget)}" if self.budget else ""),
+            ]
+        )
+
+
+def check_strategy(name: str) -> Strategy:
+    """The strategy of this name.
+
+    Raises:
+        PlanError: there is none.
+    """
+    try:
+        return Strategy(name)
+    except ValueError as error:
+        known = ", ".join(Strategy)
+        raise PlanError("strategy", f"{name!r} is unknown", f"choose from {known}") from error
+
+
+def check_whole(plan: WholePlan) -> None:
+    """Rules 7 and 8: the plan fits, and no tensor of it reaches 2**31 elements.
+
+    Raises:
+        BudgetError: it does not fit; says the smallest budget that would do.
+        TooLargeError: a tensor is too large, whatever the budget.
+    """
+    foot = plan.footprint
+    shape = " x ".join(map(str, plan.image_shape))
+    if foot.largest >= ELEMENT_LIMIT:
+        raise TooLargeError(
+            f"strategy {plan.strategy}",
+            f"has a tensor of {foot.largest} elements ({foot.place}) at {shape}, and 2**31 are too many; it would "
+            f"need {show_bytes(plan.projected)}",
+            "use strategy stream",
+            plan.projected,
+            plan.seconds,
+        )
+    if plan.budget is not None and plan.projected > plan.budget:
+        smallest = plan.projected + MARGIN
+        raise BudgetError(
+            f"budget {show_bytes(plan.budget)}",
+            f"too small for strategy {plan.strategy} on an image of {shape}",
+            f"the smallest that would do is {show_bytes(smallest)} ({smallest} bytes), or use strategy stream",
+            smallest,
+        )
+
+
+# Time.
+
+
+def whole_seconds(graph: Graph, threads: int) -> tuple[float, float]:
+    """Predicted seconds of the forward and of the backward sweep by whole-image autograd."""
+    macs = cost.pixel_macs(graph)
+    ahead = back = 0.0
+    for node, each in zip(graph.nodes, macs, strict=True):
+        if node.kind in SOURCES:
+            continue
+        work = each * node.outputs[0].rows * node.outputs[0].cols * SECONDS_PER_MAC * _thinness(graph, node) / threads
+        made = made_bytes(node) * SECONDS_PER_BYTE
+        ahead += work + made + SECONDS_PER_CALL
+        if node.needs_grad:
+            back += work * MACS_BACKWARD + made * BYTES_BACKWARD + 2 * SECONDS_PER_CALL
+    return ahead, back
+
+
+def _thinness(graph: Graph, node: Node) -> float:
+    """How many times longer a multiply-add takes for want of channels."""
+    if node.op is not aten.convolution.default:
+        return 1.0
+    weight = graph.spec(node.operands[1]).shape
+    return max(1.0, WIDE / min(weight[:2]))
+
+
+def made_bytes(node: Node) -> int:
+    """Bytes of what a node makes; none for views."""
+    schema = getattr(node.op, "_schema", None)
+    if schema is not None and any(found.alias_info is not None for found in schema.returns):
+        return 0
+    return 0 if node.kind is Kind.SPREAD else sum(spec.nbytes for spec in node.outputs)
+
+
+# Chunks.
+
+
+def cut_into_chunks(graph: Graph, most: float) -> tuple[tuple[int, int], ...]:
+    """Chunks ``(first, last + 1)`` of nodes, each making at most ``most`` bytes, that pass on the fewest bytes.
+
+    What a chunk passes on are the values that later chunks read. The sum of it is least by dynamic programming over
+    the places where the graph may be cut: after a node that makes something.
+    """
+    count = len(graph.nodes)
+    size = [0 if node.kind in SOURCES else made_bytes(node) for node in graph.nodes]
+    last = [max(graph.consumers(i), default=i) for i in range(count)]
+    places = [0, *(i + 1 for i in range(count - 1) if size[i]), count]
+    best: list[tuple[float, int]] = [(0.0, 0)]  # bytes passed on before a place, and the place before it
+    for j in range(1, len(places)):
+        found: list[tuple[float, int]] = []
+        made = passed = 0
+        for i in range(j - 1, -1, -1):
+            inside = range(places[i], places[i + 1])
+            made += sum(size[k] for k in inside)
+            passed += sum(size[k] for k in inside if last[k] >= places[j])
+            if made > most and found:
+                break
+            found.append((best[i][0] + passed, i))
+        best.append(min(found, key=lambda each: (each[0], each[1])))
+    cuts = [len(places) - 1]
+    while cuts[-1]:
+        cuts.append(best[cuts[-1]][1])
+    edges = [places[i] for i in reversed(cuts)]
+    return tuple(pairwise(edges))
+
+
+def choices_of_chunks(graph: Graph) -> list[tuple[tuple[int, int], ...]]:
+    """Ways to cut the graph, from the fewest chunks to the most."""
+    total = sum(made_bytes(node) for node in graph.nodes if node.kind not in SOURCES)
+    return list(dict.fromkeys(cut_into_chunks(graph, total * share) for share in CHUNKS))
+
+
+def recomputed(graph: Graph, chunks: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """Forward work over that of one forward run, and the share of the forward sweep that runs twice."""
+    macs = cost.pixel_macs(graph)
+    each = [m * node.outputs[0].rows * node.outputs[0].cols for m, node in zip(macs, graph.nodes, strict=True)]
+    weight = [w + made_bytes(node) * (node.kind not in SOURCES) for w, node in zip(each, graph.nodes, strict=True)]
+    first = chunks[-1][0] if chunks else 0
+    twice = sum(each[:first]) / max(sum(each), 1.0)
+    return 1 + twice, sum(weight[:first]) / max(sum(weight), 1.0)

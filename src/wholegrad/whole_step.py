@@ -1,0 +1,197 @@
+"""Plan and run one step on whole maps: strategies ``in-core``, ``recompute`` and ``offload``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from wholegrad import clock
+from wholegrad.errors import BudgetError, PlanError
+from wholegrad.given import Given
+from wholegrad.graph.graph import Graph
+from wholegrad.plan import memory, strategies
+from wholegrad.plan.planner import Request
+from wholegrad.plan.strategies import (
+    WHOLE,
+    Footprint,
+    Strategy,
+    WholePlan,
+    check_whole,
+    choices_of_chunks,
+    recomputed,
+    whole_seconds,
+)
+from wholegrad.run import process
+from wholegrad.run.executor import Progress, ProgressFn
+from wholegrad.run.offload import Spill
+from wholegrad.run.recompute import Recompute
+from wholegrad.run.rehearse import rehearse_chunks, rehearse_whole
+from wholegrad.run.spill_file import check_space, spill_folder
+from wholegrad.run.whole_image import Outcome, Parts, StandIns, copied, whole_step
+
+aten = torch.ops.aten
+FASTER = 0.8  # of the tiles' predicted time that a step on whole maps must take for "auto" to choose it
+SCRATCH = 1.1  # of the bytes that a rehearsal counts: what kernels take for themselves
+UNFOLDED = 1.4  # the same in float64, where convolutions unfold their input
+HEAP = 256 << 20  # bytes that the heap may hold in pieces: blocks of up to 32 MiB come from it, larger ones do not
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a step is asked for: the user's parts, its inputs, its graph, and all parameters and buffers."""
+
+    parts: Parts
+    inputs: Given
+    graph: Graph
+    tensors: Mapping[str, torch.Tensor]
+
+
+def fastest_whole(job: Job, request: Request, than: float) -> WholePlan | None:
+    """The plan on whole maps that is predicted to take at most ``FASTER`` of ``than`` seconds, if one fits."""
+    ahead, back = whole_seconds(job.graph, request.workers)
+    if ahead + back > FASTER * than:
+        return None
+    for strategy in (Strategy.IN_CORE, Strategy.RECOMPUTE):
+        try:
+            made = plan_whole(job, strategy, request)
+        except (BudgetError, PlanError):
+            continue
+        if made.seconds <= FASTER * than:
+            return made
+    return None
+
+
+def plan_whole(job: Job, strategy: Strategy, request: Request) -> WholePlan:
+    """The plan of this strategy; of chunks, those that need the least memory.
+
+    Raises:
+        BudgetError: it does not fit; carries the smallest budget that would do.
+        PlanError: it cannot run, whatever the budget.
+    """
+    made = planned(job, strategy, request)
+    check_whole(made)
+    return made
+
+
+def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
+    """The same plan whether or not it fits or can run."""
+    assert strategy in WHOLE
+    graph, threads = job.graph, request.workers
+    interleaved = _may_interleave(graph)
+    ahead, back = whole_seconds(graph, threads)
+
+    def made(foot: Footprint, seconds: float, work: float, chunks: tuple[tuple[int, int], ...] = ()) -> WholePlan:
+        scratch = UNFOLDED if _double(graph) else SCRATCH
+        needed = int(foot.peak * scratch) + min(foot.peak, HEAP) + 2 * sum(t.nbytes for t in job.tensors.values())
+        return WholePlan(
+            graph=graph,
+            segments=(),
+            placements={},
+            budget=request.budget,
+            reserved=request.reserved,
+            projected=request.reserved + needed,
+            whole_image=memory.whole_image(graph),
+            recompute=work,
+            seconds=seconds,
+            backward=True,
+            workers=threads,
+            spill_dir=request.spill_dir,
+            strategy=strategy,
+            footprint=foot,
+            chunks=chunks,
+            interleaved=interleaved,
+        )
+
+    if strategy is not Strategy.RECOMPUTE:
+        away = strategy is Strategy.OFFLOAD
+        rehearsal = partial(rehearse_whole, job.parts, job.tensors, job.inputs.inputs, away, interleaved)
+        foot = _counted(graph, away, rehearsal)
+        moving = foot.moved * strategies.SECONDS_PER_MOVED_BYTE
+        return made(foot, ahead + back + moving, 1.0)
+    found = []
+    for chunks in choices_of_chunks(graph):
+        work, twice = recomputed(graph, chunks)
+        foot = _counted(
+            graph, False, partial(rehearse_chunks, graph, chunks, job.tensors, job.inputs.inputs, interleaved)
+        )
+        found.append(made(foot, ahead * (1 + twice) + back, work, chunks))
+    return min(found, key=lambda plan: plan.projected)
+
+
+def _counted(graph: Graph, away: bool, rehearsal: Callable[[], Footprint]) -> Footprint:
+    """What a rehearsal counts; where code cannot run without memory, what the graph's maps take."""
+    try:
+        return rehearsal()
+    except Exception:  # whatever the user's code, or an op of it, raises on tensors without values
+        whole = memory.whole_image(graph)
+        largest = max(graph.nodes, key=lambda node: max(spec.numel for spec in node.outputs))
+        elements = max(spec.numel for spec in largest.outputs)
+        return Footprint(whole, whole, whole if away else 0, elements, largest.place)
+
+
+def _double(graph: Graph) -> bool:
+    return any(node.needs_grad and node.outputs[0].dtype == torch.float64 for node in graph.nodes)
+
+
+def _may_interleave(graph: Graph) -> bool:
+    """Whether images may have their channels last, which is faster: not where code views maps as rows of numbers."""
+    return not any(node.op in _VIEWS and graph.spec(node.operands[0]).is_map for node in graph.nodes)
+
+
+def run_whole(made: WholePlan, job: Job, seed: int, progress: ProgressFn | None) -> Outcome:
+    """One step of the plan."""
+    total = max(2 * len(made.chunks) - 1, 1)
+    done = [0]
+
+    def tick(sweep: str) -> None:
+        done[0] += 1
+        if progress is not None:
+            progress(Progress(sweep, done[0], total))
+
+    with clock.span("between ops", "whole maps"):
+        if made.strategy == Strategy.RECOMPUTE:
+            with torch.autocast("cpu", enabled=False):
+                outcome = _in_chunks(made, job, seed, tick)
+        else:
+            outcome = _in_one(made, job, seed)
+            tick("backward")
+    process.mark_run()
+    return outcome
+
+
+def _images(made: WholePlan, job: Job) -> list[torch.Tensor]:
+    """Images and targets whole, in the order of the inputs."""
+    found = []
+    for each in job.inputs.inputs.tensors:
+        if each.name not in job.inputs.sources:
+            found.append(job.inputs.values[each.name])
+            continue
+        whole = job.inputs.sources[each.name].whole()
+        interleave = made.interleaved and each.name.startswith("image")
+        found.append(whole if interleave else whole.contiguous())
+    return found
+
+
+def _in_chunks(made: WholePlan, job: Job, seed: int, tick: Callable[[str], None]) -> Outcome:
+    names = [each.name for each in job.inputs.inputs.tensors]
+    values = dict(zip(names, _images(made, job), strict=True))
+    return Recompute(job.graph, made.chunks, {**job.tensors, **values}, seed, tick).step()
+
+
+def _in_one(made: WholePlan, job: Job, seed: int) -> Outcome:
+    leaves = StandIns(job.parts, job.tensors, copied)
+    given = job.inputs.inputs.nested(_images(made, job))
+    numbers = seed if job.graph.random else None
+    if made.strategy != Strategy.OFFLOAD:
+        return whole_step(job.parts, leaves, given, numbers)
+    if made.footprint.moved:
+        check_space(made.footprint.moved, spill_folder(made.spill_dir))
+    spill = Spill(made.spill_dir, tuple(leaves.named.values()))
+    try:
+        return whole_step(job.parts, leaves, given, numbers, spill.saving())
+    finally:
+        spill.close()
