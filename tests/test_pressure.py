@@ -14,7 +14,7 @@ import wholegrad as wg
 from wholegrad.errors import BudgetError
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
-from wholegrad.run import pressure
+from wholegrad.run import pressure, process
 from wholegrad.run.budget import Automatic
 from wholegrad.run.pressure import PATIENCE, STEP, Governor, Look
 from wholegrad.train.config import load_config
@@ -212,3 +212,16 @@ def test_a_step_that_is_squeezed_is_given_up_and_taken_again(
     assert len(given_up) > 6
     losses = [[line["loss"] for line in each if line["kind"] == "step"] for each in (calm, log)]
     assert losses[0] == losses[1], "nothing of the step that was given up is left"
+
+
+def test_free_memory_goes_back_near_the_projected_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, released = iter([GIB // 2, GIB, GIB]), []
+    monkeypatch.setattr("wholegrad.run.process.resident", lambda: next(sizes))
+    monkeypatch.setattr("wholegrad.run.process.release_memory", lambda: released.append(1))
+    monkeypatch.setattr("wholegrad.run.process.LOOK_EVERY", 0.0)
+    ceiling = process.Ceiling(GIB + MIB)
+    ceiling.look()
+    assert not released
+    for _ in range(3):  # looked at once, then not for a while
+        ceiling.look()
+    assert released == [1]

@@ -25,6 +25,7 @@ class Parts:
         whole: small values held whole and their gradients, those of dense regions among them.
         boundaries: boundaries in host memory.
         gradients: their gradients.
+        spill: what boundaries on disk take in memory: blocks on their way.
         tiles: working sets of the tiles that run side by side, and rows of tiles that wait to be written.
         allocator: what the heap keeps in pieces that nobody can use, and libraries' copies.
     """
@@ -36,6 +37,7 @@ class Parts:
     whole: int
     boundaries: int
     gradients: int
+    spill: int
     tiles: int
     allocator: int
 
@@ -55,6 +57,7 @@ def parts(
     reserved: int,
     moments: Sequence[tuple[int, int, int, float]],
     segments: int,
+    spill: int = 0,
 ) -> Parts:
     """The parts at the moment when they are most.
 
@@ -62,6 +65,7 @@ def parts(
         reserved: bytes taken whatever the plan.
         moments: for each segment and sweep, bytes of boundaries, of their gradients, of tiles, and the slack in these.
         segments: how many there are.
+        spill: what boundaries on disk take in memory.
     """
     held = reserved if isinstance(reserved, memory.Reserved) else memory.Reserved(reserved)
     boundaries, gradients, working, slack = max(moments, key=lambda each: sum(each[:3]), default=(0, 0, 0, 1.0))
@@ -74,6 +78,7 @@ def parts(
         memory.held_whole(graph),
         boundaries,
         gradients,
+        spill,
         tiles,
         working - tiles + memory.leftover(segments),
     )

@@ -13,6 +13,7 @@ from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.segment import Segment
 from wholegrad.plan.memory import Working, held_whole, kept
 from wholegrad.plan.parts import Parts, parts
+from wholegrad.plan.spill import spill_bytes
 from wholegrad.plan.storage import dtype_name, stored_bytes, stored_dtype
 from wholegrad.plan.tiles import Grid, grid
 
@@ -162,7 +163,9 @@ class Plan:
                 moments.append((now.forward, 0, part.working.forward, part.working.slack))
             if self.backward:
                 moments.append((now.backward, now.gradients, part.working.backward, part.working.slack))
-        return parts(self.graph, self.reserved, moments, len(cut))
+        spilled = [ref for ref, place in self.placements.items() if place is Placement.DISK]
+        spill = spill_bytes(self.graph, spilled, self.boundary_dtype, self.workers)
+        return parts(self.graph, self.reserved, moments, len(cut), spill)
 
     def grid(self, index: int) -> Grid:
         """The tiles of segment ``index``."""

@@ -12,7 +12,6 @@ tile runs forward and backward once, in the backward sweep.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,8 +53,6 @@ class Progress:
     total: int
 
 
-LOOK_EVERY, RELEASE_EVERY = 0.02, 0.5  # seconds between looks at this process's size, and after one that helped
-NEAR = 24 << 20  # bytes below the projected peak from which on free memory is given back
 Result = TypeVar("Result")
 ProgressFn = Callable[[Progress], None]
 
@@ -102,7 +99,7 @@ class Executor:
         self.map_grads: dict[Ref, MapStore] = {}
         self.totals: dict[int, State] = {}
         self.level = levels(plan)
-        self.done, self._next_look = 0, 0.0
+        self.done, self.ceiling = 0, process.Ceiling(plan.projected)
         self.total = self._count_tiles()
         self.spill = spill_of(plan)
 
@@ -121,7 +118,7 @@ class Executor:
 
     def _tick(self, phase: str) -> None:
         self.done += 1
-        self._stay_below()
+        self.ceiling.look()
         if self.progress is not None:
             self.progress(Progress(phase, self.done, self.total))
 
@@ -210,15 +207,6 @@ class Executor:
             process.release_memory()
         if process.resident() + self.blocks.missing(sizes) > room:
             self.blocks.clear()
-
-    def _stay_below(self) -> None:
-        """Return free memory to the system, now and then, where the heap comes apart into ever more pieces (rule 7)."""
-        now = time.monotonic()
-        if now >= self._next_look:
-            near = process.resident() > self.plan.projected - NEAR
-            if near:
-                process.release_memory()
-            self._next_look = now + (RELEASE_EVERY if near else LOOK_EVERY)
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
         if overflows(value, self.maps[ref].dtype):

@@ -10,6 +10,7 @@ import ctypes
 import re
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _WHILE_RUNNING = {_M_MMAP_THRESHOLD: 1 << 25, _M_TRIM_THRESHOLD: 1 << 30, _M_TOP_PAD: 1 << 26}  # glibc takes no more
 _GLIBC_DEFAULTS = {_M_MMAP_THRESHOLD: 1 << 17, _M_TRIM_THRESHOLD: 1 << 17, _M_TOP_PAD: 1 << 17}
 
+
+LOOK_EVERY, RELEASE_EVERY = 0.02, 0.5  # seconds between looks at this process's size, and after one that helped
+NEAR = 24 << 20  # bytes below a projected peak from which on free memory is given back
 
 _has_run = False
 
@@ -94,3 +98,25 @@ def release_memory() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+class Ceiling:
+    """Returns free memory to the system, now and then, where the heap comes apart into ever more pieces (rule 7).
+
+    Args:
+        peak: bytes below which this process should stay.
+    """
+
+    def __init__(self, peak: int) -> None:
+        self.peak = peak
+        self._next = 0.0
+
+    def look(self) -> None:
+        """Look at this process's size, if the last time is a while ago."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        near = resident() > self.peak - NEAR
+        if near:
+            release_memory()
+        self._next = now + (RELEASE_EVERY if near else LOOK_EVERY)
