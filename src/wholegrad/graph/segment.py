@@ -112,7 +112,7 @@ class Cutter:
         for ref in sorted(boundaries):
             kept.setdefault(ref.node, []).append(ref)
         groups: dict[int, tuple[list[Ref], list[int]]] = {}
-        made = {**{i: False for i in kept}, **{i: True for i, sums, _ in self._steps if sums and i not in kept}}
+        made = {**dict.fromkeys(kept, False), **{i: True for i, sums, _ in self._steps if sums and i not in kept}}
         for index in sorted(made):
             outputs, reductions = groups.setdefault(available[index], ([], []))
             if made[index]:

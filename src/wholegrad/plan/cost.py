@@ -3,7 +3,8 @@
 With ``A_i`` the pixels of node ``i`` summed over all tiles (rows times columns, halos counted each time), a segment's
 
     forward  = sum_i A_i (macs_i f_i + made_i m_i) + reading + calls
-    backward = the same again, less what is recalled, + sum_i A_i (macs_i (x_i + w_i) + made_i m_i b) + reading's gradients
+    backward = that again, less what is recalled, + sum_i A_i (macs_i (x_i + w_i) + made_i m_i b) + boundaries'
+             + tiles x parameters
 
 ``macs_i`` are multiply-adds of a pixel, ``f``, ``x`` and ``w`` the rates of the forward run and of the gradients of
 input and weight (where they are wanted at all), ``made_i`` bytes of a pixel that an op makes, at the rate ``m`` of

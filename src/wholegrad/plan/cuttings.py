@@ -1,4 +1,4 @@
-"""One set of boundaries: the segments that it makes, where its boundaries may live, and what is held while each runs."""
+"""One set of boundaries: the segments that it makes, where boundaries may live, and what is held while each runs."""
 
 from __future__ import annotations
 

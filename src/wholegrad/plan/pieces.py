@@ -1,7 +1,7 @@
 """What each segment costs with each tile, looked at once however many sets of boundaries and budgets share it.
 
-Seconds come from a few tiles of each grid (its ends and one between). So does memory at first: an estimate that is never
-more than what all tiles need, and that gives way to the latter (:meth:`Piece.settle`) where a plan is about to use it.
+Seconds come from a few tiles of each grid (its ends and one between). So does memory at first: an estimate that is
+never more than what all tiles need, and that gives way to the latter where a plan is about to use it (`settle`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from wholegrad.graph.segment import Segment
 from wholegrad.plan import cost, memory
 from wholegrad.plan.plan import SegmentPlan
 from wholegrad.plan.rates import Rates
-from wholegrad.plan.tiles import AxisTiles, Grid, axis_tiles
+from wholegrad.plan.tiles import AxisTiles, Grid, axis_tiles, grid
 
 ELEMENT_LIMIT = 2**31  # rule 8
 HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -120,23 +120,20 @@ class Piece:
     def settle(self, tile: Tile) -> None:
         """Look at every tile of a grid, for :meth:`working`."""
         if tile not in self._exact:
-            whole = [
-                axis_tiles(self.graph, self.segment, role, edge)
-                for role, edge in zip((Role.ROW, Role.COL), tile, strict=True)
-            ]
-            self._exact[tile] = Grid(*whole)
-            self._working[tile] = self._weigh(*whole)
+            found = grid(self.graph, self.segment, tile)
+            self._exact[tile] = found
+            self._working[tile] = self._weigh(found.rows, found.cols)
 
     def planned(self, option: Option) -> tuple[SegmentPlan, Grid]:
         """The segment with this tile, every tile looked at."""
         self.settle(option.tile)
-        grid = self._exact[option.tile]
-        ahead = cost.forward_macs(self.macs, self.segment, grid.rows, grid.cols)
-        again = cost.again_macs(self.graph, self.macs, self.segment, grid.rows, grid.cols)
+        found = self._exact[option.tile]
+        ahead = cost.forward_macs(self.macs, self.segment, found.rows, found.cols)
+        again = cost.again_macs(self.graph, self.macs, self.segment, found.rows, found.cols)
         part = SegmentPlan(
             segment=self.segment,
             tile=option.tile,
-            tiles=len(grid),
+            tiles=len(found),
             fused=self.fused,
             working=self.working(option.tile),
             forward_macs=ahead,
@@ -144,7 +141,7 @@ class Piece:
             seconds=option.forward,
             backward_seconds=option.backward,
         )
-        return part, grid
+        return part, found
 
     def _axis(self, role: Role, edge: int) -> AxisTiles:
         key = (role, edge)

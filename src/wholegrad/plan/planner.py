@@ -1,7 +1,7 @@
 """Choose boundaries, tiles and placements: the least predicted time whose projected peak fits the budget.
 
-:mod:`wholegrad.plan.search` finds sets of boundaries that are worth looking at, the same whatever the budget except that a
-larger one has more of them. Of these sets, some placements of each (:meth:`Cutting.ways`) and every tile, the fastest
+:mod:`wholegrad.plan.search` finds sets of boundaries that are worth looking at, the same whatever the budget except that
+a larger one has more of them. Of these sets, some placements of each (:meth:`Cutting.ways`) and every tile, the fastest
 that fits is the plan. So a larger budget never makes a plan that is predicted to be slower.
 """
 
@@ -17,11 +17,14 @@ import torch
 from wholegrad.errors import BudgetError, PlanError
 from wholegrad.graph.graph import Graph, Kind, Node, Ref
 from wholegrad.plan import cost, memory
+from wholegrad.plan.check import check_elements
 from wholegrad.plan.cuttings import Choice, Cutting, Cuttings
-from wholegrad.plan.pieces import ELEMENT_LIMIT, Terms
+from wholegrad.plan.pieces import Terms
 from wholegrad.plan.plan import Placement, Plan, show_bytes
 from wholegrad.plan.rates import BUILT_IN, Rates
 from wholegrad.plan.search import NEVER, Search
+
+__all__ = ["Planner", "Request", "check_elements", "make_plan"]
 
 MARGIN = 16 << 20  # added to the smallest budget that is reported
 
@@ -131,7 +134,7 @@ class Planner:
         )
 
     def smallest(self) -> int:
-        """The least budget that would do, and a little more, since a process may come to hold more until it is tried."""
+        """The least budget that would do, and a little more: a process may come to hold more until it is tried."""
         sets = [*self.search.starts, *self.search.singles]
         found = [cutting.smallest() for boundaries in sets for cutting in self.cuttings.of(boundaries)]
         return self.request.reserved + self.always + min(found) + MARGIN
@@ -182,19 +185,3 @@ class Planner:
             boundary_dtype=request.boundary_dtype,
             _grids={k: grid for k, (_, grid) in enumerate(made)},
         )
-
-
-def check_elements(plan: Plan) -> None:
-    """Rule 8: no tile's tensor reaches 2**31 elements.
-
-    Raises:
-        PlanError: one would; names the node.
-    """
-    for i, part in enumerate(plan.segments):
-        tiles = plan.grid(i)
-        for index in (*part.segment.nodes, *(ref.node for ref in part.segment.maps)):
-            area = tiles.rows.largest.get(index, 0) * tiles.cols.largest.get(index, 0)
-            spec = plan.graph.nodes[index].outputs[0]
-            if area * (spec.pixel_bytes // spec.dtype.itemsize) >= ELEMENT_LIMIT:
-                place = plan.graph.nodes[index].place
-                raise PlanError(place, f"a tile of {part.tile} needs 2**31 elements or more", "choose a smaller tile")
