@@ -23,8 +23,9 @@ from wholegrad.plan import memory
 from wholegrad.plan.boundaries import storable
 from wholegrad.plan.plan import Placement, Plan, Room, parse_bytes
 from wholegrad.plan.planner import Request, check_elements, make_plan
+from wholegrad.plan.rates import Rates
 from wholegrad.plan.storage import NARROW
-from wholegrad.run import process
+from wholegrad.run import calibrate, process
 from wholegrad.run.blocks import drop_blocks
 from wholegrad.run.executor import Executor, ProgressFn
 from wholegrad.run.sink import Sink
@@ -68,13 +69,14 @@ def _request(
     budget: str | int | None,
     backward: bool,
     sinks: tuple[Ref, ...] = (),
+    rates: Rates | None = None,
 ) -> Request:
     drop_blocks()
     still_to_load = memory.LIBRARIES // (4 if process.has_run() else 1)
     reserved = process.resident() + still_to_load + inputs.cache_bytes
     raw = raw_images(graph, inputs.sources)
     limit = reserved + budget if isinstance(budget, Room) else budget_bytes(budget)
-    return Request(limit, reserved, backward, default_workers(), sinks, raw=raw)
+    return Request(limit, reserved, backward, default_workers(), sinks, raw=raw, rates=rates or calibrate.rates())
 
 
 def _check_tile(tile: Any) -> None:
@@ -128,6 +130,7 @@ def plan(
     placement: str | None = None,
     spill_dir: str | Path | None = None,
     boundary_dtype: torch.dtype | None = None,
+    rates: Rates | None = None,
 ) -> Plan:
     """Plan one training step; nothing is read or run.
 
@@ -146,6 +149,7 @@ def plan(
         boundary_dtype: ``torch.bfloat16`` or ``torch.float16`` to store wider boundaries rounded, in fewer bytes.
             Off by default. Gradients are then those of a model that rounds these maps, with one for the rounding's
             own gradient. Arithmetic and boundaries' gradients keep their dtype.
+        rates: of the machine, for predicted times; default what ``wholegrad plan --calibrate`` kept, else built in.
 
     Raises:
         ShapeError: image and target do not fit together.
@@ -157,7 +161,7 @@ def plan(
     inputs = given(image, target, model_dtype(model))
     graph = _capture(model, loss_fn, inputs, metrics)
     request = replace(
-        _request(graph, inputs, budget, loss_fn is not None),
+        _request(graph, inputs, budget, loss_fn is not None, rates=rates),
         tile=None if tile is None else (tile[0], tile[1]),
         boundaries=_boundary_refs(graph, boundaries),
         placement=_placement(placement),
@@ -219,12 +223,7 @@ def _signature(model: nn.Module, loss_fn: Any, inputs: Given, metrics: Mapping[s
     )
 
 
-def _capture(
-    model: nn.Module,
-    loss_fn: LossFn | None,
-    inputs: Given,
-    metrics: Mapping[str, Callable[..., torch.Tensor]] | None,
-) -> Graph:
+def _capture(model: nn.Module, loss_fn: LossFn | None, inputs: Given, metrics: Mapping[str, Any] | None) -> Graph:
     def make() -> Graph:
         try:
             return capture(model, loss_fn, inputs.inputs, metrics=metrics)
@@ -389,18 +388,19 @@ def measure(
     metrics: Mapping[str, Callable[..., torch.Tensor]],
     budget: str | int | None = None,
     progress: ProgressFn | None = None,
+    rates: Rates | None = None,
 ) -> dict[str, torch.Tensor]:
     """Metrics of one image, forward only.
 
     Args:
-        metrics: functions ``fn(output, target)`` to a small tensor.
+        metrics: functions ``fn(output, target)`` to a small tensor; ``rates`` as for :func:`plan`.
 
     Returns:
         Their values by name, floating-point ones in float64.
     """
     inputs = given(image, target, model_dtype(model))
     graph = _capture(model, _no_loss, inputs, metrics)
-    made = make_plan(graph, _request(graph, inputs, budget, False))
+    made = make_plan(graph, _request(graph, inputs, budget, False, rates=rates))
     check_elements(made)
     tensors = joint_tensors(model, None, metrics)
     executor = _executor(made, tensors, inputs, progress=progress)

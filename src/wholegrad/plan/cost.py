@@ -27,6 +27,7 @@ from wholegrad.graph.segment import Segment
 from wholegrad.plan.rates import Rates
 from wholegrad.plan.tiles import AxisTiles
 
+ADDED, READ = 1.7, 0.7  # of what writing takes: adding to a boundary's gradient, and reading that
 LARGE = 1 << 25  # bytes of a tensor from which on glibc takes fresh pages for each
 
 Table = npt.NDArray[np.float64]
@@ -83,10 +84,16 @@ class Bill:
         for index in how.nodes:
             for i in how.runs(index):
                 self._multiply(i, i in recalled)
-        for index in (*how.nodes, *summed):
+        for index in how.nodes:
             self._make(index)
-        self._move(recalled)
+        for index in summed:
+            size, at = graph.nodes[index].outputs[0].pixel_bytes, self.place[index]
+            self.forward[at] += rates.summed * size
+            self.backward[at] += (rates.summed + rates.backward * rates.made) * size
+        self._move()
         self.each = len(how.nodes) + len(segment.maps) + len(segment.reductions)
+        owned = [graph.nodes[ref.node] for ref in segment.smalls]
+        self.merging = rates.parameter * sum(node.outputs[0].numel for node in owned if node.needs_grad)
 
     def _multiply(self, i: int, recalled: bool) -> None:
         if not self.macs[i]:
@@ -107,7 +114,7 @@ class Bill:
         return self.rates.convolution(min(weight[:2]), i in self.how.convolutions)
 
     def _make(self, index: int) -> None:
-        """Writing every map that is made or summed."""
+        """Writing a map."""
         size, at = self.how.pixel_bytes(self.graph, index), self.place[index]
         own = index in self.how.convolutions or index in self.how.chains
         rate = self.rates.passed if own else self.rates.made
@@ -117,7 +124,7 @@ class Bill:
         self.fresh_forward[at] += self.rates.fresh * size
         self.fresh_backward[at] += self.rates.fresh * size * (1 + self.rates.backward)
 
-    def _move(self, recalled: set[int]) -> None:
+    def _move(self) -> None:
         """Reading images, targets and boundaries, writing boundaries, and the same of boundaries' gradients."""
         graph, rates = self.graph, self.rates
         for ref in self.segment.maps:
@@ -132,24 +139,24 @@ class Bill:
                 self.fresh_forward[at] += size * rates.fresh
                 self.fresh_backward[at] += size * rates.fresh
             else:
-                self.forward[at] += pixel * rates.stored
-                self.backward[at] += pixel * rates.stored * (2.5 if node.needs_grad else 1)
+                self.backward[at] += pixel * rates.stored * ADDED * node.needs_grad
         for ref in self.segment.outputs:
             spec, at = graph.spec(ref), self.place[ref.node]
             self.forward[at] += spec.pixel_bytes * rates.stored
-            self.backward[at] += spec.pixel_bytes * rates.stored * (2 if ref.node in recalled else 1)
+            self.backward[at] += spec.pixel_bytes * rates.stored * READ
 
     def seconds(self, rows: Sequence[AxisTiles], cols: Sequence[AxisTiles]) -> Seconds:
         """Of all tiles, for each of these heights with each of these widths."""
         high, wide = ([[t.total.get(i, 0.0) for t in tiles] for i in self.nodes] for tiles in (rows, cols))
         down, across = np.array(high), np.array(wide)  # (nodes, heights), (nodes, widths)
-        count = np.outer([t.count for t in rows], [t.count for t in cols]) * self.each * self.rates.call
+        tiles = np.outer([t.count for t in rows], [t.count for t in cols])
+        count = tiles * self.each * self.rates.call
         lines = np.outer(self.rows @ down, [t.count for t in cols])
         large_high, large_wide = (
             np.array([[t.largest.get(i, 0) for t in tiles] for i in self.nodes], np.float64) for tiles in (rows, cols)
         )
         ahead = down.T @ (self.forward[:, None] * across) + count + lines
-        back = down.T @ (self.backward[:, None] * across) + 3 * count + lines
+        back = down.T @ (self.backward[:, None] * across) + 3 * count + lines + tiles * self.merging
         biggest = large_high.max(1) * large_wide.max(1) * self.pixel
         for k in np.flatnonzero(biggest >= LARGE):
             fresh = np.outer(large_high[k], large_wide[k]) * self.pixel[k] >= LARGE

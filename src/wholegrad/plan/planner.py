@@ -1,7 +1,7 @@
 """Choose boundaries, tiles and placements: the least predicted time whose projected peak fits the budget.
 
-:mod:`wholegrad.plan.search` finds sets of boundaries that are worth looking at, the same whatever the budget except that
-a larger one has more of them. Of these sets, some placements of each (:meth:`Cutting.ways`) and every tile, the fastest
+:mod:`wholegrad.plan.search` finds sets of boundaries worth looking at, the same whatever the budget, but more of them
+for a larger one. Of these sets, some placements of each (:meth:`Cutting.ways`) and every tile, the fastest
 that fits is the plan. So a larger budget never makes a plan that is predicted to be slower.
 """
 

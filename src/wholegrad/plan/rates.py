@@ -26,28 +26,42 @@ class Rates:
         product: of a multiply-add of a matrix product.
         made: of a byte that PyTorch's op makes, its input read.
         passed: of a byte that a pass of the project's own kernels makes.
-        backward: how many times that again a byte costs to pull back: of either.
+        summed: of a byte that PyTorch's op sums (a norm's statistics).
+        backward: how many times that again a byte that is made costs to pull back.
         fresh: what a byte costs more in memory that the system hands over anew.
-        stored: of a byte of a boundary, written to host memory or read from there.
+        stored: of a byte of a boundary that is written to host memory; its gradient is added to and read.
         disk: what a byte of a boundary costs more on disk, written and read through the page cache.
         pixels: of a byte of an image or target that is read.
         row: of a row of one channel of a tile that is read.
         call: of an op on a tile, whatever its size.
+        parameter: of an element of a parameter for each tile that adds to its gradient.
     """
 
-    wide: tuple[tuple[float, float, float], ...] = ((4e-10, 4e-10, 8e-10), (6e-11, 6e-11, 8e-11), (3e-11, 3e-11, 4e-11),
-        (1.8e-11, 1.8e-11, 2.2e-11), (1.8e-11, 1.8e-11, 2e-11), (1.8e-11, 1.8e-11, 2e-11))  # fmt: skip
-    thin: tuple[tuple[float, float, float], ...] = ((2.7e-11, 3e-11, 3e-11),) * len(FEW)
-    product: float = 2e-11
-    made: float = 1.5e-10
+    wide: tuple[tuple[float, float, float], ...] = (
+        (9e-11, 1.05e-10, 1.5e-10),
+        (2.2e-11, 4.3e-11, 3.3e-11),
+        (2.3e-11, 2.35e-11, 3.1e-11),
+        (2e-11, 2e-11, 2.5e-11),
+        (1.8e-11, 1.8e-11, 2.15e-11),
+        (1.8e-11, 1.8e-11, 2.2e-11),
+    )
+    thin: tuple[tuple[float, float, float], ...] = (
+        (5e-11, 5.5e-11, 4.6e-11),
+        (3.5e-11, 3.5e-11, 3.9e-11),
+        (2.2e-11, 2.2e-11, 2.6e-11),
+    )
+    product: float = 2.2e-11
+    made: float = 5e-10
     passed: float = 1e-10
+    summed: float = 1e-10
     backward: float = 2.5
-    fresh: float = 1e-9
-    stored: float = 1.5e-10
+    fresh: float = 8e-10
+    stored: float = 1.2e-10
     disk: float = 5e-10
-    pixels: float = 1.5e-10
-    row: float = 8e-7
+    pixels: float = 6e-11
+    row: float = 1.2e-6
     call: float = 3e-5
+    parameter: float = 4e-9
 
     def convolution(self, channels: int, own: bool) -> tuple[float, float, float]:
         """Seconds of a multiply-add forward, for the input's gradient and for the weight's."""

@@ -3,8 +3,8 @@
 Budgets stand on a ladder (``LADDER``, each four times the one before), whatever the budget that is asked for. On each
 rung a greedy search adds the boundary that saves the most predicted time while one does, and then drops what no longer
 pays; it starts from what the rung below ended with, and on the lowest that has room from no boundary, from the maps
-that norms sum and from every candidate. The best sets of each rung are kept. A budget is given the sets of its own rung, the
-next one above it, and all below: so a larger budget has every set that a smaller one has.
+that norms sum and from every candidate. The best sets of each rung are kept. A budget is given the sets of
+the next rung above it and of all below: so a larger budget has every set that a smaller one has.
 """
 
 from __future__ import annotations
