@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -149,3 +150,21 @@ def test_a_plan_belongs_to_its_shape_metrics_and_mode() -> None:
         wg.backward(model, loss, image, labels, plan=plan, metrics={"n": lambda o, t: o.sum()})
     with pytest.raises(PlanError, match="mode"):
         wg.backward(model.eval(), loss, image, labels, plan=plan)
+
+
+def test_a_plan_as_json_has_every_decision() -> None:
+    plan = plan_for((400, 600), tile=(128, 160), boundaries=["middle", "down1"], placement="disk")
+    found = json.loads(plan.to_json())
+    assert [part["makes"] for part in found["segments"] if part["makes"]] == [["down1"], ["middle"]]
+    assert {each["map"]: (each["placement"], each["bytes"]) for each in found["boundaries"]} == {
+        plan.graph.nodes[ref.node].path: ("disk", plan.stored_bytes(ref)) for ref in plan.placements
+    }
+    assert [part["tiles"] for part in found["segments"]] == [part.tiles for part in plan.segments]
+    assert found["seconds"] == plan.seconds and found["projected"] == plan.projected
+    text = str(plan)
+    assert "predicted" in text and "down1" in text.split("boundary", 1)[1] and "disk" in text
+
+
+def test_an_image_that_nobody_has_is_planned_in_moments() -> None:
+    found = plan_for((100_000, 150_000), budget="4GiB")
+    assert found.projected <= 4 << 30 and found.tiles > 1000 and found.whole_image > 1e12

@@ -21,9 +21,10 @@ from wholegrad.plan import memory
 from wholegrad.plan.boundaries import storable
 from wholegrad.plan.plan import Placement, Plan, Room
 from wholegrad.plan.planner import Request, check_elements, make_plan
+from wholegrad.plan.rates import Rates
 from wholegrad.plan.storage import NARROW
 from wholegrad.plan.strategies import WHOLE, Strategy, WholePlan, check_strategy
-from wholegrad.run import process
+from wholegrad.run import calibrate, process
 from wholegrad.run.blocks import drop_blocks
 from wholegrad.run.budget import budget_bytes, check_limit
 from wholegrad.run.executor import Executor, ProgressFn
@@ -43,13 +44,14 @@ def _request(
     budget: str | int | None,
     backward: bool,
     sinks: tuple[Ref, ...] = (),
+    rates: Rates | None = None,
 ) -> Request:
     drop_blocks()
     still_to_load = memory.libraries(graph) // (4 if process.has_run() else 1)
     reserved = memory.Reserved(process.resident(), still_to_load, inputs.cache_bytes)
     raw = raw_images(graph, inputs.sources)
     limit = int(reserved) + budget if isinstance(budget, Room) else budget_bytes(budget)
-    return Request(limit, reserved, backward, default_workers(), sinks, raw=raw)
+    return Request(limit, reserved, backward, default_workers(), sinks, raw=raw, rates=rates or calibrate.rates())
 
 
 def _check_tile(tile: Any) -> None:
@@ -104,6 +106,7 @@ def plan(
     spill_dir: str | Path | None = None,
     boundary_dtype: torch.dtype | None = None,
     strategy: str = "auto",
+    rates: Rates | None = None,
 ) -> Plan:
     """Plan one training step; nothing is read or run.
 
@@ -127,6 +130,7 @@ def plan(
             it is), ``"recompute"`` (whole maps, of which most are computed twice), ``"offload"`` (whole maps that wait
             in a file of ``spill_dir``), or ``"auto"``: tiles, or whole maps where these fit into the budget and are
             predicted to be faster by a fifth. Tiles, boundaries, placement and ``boundary_dtype`` are of ``"stream"``.
+        rates: of the machine, for predicted times; default what ``wholegrad plan --calibrate`` kept, else built in.
 
     Raises:
         ShapeError: image and target do not fit together.
@@ -144,7 +148,7 @@ def plan(
     inputs = given(image, target, model_dtype(model))
     graph = _capture(model, loss_fn, inputs, metrics)
     request = replace(
-        _request(graph, inputs, budget, loss_fn is not None),
+        _request(graph, inputs, budget, loss_fn is not None, rates=rates),
         tile=None if tile is None else (tile[0], tile[1]),
         boundaries=_boundary_refs(graph, boundaries),
         placement=_placement(placement),
@@ -164,12 +168,7 @@ def _tiles_or_whole(job: Job, request: Request, whole_too: bool) -> Plan:
     return (fastest_whole(job, request, made.seconds) if whole_too else None) or made
 
 
-def _capture(
-    model: nn.Module,
-    loss_fn: LossFn | None,
-    inputs: Given,
-    metrics: Mapping[str, Callable[..., torch.Tensor]] | None,
-) -> Graph:
+def _capture(model: nn.Module, loss_fn: LossFn | None, inputs: Given, metrics: Mapping[str, Any] | None) -> Graph:
     def make() -> Graph:
         try:
             return capture(model, loss_fn, inputs.inputs, metrics=metrics)
@@ -348,18 +347,19 @@ def measure(
     metrics: Mapping[str, Callable[..., torch.Tensor]],
     budget: str | int | None = None,
     progress: ProgressFn | None = None,
+    rates: Rates | None = None,
 ) -> dict[str, torch.Tensor]:
     """Metrics of one image, forward only.
 
     Args:
-        metrics: functions ``fn(output, target)`` to a small tensor.
+        metrics: functions ``fn(output, target)`` to a small tensor; ``rates`` as for :func:`plan`.
 
     Returns:
         Their values by name, floating-point ones in float64.
     """
     inputs = given(image, target, model_dtype(model))
     graph = _capture(model, _no_loss, inputs, metrics)
-    made = make_plan(graph, _request(graph, inputs, budget, False))
+    made = make_plan(graph, _request(graph, inputs, budget, False, rates=rates))
     check_elements(made)
     tensors = joint_tensors(model, None, metrics)
     executor = _executor(made, tensors, inputs, progress=progress)

@@ -9,6 +9,7 @@ from pathlib import Path
 import wholegrad as wg
 from wholegrad.commands.common import (
     CONSOLE,
+    NOTES,
     TARGETS,
     Commands,
     add_budget,
@@ -21,10 +22,11 @@ from wholegrad.commands.common import (
     blank,
     shape,
 )
-from wholegrad.errors import ConfigError
+from wholegrad.errors import ConfigError, PlanError
 from wholegrad.explore.tradeoff import Row, as_json, drawing, planner, read_budgets, table, trade_off
 from wholegrad.plan.storage import NARROW
 from wholegrad.plan.strategies import Strategy
+from wholegrad.run.calibrate import calibrate, rates_file
 from wholegrad.slide.slide import open_slide
 from wholegrad.train.made_up import model_and_loss, target_of
 from wholegrad.train.state import write_whole
@@ -37,6 +39,7 @@ Nothing is read or run.
 
 EXAMPLES = """\
   wholegrad plan --shape 3x16000x64000 --budget 1.5GiB
+  wholegrad plan --shape 100000x150000 --budget 4GiB --json
   wholegrad plan --slide case.svs --mpp 0.5 --budget 2GiB
   wholegrad plan --slide case.svs --mpp 0.5 --region 20000,8000,30000,30000
   wholegrad plan --budgets 0.6GiB..64GiB --plot budgets.svg
@@ -46,7 +49,7 @@ EXAMPLES = """\
 def add(commands: Commands) -> None:
     parser = add_command(commands, "plan", run, "print what a training step would need", TEXT, EXAMPLES)
     image = parser.add_mutually_exclusive_group()
-    image.add_argument("--shape", type=shape, default=(3, 16000, 64000), metavar="CxHxW", help="(3x16000x64000)")
+    image.add_argument("--shape", type=area, default=(3, 16000, 64000), metavar="[Cx]HxW", help="(3x16000x64000)")
     image.add_argument("--slide", type=Path, help="a slide whose size counts")
     add_network(parser)
     add_loss(parser)
@@ -60,12 +63,17 @@ def add(commands: Commands) -> None:
     help_text = "time against memory of every strategy, e.g. 0.6GiB..64GiB or 1GiB,2GiB, instead of one plan"
     parser.add_argument("--budgets", metavar="RANGE", help=help_text)
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw that, with --budgets")
-    parser.add_argument("--json", action="store_true", help="print that as JSON, with --budgets")
+    parser.add_argument("--json", action="store_true", help="print the plan, or that, as JSON")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="measure this machine first (seconds), for predicted times from now on"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.budgets and (args.plot or args.json):
-        raise ConfigError("--plot" if args.plot else "--json", "is for several budgets", "give --budgets too")
+    if args.plot and not args.budgets:
+        raise ConfigError("--plot", "is for several budgets", "give --budgets too")
+    if args.calibrate:
+        _calibrate()
     how = {"mpp": args.mpp, "level": args.level, "region": args.region, "slide_mpp": args.slide_mpp}
     given = next((name for name, value in how.items() if value is not None), None)
     if given and not args.slide:
@@ -82,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         made = wg.plan(model, loss_fn, image, target, **options)
     except wg.WholegradError as error:
         raise blaming_target(error, model, image, args.target) from error
-    CONSOLE.print(str(made))
+    print(made.to_json()) if args.json else CONSOLE.print(str(made))
     return 0
 
 
@@ -95,3 +103,16 @@ def _trade_off(args: argparse.Namespace, rows: list[Row]) -> int:
     else:
         CONSOLE.print(table(rows))
     return 0 if any(row.fits for row in rows) else 2
+
+
+def _calibrate() -> None:
+    try:
+        calibrate()
+    except OSError as error:
+        raise PlanError(str(rates_file()), f"cannot be written: {error.strerror}", "set WHOLEGRAD_CACHE") from error
+    NOTES.print(f"measured and kept in {rates_file()}")
+
+
+def area(text: str) -> tuple[int, int, int]:
+    """Channels, height and width from ``CxHxW``, or from ``HxW`` for three channels; for argparse."""
+    return shape(f"3x{text}" if text.count("x") == 1 else text)

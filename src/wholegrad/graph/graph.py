@@ -42,6 +42,9 @@ class Ref:
     node: int
     out: int = 0
 
+    def __hash__(self) -> int:  # planning looks millions of them up
+        return self.node << 4 ^ self.out
+
 
 @dataclass(frozen=True)
 class Spec:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 from wholegrad.graph.geometry import Interval
 from wholegrad.graph.graph import READERS, SOURCES, Graph, Kind, Node, Ref
@@ -39,6 +41,13 @@ class Segment:
     smalls: tuple[Ref, ...]
     base: Ref
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.outputs, self.reductions, self.nodes, self.maps))
+
     def owned(self, graph: Graph) -> tuple[Ref, ...]:
         """The maps whose elements the tiles share out: outputs, and what the reductions sum."""
         return tuple(dict.fromkeys([*self.outputs, *(graph.nodes[i].operands[0] for i in self.reductions)]))
@@ -56,60 +65,108 @@ def stages(
         early: reductions to be finished before any other output of the same stage starts.
         apart: whether reductions over boundaries are taken later instead, from what was stored.
     """
-    available: dict[int, int] = {}
-    kept = {ref.node for ref in boundaries}
-    for node in graph.nodes:
-        summed = kept if node.kind is Kind.REDUCTION and not apart else ()
-        start = max((available[ref.node] - (ref.node in summed) for ref in node.operands), default=0)
-        if node.kind in SOURCES:
-            start = 0
-        elif node.kind is Kind.REDUCTION or node.index in kept:
-            late = bool(early) and node.index not in early and start == 0
-            start += 2 if late else 1
-        available[node.index] = start
-    return available
+    return Cutter(graph, apart).stages(boundaries, early)
 
 
 def cut(
     graph: Graph, boundaries: frozenset[Ref], early: frozenset[int] = frozenset(), apart: bool = False
 ) -> tuple[Segment, ...]:
     """The segments that these boundaries make, in the order in which they run; see :func:`stages`."""
-    available = stages(graph, boundaries, early, apart)
-    kept = {ref.node for ref in boundaries}
-    groups: dict[int, tuple[list[Ref], list[int]]] = {}
-    for node in graph.nodes:
-        outputs, reductions = groups.setdefault(available[node.index], ([], []))
-        if node.index in kept:
-            outputs.extend(sorted(ref for ref in boundaries if ref.node == node.index))
-        elif node.kind is Kind.REDUCTION:
-            reductions.append(node.index)
-    return tuple(
-        _segment(graph, boundaries, outputs, reductions)
-        for _, (outputs, reductions) in sorted(groups.items())
-        if outputs or reductions
-    )
+    return Cutter(graph, apart).cut(boundaries, early)
 
 
-def _segment(graph: Graph, boundaries: frozenset[Ref], outputs: list[Ref], reductions: list[int]) -> Segment:
+class Cutter:
+    """Cuts one graph along many sets of boundaries: segments that several sets share are one object, made once."""
+
+    def __init__(self, graph: Graph, apart: bool = False) -> None:
+        self.graph, self.apart = graph, apart
+        kinds = [node.kind for node in graph.nodes]
+        self._steps = [
+            (i, kinds[i] is Kind.REDUCTION, tuple({r.node for r in node.operands if kinds[r.node] not in SOURCES}))
+            for i, node in enumerate(graph.nodes)
+            if kinds[i] not in SOURCES
+        ]
+        self._known: dict[tuple[tuple[Ref, ...], tuple[int, ...]], list[_Walked]] = {}
+
+    def stages(self, boundaries: frozenset[Ref], early: frozenset[int] = frozenset()) -> dict[int, int]:
+        """:func:`stages`"""
+        kept = {ref.node for ref in boundaries}
+        available = dict.fromkeys(range(len(self.graph.nodes)), 0)
+        for index, sums, operands in self._steps:
+            start = 0
+            for each in operands:
+                there = available[each]
+                if sums and not self.apart and each in kept:
+                    there -= 1
+                if there > start:
+                    start = there
+            if sums or index in kept:
+                start += 2 if early and index not in early and start == 0 else 1
+            available[index] = start
+        return available
+
+    def cut(self, boundaries: frozenset[Ref], early: frozenset[int] = frozenset()) -> tuple[Segment, ...]:
+        """:func:`cut`"""
+        available = self.stages(boundaries, early)
+        kept: dict[int, list[Ref]] = {}
+        for ref in sorted(boundaries):
+            kept.setdefault(ref.node, []).append(ref)
+        groups: dict[int, tuple[list[Ref], list[int]]] = {}
+        made = {**dict.fromkeys(kept, False), **{i: True for i, sums, _ in self._steps if sums and i not in kept}}
+        for index in sorted(made):
+            outputs, reductions = groups.setdefault(available[index], ([], []))
+            if made[index]:
+                reductions.append(index)
+            else:
+                outputs.extend(kept[index])
+        return tuple(self._segment(boundaries, *groups[stage]) for stage in sorted(groups))
+
+    def _segment(self, boundaries: frozenset[Ref], outputs: list[Ref], reductions: list[int]) -> Segment:
+        known = self._known.setdefault((tuple(outputs), tuple(reductions)), [])
+        for walked in known:
+            if walked.read <= boundaries and boundaries.isdisjoint(walked.passed):
+                return walked.segment
+        known.append(_walk(self.graph, boundaries, outputs, reductions))
+        return known[-1].segment
+
+
+class _Walked(NamedTuple):
+    """A segment, the boundaries that it reads, and the maps of others that it would have read if they were some."""
+
+    segment: Segment
+    read: frozenset[Ref]
+    passed: frozenset[Ref]
+
+
+def _walk(graph: Graph, boundaries: frozenset[Ref], outputs: list[Ref], reductions: list[int]) -> _Walked:
     own = {ref.node for ref in outputs}
     inside: set[int] = set()
     maps: dict[Ref, None] = {}
     smalls: dict[Ref, None] = {}
+    read: set[Ref] = set()
+    passed: set[Ref] = set()
     stack = [graph.nodes[i].operands[0] for i in reductions] + list(outputs)
     while stack:
         ref = stack.pop()
         node = graph.nodes[ref.node]
-        if node.kind in READERS or node.kind is Kind.SPREAD or (ref in boundaries and ref.node not in own):
+        if node.kind in READERS or node.kind is Kind.SPREAD:
             maps[ref] = None
+        elif ref in boundaries and ref.node not in own:
+            maps[ref] = None
+            read.add(ref)
         elif not graph.spec(ref).is_map:
             smalls[ref] = None
-        elif ref.node not in inside:
-            inside.add(ref.node)
-            stack.extend(node.operands)
+        else:
+            if ref.node not in own:
+                passed.add(ref)
+            if ref.node not in inside:
+                inside.add(ref.node)
+                stack.extend(node.operands)
     owned = [*outputs, *(graph.nodes[i].operands[0] for i in reductions)]
     base = max(owned, key=lambda ref: graph.spec(ref).rows * graph.spec(ref).cols)
-    return Segment(tuple(outputs), tuple(reductions), tuple(sorted(inside)), tuple(sorted(maps)),
-                   tuple(sorted(smalls)), base)  # fmt: skip
+    segment = Segment(tuple(outputs), tuple(reductions), tuple(sorted(inside)), tuple(sorted(maps)),
+                      tuple(sorted(smalls)), base)  # fmt: skip
+    return _Walked(segment, frozenset(read), frozenset(passed))
 
 
 def spans(

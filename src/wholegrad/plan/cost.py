@@ -1,32 +1,36 @@
-"""Predict time: multiply-adds and bytes over all tiles, recomputed halos included, in seconds of one thread.
+"""Predict time: work of all tiles, recomputed halos included, times the machine's rates (:mod:`wholegrad.plan.rates`).
 
-The rates of convolutions and of fresh pages were measured on one core (AMD EPYC Zen 4 with AVX-512, torch 2.13.0,
-float32; see ``benchmarks/wide``); those of bytes and of calls are estimates.
+With ``A_i`` the pixels of node ``i`` summed over all tiles (rows times columns, halos counted each time), a segment's
+
+    forward  = sum_i A_i (macs_i f_i + made_i m_i) + reading + calls
+    backward = that again, less what is recalled, + sum_i A_i (macs_i (x_i + w_i) + made_i m_i b) + boundaries'
+             + tiles x parameters
+
+``macs_i`` are multiply-adds of a pixel, ``f``, ``x`` and ``w`` the rates of the forward run and of the gradients of
+input and weight (where they are wanted at all), ``made_i`` bytes of a pixel that an op makes, at the rate ``m`` of
+whoever makes them, and ``b`` of the pull-back. Tensors of ``LARGE`` bytes or more come in fresh pages, which cost more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from wholegrad.graph.graph import READERS, Graph, Node
 from wholegrad.graph.inline import Inlined
 from wholegrad.graph.recall import recallable
 from wholegrad.graph.rules import rule_for
 from wholegrad.graph.segment import Segment
+from wholegrad.plan.rates import Rates
 from wholegrad.plan.tiles import AxisTiles
 
-SECONDS_PER_MAC = 1.8e-11
-SECONDS_PER_BYTE = 1.5e-10  # of what an op makes, or a tile reads
-# Of the project's own kernels (benchmarks/kernels): 75 GFLOP/s, and maps written and read once.
-THIN_SECONDS_PER_MAC = 2.7e-11
-THIN_SECONDS_PER_BYTE = 1e-10
-SECONDS_PER_ROW = 8e-7  # of one channel of an image or target, one system call
+ADDED, READ = 1.7, 0.7  # of what writing takes: adding to a boundary's gradient, and reading that
 LARGE = 1 << 25  # bytes of a tensor from which on glibc takes fresh pages for each
-SECONDS_PER_FRESH_BYTE = 1e-9
-SECONDS_PER_DISK_BYTE = 1e-9  # of a boundary and of its gradient, written and read through the page cache
-SECONDS_PER_CALL = 3e-5  # one op on one tile, whatever its size
-MACS_BACKWARD = 2.2  # pulling back takes so many forwards: of a convolution
-BYTES_BACKWARD = 2.5  # and of anything else
+
+Table = npt.NDArray[np.float64]
 
 
 def pixel_macs(graph: Graph) -> list[float]:
@@ -39,9 +43,14 @@ def pixel_macs(graph: Graph) -> list[float]:
     return [macs(node) for node in graph.nodes]
 
 
+def whole_macs(graph: Graph, macs: Sequence[float]) -> float:
+    """Multiply-adds of one forward run on the whole image, nothing computed twice."""
+    return sum(each * n.outputs[0].rows * n.outputs[0].cols for each, n in zip(macs, graph.nodes, strict=True))
+
+
 def forward_macs(macs: Sequence[float], segment: Segment, rows: AxisTiles, cols: AxisTiles) -> float:
     """Multiply-adds of one forward run over all tiles, given those of a pixel."""
-    return sum(macs[i] * rows.total.get(i, 0) * cols.total.get(i, 0) for i in segment.nodes)
+    return sum(macs[i] * rows.total.get(i, 0) * cols.total.get(i, 0) for i in segment.nodes if macs[i])
 
 
 def again_macs(graph: Graph, macs: Sequence[float], segment: Segment, rows: AxisTiles, cols: AxisTiles) -> float:
@@ -51,76 +60,112 @@ def again_macs(graph: Graph, macs: Sequence[float], segment: Segment, rows: Axis
     return forward_macs(macs, segment, rows, cols) - saved
 
 
-def forward_seconds(
-    graph: Graph, macs: Sequence[float], segment: Segment, how: Inlined, rows: AxisTiles, cols: AxisTiles
-) -> float:
-    """Predicted seconds of one forward run over all tiles."""
-    work = sum(_multiplying(macs, how, rows, cols))
-    moved = _making(graph, segment, how, rows, cols) + _reading(graph, segment, how, rows, cols)
-    return _calls(segment, how, rows, cols) + work + moved
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds of one thread for tiles of some heights (down) and widths (across): tables of one number each."""
+
+    forward: Table
+    backward: Table
 
 
-def backward_seconds(
-    graph: Graph, macs: Sequence[float], segment: Segment, how: Inlined, rows: AxisTiles, cols: AxisTiles
-) -> float:
-    """Predicted seconds of running all tiles again and pulling them back."""
-    wide, thin = _multiplying(macs, how, rows, cols)
-    saved = forward_macs(macs, segment, rows, cols) - again_macs(graph, macs, segment, rows, cols)
-    work = (1 + MACS_BACKWARD) * (wide + thin) - saved * SECONDS_PER_MAC
-    moved = (1 + BYTES_BACKWARD) * _making(graph, segment, how, rows, cols)
-    return 3 * _calls(segment, how, rows, cols) + work + moved + _reading(graph, segment, how, rows, cols)
+class Bill:
+    """What a segment costs for each pixel of each of its nodes, forward and backward, ready for any tiles."""
+
+    def __init__(self, graph: Graph, macs: Sequence[float], segment: Segment, how: Inlined, rates: Rates) -> None:
+        self.graph, self.macs, self.segment, self.how, self.rates = graph, macs, segment, how, rates
+        summed = [graph.nodes[i].operands[0].node for i in segment.reductions if i not in how.sums]
+        self.nodes = sorted({*segment.nodes, *(ref.node for ref in segment.maps), *summed})
+        self.place = {index: k for k, index in enumerate(self.nodes)}
+        count = len(self.nodes)
+        self.forward, self.backward = np.zeros(count), np.zeros(count)
+        self.pixel, self.rows = np.zeros(count), np.zeros(count)
+        self.fresh_forward, self.fresh_backward = np.zeros(count), np.zeros(count)
+        recalled = {ref.node for ref in recallable(graph, segment, set(segment.outputs))}
+        for index in how.nodes:
+            for i in how.runs(index):
+                self._multiply(i, i in recalled)
+        for index in how.nodes:
+            self._make(index)
+        for index in summed:
+            size, at = graph.nodes[index].outputs[0].pixel_bytes, self.place[index]
+            self.forward[at] += rates.summed * size
+            self.backward[at] += (rates.summed + rates.backward * rates.made) * size
+        self._move()
+        self.each = len(how.nodes) + len(segment.maps) + len(segment.reductions)
+        owned = [graph.nodes[ref.node] for ref in segment.smalls]
+        self.merging = rates.parameter * sum(node.outputs[0].numel for node in owned if node.needs_grad)
+
+    def _multiply(self, i: int, recalled: bool) -> None:
+        if not self.macs[i]:
+            return
+        ahead, of_input, of_weight = self._rates_of(i)
+        node, at = self.graph.nodes[i], self.place[i]
+        wants = [self.graph.nodes[ref.node].needs_grad for ref in node.operands]
+        back = of_input * wants[0] + of_weight * any(wants[1:2])
+        self.forward[at] += self.macs[i] * ahead
+        self.backward[at] += self.macs[i] * (back + (0.0 if recalled else ahead))
+
+    def _rates_of(self, i: int) -> tuple[float, float, float]:
+        """Seconds of a multiply-add of a node: forward, for its input's gradient and for its weight's."""
+        node = self.graph.nodes[i]
+        weight = self.graph.spec(node.operands[1]).shape
+        if len(weight) != 4:
+            return (self.rates.product,) * 3
+        return self.rates.convolution(min(weight[:2]), i in self.how.convolutions)
+
+    def _make(self, index: int) -> None:
+        """Writing a map."""
+        size, at = self.how.pixel_bytes(self.graph, index), self.place[index]
+        own = index in self.how.convolutions or index in self.how.chains
+        rate = self.rates.passed if own else self.rates.made
+        self.forward[at] += rate * size
+        self.backward[at] += rate * size * (1 + self.rates.backward)
+        self.pixel[at] = max(self.pixel[at], size)
+        self.fresh_forward[at] += self.rates.fresh * size
+        self.fresh_backward[at] += self.rates.fresh * size * (1 + self.rates.backward)
+
+    def _move(self) -> None:
+        """Reading images, targets and boundaries, writing boundaries, and the same of boundaries' gradients."""
+        graph, rates = self.graph, self.rates
+        for ref in self.segment.maps:
+            spec, at, node = graph.spec(ref), self.place[ref.node], graph.nodes[ref.node]
+            pixel, item = spec.pixel_bytes, spec.dtype.itemsize
+            if node.kind in READERS:
+                size = pixel // item if ref in self.how.raw else pixel
+                self.forward[at] += size * rates.pixels
+                self.backward[at] += size * rates.pixels
+                self.rows[at] = pixel // item * rates.row
+                self.pixel[at] = size
+                self.fresh_forward[at] += size * rates.fresh
+                self.fresh_backward[at] += size * rates.fresh
+            else:
+                self.backward[at] += pixel * rates.stored * ADDED * node.needs_grad
+        for ref in self.segment.outputs:
+            spec, at = graph.spec(ref), self.place[ref.node]
+            self.forward[at] += spec.pixel_bytes * rates.stored
+            self.backward[at] += spec.pixel_bytes * rates.stored * READ
+
+    def seconds(self, rows: Sequence[AxisTiles], cols: Sequence[AxisTiles]) -> Seconds:
+        """Of all tiles, for each of these heights with each of these widths."""
+        high, wide = ([[t.total.get(i, 0.0) for t in tiles] for i in self.nodes] for tiles in (rows, cols))
+        down, across = np.array(high), np.array(wide)  # (nodes, heights), (nodes, widths)
+        tiles = np.outer([t.count for t in rows], [t.count for t in cols])
+        count = tiles * self.each * self.rates.call
+        lines = np.outer(self.rows @ down, [t.count for t in cols])
+        large_high, large_wide = (
+            np.array([[t.largest.get(i, 0) for t in tiles] for i in self.nodes], np.float64) for tiles in (rows, cols)
+        )
+        ahead = down.T @ (self.forward[:, None] * across) + count + lines
+        back = down.T @ (self.backward[:, None] * across) + 3 * count + lines + tiles * self.merging
+        biggest = large_high.max(1) * large_wide.max(1) * self.pixel
+        for k in np.flatnonzero(biggest >= LARGE):
+            fresh = np.outer(large_high[k], large_wide[k]) * self.pixel[k] >= LARGE
+            area = np.where(fresh, np.outer(down[k], across[k]), 0.0)
+            ahead += area * self.fresh_forward[k]
+            back += area * self.fresh_backward[k]
+        return Seconds(ahead, back)
 
 
-def _multiplying(macs: Sequence[float], how: Inlined, rows: AxisTiles, cols: AxisTiles) -> tuple[float, float]:
-    """Seconds of multiply-adds by the library and by the project's own kernels."""
-    work = [0.0, 0.0]
-    for index in how.nodes:
-        for i in how.runs(index):
-            work[_own(how, i)] += macs[i] * rows.total.get(i, 0) * cols.total.get(i, 0)
-    return work[0] * SECONDS_PER_MAC, work[1] * THIN_SECONDS_PER_MAC
-
-
-def _own(how: Inlined, index: int) -> bool:
-    return index in how.convolutions or index in how.chains
-
-
-def _calls(segment: Segment, how: Inlined, rows: AxisTiles, cols: AxisTiles) -> float:
-    """Seconds of the calls themselves."""
-    each = len(how.nodes) + len(segment.maps) + len(segment.reductions)
-    return rows.count * cols.count * SECONDS_PER_CALL * each
-
-
-def _making(graph: Graph, segment: Segment, how: Inlined, rows: AxisTiles, cols: AxisTiles) -> float:
-    """Seconds of writing every map that is made, kept or summed; fresh pages take more."""
-    summed = [graph.nodes[i].operands[0].node for i in segment.reductions if i not in how.sums]
-    total = 0.0
-    for i in (*how.nodes, *(ref.node for ref in segment.outputs), *summed):
-        pixel = how.pixel_bytes(graph, i)
-        rate = THIN_SECONDS_PER_BYTE if _own(how, i) else SECONDS_PER_BYTE
-        if rows.largest.get(i, 0) * cols.largest.get(i, 0) * pixel >= LARGE:
-            rate += SECONDS_PER_FRESH_BYTE
-        total += rate * pixel * rows.total.get(i, 0) * cols.total.get(i, 0)
-    return total
-
-
-def _reading(graph: Graph, segment: Segment, how: Inlined, rows: AxisTiles, cols: AxisTiles) -> float:
-    """Seconds of reading images, targets and boundaries."""
-    total = 0.0
-    for ref in segment.maps:
-        pixel, item = graph.spec(ref).pixel_bytes, graph.spec(ref).dtype.itemsize
-        size = pixel // item if ref in how.raw else pixel
-        area = rows.largest.get(ref.node, 0) * cols.largest.get(ref.node, 0)
-        fresh = ref in how.raw and area * size >= LARGE
-        rate = SECONDS_PER_BYTE + (SECONDS_PER_FRESH_BYTE if fresh else 0.0)
-        total += rows.total.get(ref.node, 0) * cols.total.get(ref.node, 0) * size * rate
-        if graph.nodes[ref.node].kind in READERS:
-            total += pixel // item * rows.total.get(ref.node, 0) * cols.count * SECONDS_PER_ROW
-    return total
-
-
-def whole_macs(graph: Graph) -> float:
-    """Multiply-adds of one forward run on the whole image, nothing computed twice."""
-    return sum(
-        each * node.outputs[0].rows * node.outputs[0].cols
-        for each, node in zip(pixel_macs(graph), graph.nodes, strict=True)
-    )
+def disk_seconds(rates: Rates, stored: int, gradient: int) -> float:
+    """What a boundary costs more on disk: written once, read twice, its gradient added to and read."""
+    return rates.disk * (stored + gradient)

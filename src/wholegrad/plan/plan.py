@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -129,6 +131,16 @@ class Plan:
     strategy: str = "stream"
     _grids: dict[int, Grid] = field(default_factory=dict, repr=False)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Every decision and figure as plain values; see :mod:`wholegrad.plan.describe`."""
+        from wholegrad.plan.describe import as_dict
+
+        return as_dict(self)
+
+    def to_json(self) -> str:
+        """:meth:`as_dict` as JSON."""
+        return json.dumps(self.as_dict(), indent=2)
+
     @property
     def tiles(self) -> int:
         """Tiles over all segments."""
@@ -203,6 +215,15 @@ class Plan:
         rounded = f", rounded to {dtype_name(self.boundary_dtype)}" if narrow and self.boundary_dtype else ""
         return f"boundaries {show_bytes(kept)} in {where}{rounded}"
 
+    def _boundary_lines(self) -> list[str]:
+        """Each boundary: module, shape, where it lives, bytes."""
+        rows = [("boundary", "shape", "lives in", "memory")]
+        for ref, place in sorted(self.placements.items()):
+            node, size = self.graph.nodes[ref.node], show_bytes(self.stored_bytes(ref))
+            rows.append((node.path or node.name, "x".join(map(str, self.graph.spec(ref).shape)), str(place), size))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return ["  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
     def __str__(self) -> str:
         rows = [("segment", "yields", "tile", "tiles", "memory")]
         rows += [self.describe_segment(i) for i in range(len(self.segments))]
@@ -212,8 +233,11 @@ class Plan:
         shape = " x ".join(map(str, self.image_shape))
         if (held := held_whole(self.graph)) > HELD_WORTH_SAYING:
             lines.append(f"held whole, for ops without locality: {show_bytes(held)}")
+        if self.placements:
+            lines += ["", *self._boundary_lines()]
         lines += [
             "",
+            f"predicted {self.seconds:.3g} s " + ("a step" if self.backward else "forward"),
             f"image {shape}; {self._describe_boundaries()}; forward work x {self.recompute:.2f}",
             f"projected peak {show_bytes(self.projected)} (of which reserved {show_bytes(self.reserved)})"
             + (f" of a budget of {show_bytes(self.budget)}" if self.budget else "")

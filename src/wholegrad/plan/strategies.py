@@ -24,8 +24,9 @@ import torch
 from wholegrad.errors import BudgetError, PlanError, TooLargeError
 from wholegrad.graph.graph import SOURCES, Graph, Kind, Node
 from wholegrad.plan import cost
+from wholegrad.plan.pieces import ELEMENT_LIMIT
 from wholegrad.plan.plan import Plan, show_bytes
-from wholegrad.plan.planner import ELEMENT_LIMIT, MARGIN
+from wholegrad.plan.planner import MARGIN
 
 aten = torch.ops.aten
 

@@ -63,17 +63,11 @@ class AxisTiles:
         return result
 
 
-EDGE, MIDDLE = 2, 4  # tiles looked at near each end and in between, when sampling
-
-
 def _sampled(count: int) -> list[tuple[int, float]]:
-    """Which of ``count`` tiles to look at, and how many each stands for: those at the ends, some in between."""
-    if count <= 2 * EDGE + MIDDLE:
+    """Which of ``count`` tiles to look at, and how many each stands for: the ends, and one for all in between."""
+    if count <= 3:
         return [(i, 1.0) for i in range(count)]
-    inside = count - 2 * EDGE
-    middle = [EDGE + inside * k // MIDDLE for k in range(MIDDLE)]
-    ends = [*range(EDGE), *range(count - EDGE, count)]
-    return sorted([(i, 1.0) for i in ends] + [(i, inside / MIDDLE) for i in middle])
+    return [(0, 1.0), (count // 2, count - 2.0), (count - 1, 1.0)]
 
 
 def axis_tiles(graph: Graph, segment: Segment, role: Role, tile: int, *, sample: bool = False) -> AxisTiles:

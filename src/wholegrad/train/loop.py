@@ -361,7 +361,8 @@ class Run:
             self.watch.on_note(f"{case.name} is skipped: {error}")
 
         skip = leave_out if self.config.train.on_error == "skip" else None
-        scores = evaluate(self.model, cases, self.plans.budget, self._progress(interrupt), on_case, skip)
+        rates = self.plans.conditions.rates
+        scores = evaluate(self.model, cases, self.plans.budget, self._progress(interrupt), on_case, skip, rates)
         if errors and not scores:
             raise errors[0]
         return scores

@@ -12,6 +12,7 @@ import wholegrad as wg
 from wholegrad.errors import SlideError
 from wholegrad.losses import dice_counts
 from wholegrad.metrics.counts import Counts
+from wholegrad.plan.rates import Rates
 from wholegrad.train.cases import Case, Readers
 
 METRICS = {"counts": dice_counts}
@@ -40,11 +41,13 @@ def evaluate(
     progress: Callable[[wg.Progress], None] | None = None,
     on_case: Callable[[Score], None] | None = None,
     on_error: Callable[[Case, SlideError], None] | None = None,
+    rates: Rates | None = None,
 ) -> list[Score]:
     """The score of ``model`` on each whole slide; its mode (train or eval) is put back afterwards.
 
     Args:
         budget: as for :func:`wholegrad.measure`, or a function of the slide's readers.
+        rates: as for :func:`wholegrad.measure`.
         on_error: told of a slide that cannot be read, which is then left out; without it the error ends everything.
 
     Raises:
@@ -58,7 +61,9 @@ def evaluate(
             try:
                 with case.open() as readers:
                     allowed = budget(readers) if callable(budget) else budget
-                    values = wg.measure(model, *readers, metrics=METRICS, budget=allowed, progress=progress)
+                    values = wg.measure(
+                        model, *readers, metrics=METRICS, budget=allowed, progress=progress, rates=rates
+                    )
             except SlideError as error:
                 if on_error is None:
                     raise

@@ -24,8 +24,10 @@ from wholegrad.errors import BudgetError, ConfigError
 from wholegrad.losses import Loss
 from wholegrad.plan.memory import LIBRARIES
 from wholegrad.plan.plan import Room
+from wholegrad.plan.rates import BUILT_IN, Rates
 from wholegrad.plan.storage import NARROW
 from wholegrad.run.budget import budget_bytes, is_automatic
+from wholegrad.run.calibrate import rates
 from wholegrad.run.pressure import Governor, Look
 from wholegrad.run.process import has_run, resident
 from wholegrad.train.cases import Readers
@@ -50,17 +52,19 @@ class Conditions:
         budget: bytes of the process's peak.
         held: bytes that the process held, and libraries will.
         threads: of PyTorch.
+        rates: of the machine, for predicted times, on which plans depend.
     """
 
     budget: int
     held: int
     threads: int
+    rates: Rates = BUILT_IN
 
     @staticmethod
     def now(train: TrainConfig) -> Conditions:
         """Of a run that starts."""
         held = resident() + LIBRARIES // (4 if has_run() else 1)
-        return Conditions(budget_bytes(train.budget), held, torch.get_num_threads())
+        return Conditions(budget_bytes(train.budget), held, torch.get_num_threads(), rates())
 
     def room(self, cache_bytes: int) -> int:
         """Bytes for a plan beside readers that keep so many, in whole steps; less than one step where it is tight."""
@@ -78,7 +82,9 @@ class Conditions:
             ConfigError: something else is in the file.
         """
         try:
-            return Conditions(**{k: int(v) for k, v in json.loads(path.read_text()).items()})
+            values = json.loads(path.read_text())
+            kept = Rates.of(values.pop("rates")) if "rates" in values else BUILT_IN
+            return Conditions(**{k: int(v) for k, v in values.items()}, rates=kept)
         except (OSError, ValueError, TypeError, AttributeError):
             raise ConfigError(str(path), "is not what a run saved", "restore it, or start the run anew") from None
 
@@ -139,6 +145,7 @@ class Plans:
         dtype = NARROW.get(self.train.boundary_dtype or "")
         slide, mask = readers
         options: dict[str, Any] = {"metrics": METRICS, "boundary_dtype": dtype, "strategy": self.train.strategy}
+        options["rates"] = self.conditions.rates
         try:
             made = wg.plan(model, loss_fn, slide, mask, budget=self.budget(readers), **options)
         except BudgetError as error:  # tight: without the allowance for growth

@@ -1,0 +1,73 @@
+"""Rates of the machine: measured on demand, kept for it, and part of what a run decides at its start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import wholegrad as wg
+from wholegrad.commands.common import blank
+from wholegrad.losses import LOSSES
+from wholegrad.nets import unet4492
+from wholegrad.plan.rates import BUILT_IN, Rates
+from wholegrad.run import calibrate
+from wholegrad.train.plans import Conditions
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WHOLEGRAD_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_rates_survive_json() -> None:
+    assert Rates.of(json.loads(BUILT_IN.to_json())) == BUILT_IN
+    values = json.loads(BUILT_IN.to_json())
+    with pytest.raises(ValueError, match="other rates"):
+        Rates.of({key: value for key, value in values.items() if key != "call"})
+    with pytest.raises(ValueError, match="cannot be"):
+        Rates.of({**values, "call": -1.0})
+
+
+def test_more_channels_take_no_more_time_for_each_multiply_add_and_every_count_has_a_rate() -> None:
+    assert BUILT_IN.convolution(1, False) == BUILT_IN.wide[0]
+    assert BUILT_IN.convolution(16, False) == BUILT_IN.wide[2] and BUILT_IN.convolution(17, False) == BUILT_IN.wide[3]
+    assert BUILT_IN.convolution(4096, False) == BUILT_IN.wide[-1]
+    assert BUILT_IN.convolution(3, True) == BUILT_IN.thin[1] and BUILT_IN.convolution(12, True) == BUILT_IN.thin[2]
+
+
+def test_what_was_measured_is_kept_for_this_machine_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert calibrate.rates() == BUILT_IN
+    monkeypatch.setattr(calibrate, "TRIES", 1)
+    found = calibrate.calibrate()
+    assert found != BUILT_IN and calibrate.rates() == found
+    assert all(0 < value < 1e-7 for row in (*found.wide, *found.thin) for value in row)
+    assert 0 < found.passed < found.made < 1e-7
+    assert [path.name for path in folder.iterdir() if path.is_file()] == [calibrate.rates_file().name]
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    assert calibrate.rates() == BUILT_IN
+
+
+def test_a_broken_file_counts_as_none(folder: Path) -> None:
+    for text in ("", "{}", '{"key": 1, "rates": 2}', json.dumps({"key": calibrate.key(), "rates": {}})):
+        calibrate.rates_file().write_text(text)
+        assert calibrate.rates() == BUILT_IN
+
+
+def test_plans_follow_the_rates_that_they_are_given() -> None:
+    case = (unet4492(seed=0), LOSSES["bce"], blank(3, 2000, 3000), blank(1, 2000, 3000))
+    slow = Rates(thin=tuple((1e-8, 1e-8, 1e-8) for _ in BUILT_IN.thin))
+    assert wg.plan(*case, budget="2GiB", rates=slow).seconds > 10 * wg.plan(*case, budget="2GiB").seconds
+
+
+def test_a_run_keeps_the_rates_of_its_start(tmp_path: Path) -> None:
+    kept = Conditions(1 << 30, 1 << 28, 2, Rates(call=5e-5))
+    path = tmp_path / "run.json"
+    path.write_text(kept.to_json())
+    assert Conditions.read(path) == kept
+    old = {key: value for key, value in json.loads(kept.to_json()).items() if key != "rates"}
+    path.write_text(json.dumps(old))
+    assert Conditions.read(path).rates == BUILT_IN
