@@ -52,7 +52,7 @@ class Job:
 
 def fastest_whole(job: Job, request: Request, than: float) -> WholePlan | None:
     """The plan on whole maps that is predicted to take at most ``FASTER`` of ``than`` seconds, if one fits."""
-    ahead, back = whole_seconds(job.graph, request.workers)
+    ahead, back = whole_seconds(job.graph, request.workers, request.rates)
     if ahead + back > FASTER * than:
         return None
     for strategy in (Strategy.IN_CORE, Strategy.RECOMPUTE):
@@ -82,7 +82,7 @@ def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
     assert strategy in WHOLE
     graph, threads = job.graph, request.workers
     interleaved = _may_interleave(graph)
-    ahead, back = whole_seconds(graph, threads)
+    ahead, back = whole_seconds(graph, threads, request.rates)
 
     def made(foot: Footprint, seconds: float, work: float, chunks: tuple[tuple[int, int], ...] = ()) -> WholePlan:
         scratch = UNFOLDED if _double(graph) else SCRATCH

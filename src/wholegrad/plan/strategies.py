@@ -27,6 +27,7 @@ from wholegrad.plan import cost
 from wholegrad.plan.pieces import ELEMENT_LIMIT
 from wholegrad.plan.plan import Plan, show_bytes
 from wholegrad.plan.planner import MARGIN
+from wholegrad.plan.rates import BUILT_IN, Rates
 
 aten = torch.ops.aten
 
@@ -156,8 +157,12 @@ def check_whole(plan: WholePlan) -> None:
 # Time.
 
 
-def whole_seconds(graph: Graph, threads: int) -> tuple[float, float]:
-    """Predicted seconds of the forward and of the backward sweep by whole-image autograd."""
+def whole_seconds(graph: Graph, threads: int, rates: Rates) -> tuple[float, float]:
+    """Predicted seconds of the forward and of the backward sweep by whole-image autograd.
+
+    This file's rates are those of the machine of ``BUILT_IN``: on another they are taken in proportion.
+    """
+    slower = rates.wide[-1][0] / BUILT_IN.wide[-1][0]
     macs = cost.pixel_macs(graph)
     ahead = back = 0.0
     for node, each in zip(graph.nodes, macs, strict=True):
@@ -168,7 +173,7 @@ def whole_seconds(graph: Graph, threads: int) -> tuple[float, float]:
         ahead += work + made + SECONDS_PER_CALL
         if node.needs_grad:
             back += work * MACS_BACKWARD + made * BYTES_BACKWARD + 2 * SECONDS_PER_CALL
-    return ahead, back
+    return ahead * slower, back * slower
 
 
 def _thinness(graph: Graph, node: Node) -> float:
