@@ -173,6 +173,8 @@ def test_a_plan_says_its_strategy() -> None:
 def test_auto_takes_whole_maps_where_they_are_predicted_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     model = unet4492().double()
     monkeypatch.setattr("wholegrad.whole_step.FASTER", 1e9)
+    assert wg.plan(model, LOSSES["bce"], IMAGE, LABELS).strategy == "stream"  # too short a step to look further
+    monkeypatch.setattr("wholegrad.whole_step.SHORT", 0.0)
     assert wg.plan(model, LOSSES["bce"], IMAGE, LABELS).strategy == "in-core"
     assert wg.plan(model, LOSSES["bce"], IMAGE, LABELS, strategy="stream").strategy == "stream"
     assert wg.plan(model, LOSSES["bce"], IMAGE, LABELS, tile=(16, 16)).strategy == "stream"

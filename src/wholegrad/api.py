@@ -129,7 +129,8 @@ def plan(
         strategy: how activations are held: ``"stream"`` (in tiles), ``"in-core"`` (whole-image autograd of the model as
             it is), ``"recompute"`` (whole maps, of which most are computed twice), ``"offload"`` (whole maps that wait
             in a file of ``spill_dir``), or ``"auto"``: tiles, or whole maps where these fit into the budget and are
-            predicted to be faster by a fifth. Tiles, boundaries, placement and ``boundary_dtype`` are of ``"stream"``.
+            predicted to save a fifth of more than a second. Tiles, boundaries, placement and ``boundary_dtype`` are of
+            ``"stream"``.
         rates: of the machine, for predicted times; default what ``wholegrad plan --calibrate`` kept, else built in.
 
     Raises:

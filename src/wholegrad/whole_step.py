@@ -34,6 +34,7 @@ from wholegrad.run.whole_image import Outcome, Parts, StandIns, copied, whole_st
 
 aten = torch.ops.aten
 FASTER = 0.8  # of the tiles' predicted time that a step on whole maps must take for "auto" to choose it
+SHORT = 1.0  # predicted seconds of a step in tiles below which "auto" looks at nothing else
 SCRATCH = 1.1  # of the bytes that a rehearsal counts: what kernels take for themselves
 UNFOLDED = 1.4  # the same in float64, where convolutions unfold their input
 HEAP = 256 << 20  # bytes that the heap may hold in pieces: blocks of up to 32 MiB come from it, larger ones do not
@@ -53,7 +54,7 @@ class Job:
 def fastest_whole(job: Job, request: Request, than: float) -> WholePlan | None:
     """The plan on whole maps that is predicted to take at most ``FASTER`` of ``than`` seconds, if one fits."""
     ahead, back = whole_seconds(job.graph, request.workers, request.rates)
-    if ahead + back > FASTER * than:
+    if than < SHORT or ahead + back > FASTER * than:
         return None
     for strategy in (Strategy.IN_CORE, Strategy.RECOMPUTE):
         try:
