@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import wholegrad as wg
 from oracle import assert_exact, errors
-from wholegrad.graph.segment import cut
-from wholegrad.plan import planner
+from wholegrad.graph.segment import Cutter
+from wholegrad.plan import cuttings
 from wholegrad.run import executor
 
 
@@ -109,12 +109,12 @@ def test_the_oracle_fails_when_a_segment_pulls_back_a_boundary_that_it_only_sums
 
         return true(graph, replace(segment, outputs=segment.owned(graph)), *rest)
 
-    def apart(graph: Any, boundaries: Any, early: Any = frozenset(), apart: bool = False) -> Any:
-        return cut(graph, boundaries, early, True)  # as where boundaries are rounded: summed in a later segment
+    def apart(graph: Any, apart: bool) -> Cutter:
+        return Cutter(graph, apart=True)  # as where boundaries are rounded: summed in a later segment
 
     torch.manual_seed(1)
     model, fixed = Feedback(gate, gate).double(), {"tile": (7, 9), "boundaries": ["a"]}
-    monkeypatch.setattr(planner, "cut", apart)
+    monkeypatch.setattr(cuttings, "Cutter", apart)
     assert max(errors(model, square, images(), None, **fixed).values()) <= 1e-12
     monkeypatch.setattr(executor, "pull_back", greedy)
     assert max(errors(model, square, images(), None, **fixed).values()) > 1e-6
