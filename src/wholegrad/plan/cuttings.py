@@ -178,16 +178,12 @@ class Cutting:
         held = self.held([ref for ref, place in places.items() if place is Placement.DISK])
         return max((int(each.max(initial=0)) for each in held), default=0)
 
-    def smallest(self) -> int:
-        """The least of :meth:`peak`, every tile looked at; all open boundaries on disk."""
-        options = []
-        for piece in self.pieces:
-            option = piece.least
-            if option is None:
-                return 1 << 62
-            piece.settle(option.tile)
-            options.append(option)
-        return self.peak(Choice(0.0, tuple(options), self.placed([])))
+    @cached_property
+    def smallest(self) -> Choice | None:
+        """The least memory: smallest tiles, all open boundaries on disk; None if a tile is too large for rule 8."""
+        options = [piece.least for piece in self.pieces]
+        found = tuple(option for option in options if option is not None)
+        return Choice(0.0, found, self.placed([])) if len(found) == len(options) else None
 
     def settle(self, choice: Choice) -> None:
         """Look at every tile that a choice uses."""

@@ -21,8 +21,8 @@ from wholegrad.plan.rates import Rates
 from wholegrad.plan.tiles import AxisTiles, Grid, axis_tiles, grid
 
 ELEMENT_LIMIT = 2**31  # rule 8
-HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
-WIDTHS = (*HEIGHTS, 3072, 4096, 6144, 8192, 16384)
+HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 2048)
+WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 COARSE = (64, 256, 512, 1024)  # both, while boundaries are being chosen
 WIDEST = 32  # times its height that a tile is wide at most
 

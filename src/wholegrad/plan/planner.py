@@ -67,7 +67,10 @@ def make_plan(graph: Graph, request: Request) -> Plan:
         BudgetError: none fits; carries the smallest budget that would do.
         PlanError: what the caller fixed cannot be planned.
     """
-    return Planner(graph, request).plan(request.budget)
+    try:
+        return Planner(graph, request).plan(request.budget)
+    finally:
+        graph.spans_known.clear()  # megabytes, which a step would miss
 
 
 def _dense(graph: Graph) -> str:
@@ -136,8 +139,16 @@ class Planner:
     def smallest(self) -> int:
         """The least budget that would do, and a little more: a process may come to hold more until it is tried."""
         sets = [*self.search.starts, *self.search.singles]
-        found = [cutting.smallest() for boundaries in sets for cutting in self.cuttings.of(boundaries)]
-        return self.request.reserved + self.always + min(found) + MARGIN
+        cuttings = [cutting for boundaries in sets for cutting in self.cuttings.of(boundaries)]
+        known = [
+            (c.peak(c.smallest), k, c, c.smallest, False) for k, c in enumerate(cuttings) if c.smallest is not None
+        ]
+        heapify(known)
+        while not known[0][4]:  # by a few tiles of each grid, which is never too much
+            _, k, cutting, choice, _ = heappop(known)
+            cutting.settle(choice)
+            heappush(known, (cutting.peak(choice), k, cutting, choice, True))
+        return self.request.reserved + self.always + known[0][0] + MARGIN
 
     def _best(self, room: float) -> tuple[Cutting, Choice] | None:
         """Of all sets, placements and tiles: a queue of bounds, each made closer when it comes up, until one is met.
