@@ -122,7 +122,7 @@ class Bill:
         self.backward[at] += rate * size * (1 + self.rates.backward)
         self.pixel[at] = max(self.pixel[at], size)
         self.fresh_forward[at] += self.rates.fresh * size
-        self.fresh_backward[at] += self.rates.fresh * size * (1 + self.rates.backward)
+        self.fresh_backward[at] += self.rates.fresh * size
 
     def _move(self) -> None:
         """Reading images, targets and boundaries, writing boundaries, and the same of boundaries' gradients."""

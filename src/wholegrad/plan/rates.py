@@ -55,7 +55,7 @@ class Rates:
     passed: float = 1e-10
     summed: float = 1e-10
     backward: float = 2.5
-    fresh: float = 8e-10
+    fresh: float = 4e-10
     stored: float = 1.2e-10
     disk: float = 5e-10
     pixels: float = 6e-11
