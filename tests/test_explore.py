@@ -205,7 +205,7 @@ def test_the_command_prints_a_table_json_and_a_picture(tmp_path: Path, capsys: p
     rows = [Row(**row) for row in json.loads(capsys.readouterr().out)]
     assert len(rows) == 8 and all(row.fits for row in rows)
     ElementTree.fromstring((tmp_path / "b.svg").read_text())
-    assert main(["plan", "--json"]) == 2
+    assert main(["plan", "--plot", "x.svg"]) == 2
 
 
 @pytest.mark.parametrize(
