@@ -82,7 +82,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["synth", "--size", "0x5", "--out", "a", "--mask", "b"], "'0x5' is not HEIGHTxWIDTH"),
         (["synth", "--size", "64x64", "--out", "a", "--mask", "a"], "a: is given for slide and mask alike"),
-        (["plan", "--shape", "3x16"], "'3x16' is not CHANNELSxHEIGHTxWIDTH"),
+        (["plan", "--shape", "16"], "'16' is not CHANNELSxHEIGHTxWIDTH"),
         (["plan", "--network", "unet"], "network unet: is not built in; use unet4492, or module:factory"),
         (["plan", "--network", "nowhere:net"], "No module named 'nowhere'; check module and factory"),
         (["plan", "--network", "math:pi"], "network math:pi: is a float; name a class or function"),
