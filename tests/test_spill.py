@@ -28,7 +28,7 @@ from wholegrad.errors import SpillError
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Spec
 from wholegrad.graph.layout import map_layout
-from wholegrad.plan import planner
+from wholegrad.plan import cuttings
 from wholegrad.plan import spill as planned
 from wholegrad.plan.spill import layout
 from wholegrad.run import spill as spilling
@@ -219,7 +219,7 @@ def test_boundaries_on_disk_count_towards_the_projected_peak(monkeypatch: pytest
     counted = plan()
     held = planned.spill_bytes(counted.graph, counted.boundaries, None, counted.workers)
     assert held == (counted.workers + planned.SPARE) * planned.BLOCK
-    monkeypatch.setattr(planner, "spill_bytes", lambda *_: 0)
+    monkeypatch.setattr(cuttings, "spill_bytes", lambda *_: 0)
     assert counted.projected - plan().projected == held
     assert planned.spill_bytes(counted.graph, [], None, 2) == 0
 
