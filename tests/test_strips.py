@@ -56,7 +56,8 @@ class Strided(nn.Module):
 
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Graph, Strip | None]]:
-    """Strips and panels are small; the list fills with what segments were found to have."""
+    """Strips and panels are small, no boundary is stored; the list fills with what segments were found to have."""
+    monkeypatch.setattr("wholegrad.plan.search.candidates", lambda graph: [])
     monkeypatch.setattr(strips, "HEIGHTS", (7,))
     monkeypatch.setattr(strips, "WIDTHS", (32,))
     kept: list[tuple[Graph, Strip | None]] = []

@@ -88,6 +88,7 @@ def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
     def made(foot: Footprint, seconds: float, work: float, chunks: tuple[tuple[int, int], ...] = ()) -> WholePlan:
         scratch = UNFOLDED if _double(graph) else SCRATCH
         needed = int(foot.peak * scratch) + min(foot.peak, HEAP) + 2 * sum(t.nbytes for t in job.tensors.values())
+        needed += memory.LIBRARIES - memory.libraries(graph)  # PyTorch runs all of it
         return WholePlan(
             graph=graph,
             segments=(),
