@@ -17,6 +17,7 @@ from wholegrad.graph.graph import Graph
 from wholegrad.graph.strips import Strip
 from wholegrad.kernels.host import host
 from wholegrad.nets import unet4492
+from wholegrad.plan import search
 
 pytestmark = pytest.mark.skipif(host() is None, reason="no kernels on this machine")
 
@@ -57,7 +58,7 @@ class Strided(nn.Module):
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Graph, Strip | None]]:
     """Strips and panels are small, no boundary is stored; the list fills with what segments were found to have."""
-    monkeypatch.setattr("wholegrad.plan.search.candidates", lambda graph: [])
+    monkeypatch.setattr(search, "candidates", lambda graph: [])
     monkeypatch.setattr(strips, "HEIGHTS", (7,))
     monkeypatch.setattr(strips, "WIDTHS", (32,))
     kept: list[tuple[Graph, Strip | None]] = []
