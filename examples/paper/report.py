@@ -21,12 +21,12 @@ from wholegrad.train.svg import HEIGHT, WIDTH, Line, chart
 
 HERE = Path(__file__).parent
 MARKS = ("<!-- results: written by main.py --write -->", "<!-- end of results -->")
+COLOURS = {"c1": "#2563b8", "c2": "#c2571a", "c3": "#16805c", "c4": "#7a3cbe"}
 LOOKS = """
 svg { background: #ffffff; font: 12px system-ui, sans-serif; } text { fill: #66707b; }
-.grid { stroke: #e2e4e7; } .line { fill: none; stroke: var(--c); stroke-width: 2; } .dot { fill: var(--c); }
-.c1 { --c: #2563b8; } .c2 { --c: #c2571a; } .c3 { --c: #16805c; } .c4 { --c: #7a3cbe; }
-"""
-CURVES = {"whole": "c1", "thumbnail-16-more": "c2", "thumbnail-4-more": "c3", "patches-more": "c4"}
+.grid { stroke: #e2e4e7; } .line { fill: none; stroke-width: 2; }
+""" + "".join(f".line.{c} {{ stroke: {v}; }} .dot.{c} {{ fill: {v}; }} " for c, v in COLOURS.items())
+CURVES = {"whole": "c1", "thumbnail-16": "c2", "thumbnail-4": "c3", "patches": "c4"}
 
 
 def write(out: Path, pairs: list[tuple[Path, Path]]) -> None:
@@ -39,7 +39,7 @@ def write(out: Path, pairs: list[tuple[Path, Path]]) -> None:
             summary(arms),
             "![learning curves](curves.svg)",
             *synthetic(out),
-            machine(),
+            machine(list(arms)),
         ]
     )
     readme = HERE / "README.md"
@@ -115,7 +115,7 @@ def curves(out: Path, arms: list[str]) -> str:
     body = body.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT + 24}" ', 1)
     body = body.replace(f'viewBox="0 0 {WIDTH} {HEIGHT}"', f'viewBox="0 0 {WIDTH} {HEIGHT + 24}"')
     keys = "".join(
-        f'<g class="{CURVES[name]}"><circle class="dot" cx="{70 + 130 * i}" cy="{HEIGHT + 12}" r="4"/>'
+        f'<g><circle class="dot {CURVES[name]}" cx="{70 + 130 * i}" cy="{HEIGHT + 12}" r="4"/>'
         f'<text x="{80 + 130 * i}" y="{HEIGHT + 16}">{name}</text></g>'
         for i, name in enumerate(arms)
     )
@@ -139,11 +139,12 @@ def synthetic(out: Path) -> list[str]:
     ]
 
 
-def machine() -> str:
+def machine(arms: list[str]) -> str:
     """Where and when."""
     threads, today = torch.get_num_threads(), datetime.datetime.now(datetime.UTC).date()
     where = f"{platform.processor() or platform.machine()}, {threads} threads, {platform.system()}"
     return (
         f"Written {today}: {where}, Python {platform.python_version()}, torch {torch.__version__}. Minutes are "
-        "training alone, all five folds together. Command: `python examples/paper/main.py --write`."
+        "training alone, all five folds together. Command: "
+        f"`python examples/paper/main.py --arms {','.join(arms)} --write`."
     )
