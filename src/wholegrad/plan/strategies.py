@@ -52,7 +52,7 @@ CHUNKS = (
     0.125,
 )  # bytes of the largest chunk, as shares of all; less adds what is kept
 
-# Measured on whole maps in channels_last, with PyTorch's default allocator and all of its threads (docs/explore.md).
+# Measured on whole maps in channels_last, with PyTorch's default allocator and all of its threads (docs/strategies.md).
 WIDE = 16  # channels from which on a convolution keeps the vector units busy
 SECONDS_PER_MAC = 2.0e-11
 MACS_BACKWARD = 2.2
