@@ -205,7 +205,7 @@ class Executor:
         room = self.plan.projected - working - (self.spill.limit - self.spill.held if self.spill else 0)
         if process.resident() + self.blocks.missing(sizes) > room:
             process.release_memory()
-        if process.resident() + self.blocks.missing(sizes) > room:
+        if process.resident() + self.blocks.missing(sizes) > room - working // 2:  # free blocks are the first to go
             self.blocks.clear()
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
