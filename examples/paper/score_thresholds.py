@@ -11,11 +11,11 @@ import os
 from pathlib import Path
 
 import numpy as np
+from score import dice
 from thresholds import BIOPSY, TCGA, clam, otsu
 
 import wholegrad as wg
 from wholegrad.graph.geometry import Box
-from wholegrad.losses import IGNORE
 
 MPP = 4.0
 
@@ -32,16 +32,10 @@ def main() -> None:
             box = Box(0, slide.shape[1], 0, slide.shape[2])
             picture, truth = np.moveaxis(slide.read(box), 0, 2).copy(), labels.read(box)[0].copy()
         found = (otsu(picture), clam(picture, MPP, TCGA), clam(picture, MPP, BIOPSY))
-        rows.append([dice(each, truth) for each in found])
+        rows.append([dice(each.astype(np.uint8), truth) for each in found])
         print(f"{path.stem:44s}  {rows[-1][0]:.3f}  {rows[-1][1]:.3f}        {rows[-1][2]:.3f}")
     mean = np.mean(rows, axis=0)
     print(f"{'mean':44s}  {mean[0]:.3f}  {mean[1]:.3f}        {mean[2]:.3f}")
-
-
-def dice(found: np.ndarray, truth: np.ndarray) -> float:
-    """Dice over pixels that count."""
-    found = found & (truth != IGNORE)
-    return float(2 * (found & (truth == 1)).sum() / max(1, found.sum() + (truth == 1).sum()))
 
 
 if __name__ == "__main__":
