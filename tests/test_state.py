@@ -42,12 +42,13 @@ class Remembers(nn.Module):
         return y * (1 + self.mean.sum())
 
 
+@pytest.mark.parametrize("strategy", ["auto", "stream", "in-core", "recompute", "offload"])
 @pytest.mark.parametrize("how", ["in place", "bound anew"])
-def test_a_running_mean_is_written_back(how: str) -> None:
+def test_a_running_mean_is_written_back(how: str, strategy: str) -> None:
     torch.manual_seed(0)
     model = Remembers(how).double()
     assert_exact(model, square, image(), None, tile=(7, 9))
-    wg.backward(model, square, image())
+    wg.backward(model, square, image(), strategy=strategy)
     torch.testing.assert_close(model.mean, 0.1 * model.conv(image()).mean().reshape(1).detach())
 
 

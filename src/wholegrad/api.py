@@ -157,9 +157,7 @@ def plan(
         boundary_dtype=boundary_dtype,
     )
     job = Job(Parts(model, loss_fn or _no_loss, metrics or {}), inputs, graph, joint_tensors(model, loss_fn, metrics))
-    whole_too = (
-        how is Strategy.AUTO and not fixed and loss_fn is not None and not graph.updates
-    )  # buffers are ours then
+    whole_too = how is Strategy.AUTO and not fixed and loss_fn is not None
     made = plan_whole(job, how, request) if how in WHOLE else _tiles_or_whole(job, request, whole_too)
     return replace(made, made_for=signature(model, loss_fn, inputs, metrics))
 

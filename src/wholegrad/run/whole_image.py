@@ -84,7 +84,17 @@ class StandIns:
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and id(tensor) in self._of:
                     own[f"{path}.{name}" if path else name] = self._of[id(tensor)]
-        return torch.func.functional_call(part, own, args, kwargs, tie_weights=False)
+        before = dict(own)
+        result = torch.func.functional_call(part, own, args, kwargs, tie_weights=False)
+        for name, tensor in own.items():  # which the call has brought up to date
+            if tensor is not before[name]:
+                self._rebind(before[name], tensor.detach())
+        return result
+
+    def _rebind(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """A buffer that the code bound anew in place of writing into it."""
+        self._of = {key: new if tensor is old else tensor for key, tensor in self._of.items()}
+        self.named = {name: new if tensor is old else tensor for name, tensor in self.named.items()}
 
 
 def copied(tensor: torch.Tensor, buffer: bool) -> torch.Tensor:
