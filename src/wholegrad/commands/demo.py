@@ -6,8 +6,6 @@ The gigapixel slide is painted by a process of its own, so that the peak in the 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -16,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.table import Table
 
 import wholegrad as wg
@@ -25,6 +22,7 @@ from wholegrad.errors import WholegradError
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
 from wholegrad.plan.plan import show_bytes
+from wholegrad.run.process import machine
 from wholegrad.train.config import Config, check_config
 from wholegrad.train.loop import Outcome, Step, train
 from wholegrad.train.progress import display
@@ -177,7 +175,7 @@ def _table(whole: tuple[int, int], plan: wg.Plan, first: Training, second: Train
     table = Table()
     for column in ("", "paper (MIDL 2023)", "here, now"):
         table.add_column(column)
-    table.add_row("machine", "Apple M1 Ultra, 128 GB shared memory", _machine())
+    table.add_row("machine", "Apple M1 Ultra, 128 GB shared memory", machine())
     table.add_row("pixels of the training image", "16000 x 64000 = 1.024e9", pixels)
     table.add_row("parameters", "4492", str(count_parameters(unet4492())))
     table.add_row("peak memory, whole process", "over 100 GB", show_bytes(last.peak))
@@ -188,13 +186,3 @@ def _table(whole: tuple[int, int], plan: wg.Plan, first: Training, second: Train
     table.add_row("training steps", "4940", steps)
     table.add_row("Dice", "0.989 +- 0.005", dice)
     return table
-
-
-def _machine() -> str:
-    """This machine in a few words: processor, cores, memory."""
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {show_bytes(psutil.virtual_memory().total)}"

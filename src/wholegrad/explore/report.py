@@ -5,13 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-import psutil
 
 import wholegrad as wg
 from wholegrad.explore.cells import DONE, Result, Settings
@@ -28,6 +25,7 @@ from wholegrad.explore.conclude import (
 )
 from wholegrad.explore.plot import Panel, Series, figure
 from wholegrad.plan.plan import show_bytes
+from wholegrad.run import process
 from wholegrad.train.state import write_whole
 
 GIB = float(2**30)
@@ -70,13 +68,7 @@ ORDER = ("in-core", "recompute", "offload", "stream", "auto")
 
 def machine() -> Machine:
     """This one."""
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = int(psutil.virtual_memory().total)
-    return Machine(f"{name}, {cores} cores, {show_bytes(memory)}, {platform.system()}", memory)
+    return Machine(f"{process.machine()}, {platform.system()}", process.total_memory())
 
 
 def drawing(results: Sequence[Result], limit: int, memory: int) -> str:

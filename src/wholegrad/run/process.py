@@ -7,6 +7,8 @@ blocks to the system on every free. :func:`reuse_memory` tells it to keep them w
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
 import re
 import resource
 import sys
@@ -59,6 +61,21 @@ def peak_resident() -> int:
             return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def total_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return int(psutil.virtual_memory().total)
+
+
+def machine() -> str:
+    """This machine in a few words: processor, cores, memory in GiB."""
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores, {total_memory() / 2**30:.2f} GiB"
 
 
 def available() -> int:
