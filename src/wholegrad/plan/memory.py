@@ -6,8 +6,8 @@ set of a tile. A tile's working set follows the order in which the executor runs
 value dies after its last reader, in the backward sweep values stay until the pull-back has passed them.
 
 What the arithmetic does not see was measured (``benchmarks/memory_grid``). ``KERNELS`` and ``LIBRARY`` are what code
-takes once it has run. ``SLACK`` covers the heap, which between tiles of unequal size comes apart into pieces that do not
-fit the next request; ``LIBRARY_SLACK`` also PyTorch's own copies and scratch space, in segments that run its
+takes once it has run. ``SLACK`` covers the heap, which between tiles of unequal size comes apart into pieces that do
+not fit the next request; ``LIBRARY_SLACK`` also PyTorch's own copies and scratch space, in segments that run its
 convolutions.
 """
 
