@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/wholegrad demo --out out/demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # Measures every row of docs/support.md and writes it.
 support: $(STAMP)

@@ -22,8 +22,10 @@ IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if IN_CI else "local")
-CACHE = tempfile.TemporaryDirectory(prefix="wholegrad-")  # for kernels of shapes that nobody else needs
-os.environ["WHOLEGRAD_CACHE"] = CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers take the folder of the process that started them
+    CACHE = tempfile.TemporaryDirectory(prefix="wholegrad-")  # for kernels of shapes that nobody else needs
+    os.environ["WHOLEGRAD_CACHE"] = CACHE.name
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # workers share the cores: a thread that waits must not spin
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
