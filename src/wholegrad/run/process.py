@@ -2,6 +2,8 @@
 
 Fresh pages are slow (a first touch costs more than the arithmetic of a thin convolution), and glibc returns large
 blocks to the system on every free. :func:`reuse_memory` tells it to keep them while tiles run, and trims at the end.
+Threads that start from then on share one heap: a heap of a thread's own grows by pieces of at most 64 MiB, which a
+tile's tensors fill badly. That stays so for the process; the rest goes back to glibc's defaults after the run.
 """
 
 from __future__ import annotations
@@ -22,8 +24,13 @@ import psutil
 from wholegrad import clock
 from wholegrad.run import limits
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-_WHILE_RUNNING = {_M_MMAP_THRESHOLD: 1 << 25, _M_TRIM_THRESHOLD: 1 << 30, _M_TOP_PAD: 1 << 26}  # glibc takes no more
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
+_WHILE_RUNNING = {  # glibc takes no higher threshold: larger blocks, each pages of its own, are the rare ones
+    _M_ARENA_MAX: 1,
+    _M_MMAP_THRESHOLD: 1 << 25,
+    _M_TRIM_THRESHOLD: 1 << 30,
+    _M_TOP_PAD: 1 << 26,
+}
 _GLIBC_DEFAULTS = {_M_MMAP_THRESHOLD: 1 << 17, _M_TRIM_THRESHOLD: 1 << 17, _M_TOP_PAD: 1 << 17}
 
 
