@@ -45,6 +45,9 @@ def describe(plan: Plan, image: MapReader) -> dict[str, object]:
         "projected_bytes": plan.projected,
         "whole_image_bytes": plan.whole_image,
         "recompute": plan.recompute,
+        "predicted_seconds": plan.seconds,
+        "tiles": [[*part.tile] for part in plan.segments],
+        "boundaries": sorted(str(place) for place in plan.placements.values()),
         "threads": torch.get_num_threads(),
     }
 

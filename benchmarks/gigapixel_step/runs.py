@@ -24,6 +24,7 @@ ROOT = HERE.parents[1]
 CHUNK = 16 << 20  # bytes read at a time to bring a file into the page cache
 
 BUDGET, SMALL_BUDGET = "1.5GiB", "0.75GiB"
+BUDGETS = ("0.6GiB", "0.75GiB", "1GiB", "1.5GiB", "2GiB", "4GiB", "8GiB")
 SCALES = (0.25, 0.5, 1, 2)  # of the slide's edges: 1/16 to 4 times its area
 PEER_SIZE = 8000  # pixels, the most along an edge of what the whole-image peers train on
 WITHOUT_ONEDNN = 4000  # the same for Keras without oneDNN, which takes several times the memory
@@ -93,6 +94,11 @@ def budget(settings: Settings) -> list[Run]:
     return [_ours(settings, "budget", "step", SMALL_BUDGET, files=settings.raw)]
 
 
+def budgets(settings: Settings) -> list[Run]:
+    """The step within less and more memory."""
+    return [_ours(settings, f"within-{budget}", "step", budget, files=settings.raw) for budget in BUDGETS]
+
+
 def jpeg(settings: Settings) -> list[Run]:
     return [_ours(settings, "jpeg", "step", BUDGET, "--source", "jpeg", files=settings.slide)]
 
@@ -140,6 +146,7 @@ STAGES: dict[str, Callable[[Settings], list[Run]]] = {
     "jpeg": jpeg,
     "predict": predict,
     "area": scaled,
+    "budgets": budgets,
     "tilings": tilings,
 }
 

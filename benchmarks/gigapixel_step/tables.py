@@ -153,6 +153,31 @@ def areas(results: Results) -> str:
     return f"{table(head, rows)}\n\n![seconds and memory against area](area.svg)" if rows else ""
 
 
+def plan_words(result: Result) -> str:
+    """What a plan does, in a few words."""
+    tiles = ", ".join(f"{high} x {wide}" for high, wide in result["tiles"])
+    kept = ", ".join(f"{result['boundaries'].count(place)} on {place}" for place in sorted({*result["boundaries"]}))
+    return f"tiles of {tiles}; {f'boundaries: {kept}' if kept else 'no boundaries'}"
+
+
+def budgets(results: Results) -> str:
+    """The step within several budgets: what was planned, projected and measured."""
+    found = [result for name, result in results.items() if name.startswith("within-")]
+    rows = [
+        [
+            f"{result['budget_bytes'] / GIB:.3g} GiB",
+            plan_words(result),
+            f"{result['recompute']:.2f}",
+            f"{gib(result['projected_bytes'])}, {gib(result['peak_bytes'])}",
+            f"{result['predicted_seconds']:.1f}, {median(result):.1f} ({spread(result)})",
+            f"{result['others_cores']:.2f}; {result['load_before']:.1f}",
+        ]
+        for result in sorted(found, key=lambda each: each["budget_bytes"])
+    ]
+    head = ["budget", "plan", "forward work, times", "GiB projected, measured", "seconds predicted, measured (each)"]
+    return table([*head, COMMON[-1]], rows) if rows else ""
+
+
 def tilings(results: Results) -> str:
     """Two plans of a real slide, in a sentence."""
     if "tilings" not in results:
@@ -203,7 +228,7 @@ def render(results: Results) -> str:
     """All tables that the results allow."""
     if not results:
         return "no results yet"
-    parts = [make(results) for make in (ours, peers, areas, tilings, footer)]
+    parts = [make(results) for make in (ours, peers, areas, budgets, tilings, footer)]
     return "\n\n".join(part for part in parts if part)
 
 
