@@ -114,10 +114,11 @@ class Bill:
         return self.rates.convolution(min(weight[:2]), i in self.how.convolutions)
 
     def _make(self, index: int) -> None:
-        """Writing a map."""
+        """Writing a map; with the project's own convolutions that is part of a multiply-add."""
         size, at = self.how.pixel_bytes(self.graph, index), self.place[index]
-        own = index in self.how.convolutions or index in self.how.chains
-        rate = self.rates.passed if own else self.rates.made
+        rate = self.rates.passed if index in self.how.chains else self.rates.made
+        if index in self.how.convolutions:
+            rate = 0.0
         self.forward[at] += rate * size
         self.backward[at] += rate * size * (1 + self.rates.backward)
         self.pixel[at] = max(self.pixel[at], size)
