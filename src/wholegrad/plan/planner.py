@@ -7,7 +7,9 @@ that fits is the plan. So a larger budget never makes a plan that is predicted t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from pathlib import Path
@@ -18,7 +20,7 @@ from wholegrad.errors import BudgetError, PlanError
 from wholegrad.graph.graph import Graph, Kind, Node, Ref
 from wholegrad.plan import cost, memory
 from wholegrad.plan.check import check_elements
-from wholegrad.plan.cuttings import Choice, Cutting, Cuttings
+from wholegrad.plan.cuttings import Choice, Cutting, Cuttings, Way
 from wholegrad.plan.pieces import Terms
 from wholegrad.plan.plan import Placement, Plan, show_bytes
 from wholegrad.plan.rates import BUILT_IN, Rates
@@ -87,6 +89,18 @@ def _reader(graph: Graph, node: Node) -> str:
     return (later[0] if node.kind is Kind.REDUCTION and later else node).place
 
 
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Without Python's search for cycles, of which planning makes none: it goes through all that PyTorch has loaded."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
 class Planner:
     """One graph and request, and plans for any number of budgets: the second costs little.
 
@@ -124,7 +138,8 @@ class Planner:
             BudgetError: none is; carries the smallest budget that would do.
         """
         room = NEVER if budget is None else float(budget - self.request.reserved - self.always)
-        found = self._best(room)
+        with no_collection():
+            found = self._best(room)
         if found is not None:
             return self._assembled(*found, budget)
         assert budget is not None, "without a limit something fits"
@@ -156,21 +171,20 @@ class Planner:
         Neither the seconds of fastest tiles nor memory by a few tiles of a grid is ever more than what it stands for.
         """
         cuttings = [each for boundaries in self.search.sets(room) for each in self.cuttings.of(boundaries)]
-        queue: list[tuple[float, int, Cutting, dict[Ref, Placement], Choice | None]] = []
+        queue: list[tuple[float, int, Cutting, Way, Choice | None]] = []
         for cutting in cuttings:
-            for places in cutting.ways() if room < NEVER else [cutting.placed(cutting.open)]:
-                least = cutting.least_seconds + cutting.disk_seconds(places)
-                queue.append((least, len(queue), cutting, places, None))
+            for way in cutting.ways() if room < NEVER else [cutting.way(cutting.open)]:
+                queue.append((cutting.least_seconds + way.seconds, len(queue), cutting, way, None))
         heapify(queue)
         while queue:
-            _, number, cutting, places, choice = heappop(queue)
+            _, number, cutting, way, choice = heappop(queue)
             if choice is not None:
                 cutting.settle(choice)
                 if cutting.peak(choice) <= room:
                     return cutting, choice
-            choice = cutting.choose(room, places)
+            choice = cutting.choose(room, way)
             if choice is not None:
-                heappush(queue, (choice.seconds, number, cutting, places, choice))
+                heappush(queue, (choice.seconds, number, cutting, way, choice))
         return None
 
     def _assembled(self, cutting: Cutting, choice: Choice, budget: int | None) -> Plan:
@@ -183,17 +197,17 @@ class Planner:
         return Plan(
             graph=graph,
             segments=parts,
-            placements=choice.places,
+            placements=choice.way.places,
             budget=budget,
             reserved=request.reserved,
             projected=request.reserved + self.always + cutting.peak(choice),
             whole_image=memory.whole_image(graph),
-            recompute=macs / max(cost.whole_macs(graph, self.cuttings.macs), 1.0),
+            recompute=macs / max(cost.whole_macs(graph, self.cuttings.ground.prices.macs), 1.0),
             seconds=choice.seconds,
             backward=request.backward,
             workers=request.workers,
             spill_dir=request.spill_dir,
-            on_disk=cutting.on_disk(choice.places),
+            on_disk=cutting.on_disk(choice.way.places),
             boundary_dtype=request.boundary_dtype,
             _grids={k: grid for k, (_, grid) in enumerate(made)},
         )
