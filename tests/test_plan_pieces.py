@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import combinations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wholegrad as wg
 from test_random_nets import RandomNet, flat_ratio, mean_square, nets
+from wholegrad.errors import BudgetError
 from wholegrad.graph.graph import READERS, Graph, Ref
 from wholegrad.graph.inline import Inlined, Inliner, inline
 from wholegrad.graph.layout import Role
@@ -161,3 +164,19 @@ def test_the_bytes_of_many_tiles_are_those_of_each(drawn: Drawn) -> None:
         for k in range(3):
             sizes = {i: int(areas[row, k]) * upkeep.pixel[i] for row, i in enumerate(tiles.nodes)}
             assert found[:, k].tolist() == [int(each * tiles.slack) for each in plain_walk(graph, segment, how, sizes)]
+
+
+def test_pythons_collector_is_left_as_it_was_found() -> None:
+    assert gc.isenabled()
+    model, image = torch.nn.Conv2d(1, 1, 3), torch.zeros(1, 64, 64)
+    wg.plan(model, lambda y, t: y.mean(), image, None)
+    assert gc.isenabled()
+    with pytest.raises(BudgetError):
+        wg.plan(model, lambda y, t: y.mean(), image, None, budget="1MiB")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        wg.plan(model, lambda y, t: y.mean(), image, None)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -191,6 +191,8 @@ class Bill:
         ahead = down.T @ (self.forward[:, None] * across) + count + lines
         back = down.T @ (self.backward[:, None] * across) + 3 * count + lines + tiles * self.merging
         large = np.flatnonzero(rows.largest.max(1) * cols.largest.max(1) * self.pixel >= LARGE)
+        if not large.size:
+            return Seconds(ahead, back)
         high, wide = rows.largest[large, :, None], cols.largest[large, None, :]  # (nodes, heights or 1, widths or 1)
         fresh = high * wide * self.pixel[large, None, None] >= LARGE
         area = np.where(fresh, down[large, :, None] * across[large, None, :], 0.0)

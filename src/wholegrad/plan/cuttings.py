@@ -150,12 +150,12 @@ class Cutting:
     def way(self, hosts: Collection[Ref]) -> Way:
         """These in host memory, every other open one on disk, and the fixed ones."""
         kept = set(hosts)
-        found = {ref: Placement.HOST if ref in kept else Placement.DISK for ref in self.boundaries}
-        places = found | self.fixed
-        held = self.held([ref for ref, place in places.items() if place is Placement.HOST])
-        spilled = [ref for ref, place in places.items() if place is Placement.DISK]
+        places = {ref: Placement.HOST if ref in kept else Placement.DISK for ref in self.boundaries} | self.fixed
+        if self.fixed:
+            kept = {ref for ref, place in places.items() if place is Placement.HOST}
+        spilled = [ref for ref in self.boundaries if ref not in kept]
         spill = spill_bytes(self.graph, spilled, self.dtype, self.terms.workers)
-        return Way(places, held, spill, self.disk_seconds(places))
+        return Way(places, self.held(kept), spill, self.disk_seconds(places))
 
     def disk_seconds(self, places: Mapping[Ref, Placement]) -> float:
         """What boundaries on disk cost more than in host memory."""

@@ -197,10 +197,10 @@ class Piece:
         found = self._bill.seconds(rows, cols)
         ahead, back = found.forward.tolist(), found.backward.tolist()
         fixed, width = self.terms.tile is not None, self.graph.spec(self.segment.base).cols
-        gigantic = self._gigantic(rows, cols).tolist()
+        narrowest, gigantic = tiles.wide[0], self._gigantic(rows, cols).tolist()
         options = []
         for (i, h), (j, w) in product(enumerate(tiles.high), enumerate(tiles.wide)):
-            if fixed or (min(h, width) <= w <= WIDEST * h and not gigantic[i][j]):
+            if fixed or (min(h, width) <= w <= max(WIDEST * h, narrowest) and not gigantic[i][j]):
                 count = rows.counts[i] * cols.counts[j]
                 of_thread = -(-count // workers) / count  # an idle worker is time lost
                 forward = 0.0 if self.fused else ahead[i][j] * of_thread

@@ -91,7 +91,7 @@ def _reader(graph: Graph, node: Node) -> str:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Without Python's search for cycles, of which planning makes none: it goes through all that PyTorch has loaded."""
+    """Without Python's search for cycles: planning makes none, and each goes through all that PyTorch has loaded."""
     on = gc.isenabled()
     gc.disable()
     try:
@@ -138,8 +138,7 @@ class Planner:
             BudgetError: none is; carries the smallest budget that would do.
         """
         room = NEVER if budget is None else float(budget - self.request.reserved - self.always)
-        with no_collection():
-            found = self._best(room)
+        found = self._best(room)
         if found is not None:
             return self._assembled(*found, budget)
         assert budget is not None, "without a limit something fits"
@@ -151,6 +150,7 @@ class Planner:
             smallest,
         )
 
+    @no_collection()
     def smallest(self) -> int:
         """The least budget that would do, and a little more: a process may come to hold more until it is tried."""
         sets = [*self.search.starts, *self.search.singles]
@@ -165,6 +165,7 @@ class Planner:
             heappush(known, (cutting.peak(choice), k, cutting, choice, True))
         return self.request.reserved + self.always + known[0][0] + MARGIN
 
+    @no_collection()
     def _best(self, room: float) -> tuple[Cutting, Choice] | None:
         """Of all sets, placements and tiles: a queue of bounds, each made closer when it comes up, until one is met.
 

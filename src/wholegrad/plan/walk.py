@@ -62,6 +62,17 @@ class Walk:
         self.readers = [[place[ref.node] for ref in how.reads(graph, i) if ref.node in place] for i in how.nodes]
         alien = any(upkeep.library[i] and i not in how.convolutions for i in how.nodes)
         self.slack = LIBRARY_SLACK if alien else SLACK
+        self.first: list[int] = []  # where the first operand of what runs is; where it runs itself if that is nowhere
+        times: list[tuple[int, int, int, int]] = []
+        for k, index in enumerate(how.nodes):
+            own, operands = index in how.convolutions, graph.nodes[index].operands
+            at = None if own or not operands else place.get(operands[0].node)
+            self.first.append(k if at is None else at)
+            again = int(at is not None and upkeep.library[index])
+            copies = (0, 0) if own else (upkeep.inputs[index], upkeep.outputs[index])
+            times.append((*copies, again, upkeep.drawing[index]))
+        # Copies of the first operand and of the output, whether both gradients are laid out anew, bytes while drawing.
+        self.times = np.array(times, np.int64).reshape(-1, 4).T[:, :, None]
 
     def bytes(self, areas: Bytes) -> tuple[Bytes, Bytes]:
         """What each tile needs forward only, and forward with pull-back.
@@ -98,15 +109,8 @@ class _Tiles:
         self.inputs = sizes[maps].sum(0)
         # The reader's own copies of boxes, before they become tensors.
         self.raw = sizes[[k for k in maps if graph.nodes[walk.nodes[k]].kind in READERS]].sum(0)
-        first, times = [], []
-        for k, index in enumerate(how.nodes):
-            own, operands = index in how.convolutions, graph.nodes[index].operands
-            at = place.get(operands[0].node) if operands and not own else None
-            first.append(k if at is None else at)
-            copies = (0, 0) if own else (upkeep.inputs[index], upkeep.outputs[index])
-            times.append((*copies, int(at is not None and upkeep.library[index]), upkeep.drawing[index]))
-        into, out, again, drawing = np.array(times, np.int64).reshape(-1, 4).T[:, :, None]
-        self.ran, read = sizes[: len(first)], sizes[first]
+        self.ran, read = sizes[: len(how.nodes)], sizes[walk.first]
+        into, out, again, drawing = walk.times
         # Padded or cropped copies that a rule makes of a node's input and output, and the library's own.
         self.copies = into * read + out * self.ran
         # Gradients of a library convolution's output and input, laid out anew for it and for its neighbour.
@@ -180,8 +184,8 @@ class _Tiles:
             come.append(new)
             twice.append(again)
             there.discard(k)
-        gone = kept + ran[back]
-        held = live + grads + self._each(come).cumsum(0) - (gone.cumsum(0) - gone)
-        moments = held + self._each(twice) + self.copies[back] + self.rearranged[back]
+        sums, gone = self._each([*come, *twice]), kept + ran[back]
+        held = live + grads + sums[: len(back)].cumsum(0) - (gone.cumsum(0) - gone)
+        moments = held + sums[len(back) :] + self.copies[back] + self.rearranged[back]
         highest: Bytes = np.maximum(peak, moments.max(0, initial=0))
         return highest
