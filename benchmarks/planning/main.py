@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from wholegrad.errors import UnsupportedOpError
+from wholegrad.errors import CaptureError, UnsupportedOpError
 from wholegrad.given import given
 from wholegrad.graph.capture import capture
 from wholegrad.plan.plan import parse_bytes
@@ -71,7 +71,7 @@ def row(case: Case, args: argparse.Namespace) -> str | None:
     inputs = given(image, target, torch.float32)
     try:
         graph = capture(model, loss, inputs.inputs)
-    except UnsupportedOpError:
+    except (CaptureError, UnsupportedOpError):
         return None
     request = Request(parse_bytes(args.budget), RESERVED, True, 2, raw=raw_images(graph, inputs.sources))
     seconds = []
