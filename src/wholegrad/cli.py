@@ -16,7 +16,9 @@ from typing import Any
 import wholegrad as wg
 from wholegrad.commands.common import NOTES, Parser
 
-COMMANDS = ("demo", "segment", "train", "evaluate", "predict", "plan", "verify", "explore", "synth", "cache")
+COMMANDS = (
+    "demo", "segment", "train", "evaluate", "predict", "view", "plan", "verify", "explore", "synth", "cache"
+)  # fmt: skip
 ABOUT = "Train convolutional networks end to end on gigapixel images, exactly, in the memory that there is."
 
 

@@ -140,7 +140,7 @@ def opened(
         maps = []
         for path in (pair.predicted, pair.true):
             named = (classes, ignore) if is_outlines(path) else (None, None)
-            mask = stack.enter_context(open_mask(_source(path), like=like, classes=named[0], ignore=named[1]))
+            mask = stack.enter_context(open_mask(source(path), like=like, classes=named[0], ignore=named[1]))
             maps.append(mask if slide is None else mask.at(height, width))
         yield maps[0], maps[1], known
 
@@ -222,7 +222,8 @@ def _picture(path: Path) -> npt.NDArray[np.uint8]:
     return labels
 
 
-def _source(path: Path) -> Any:
+def source(path: Path) -> Any:
+    """What ``open_mask`` takes for a label file: its path, or the largest array of a Zarr store."""
     if _is_zarr(path):
         return _zarr(path)["0"]
     return path

@@ -103,23 +103,49 @@ def _uint8(reader: MapReader) -> MapReader:
     return reader
 
 
-def _open_tiff(path: Path, like: MapReader, mpp: float | None, cache_bytes: int, threads: int) -> LabelMask:
+def open_lower_levels(path: str | os.PathLike[str], like: MapReader, cache_bytes: int = SMALL) -> list[LabelMask]:
+    """The smaller levels of a TIFF of one channel, largest first, each as a mask of ``like``; to look at, not to count.
+
+    ``open_mask`` reads level 0 alone, since other programs' smaller levels may hold means of labels.
+
+    Raises:
+        SlideError, ShapeError: as ``open_mask``.
+    """
+    file = PositionedFile(path)
+    try:
+        count = len(read_container(file.path, file.size).levels)
+    finally:
+        file.close()
+    opened: list[LabelMask] = []
+    try:
+        for number in range(1, count):
+            opened.append(_open_tiff(Path(path), like, None, cache_bytes, 1, number))
+    except BaseException:
+        for mask in opened:
+            mask.close()
+        raise
+    return opened
+
+
+def _open_tiff(
+    path: Path, like: MapReader, mpp: float | None, cache_bytes: int, threads: int, number: int = 0
+) -> LabelMask:
     file = PositionedFile(path)
     try:
         container = read_container(path, file.size)
-        level = _one_channel(path, container)
+        level = _one_channel(path, container, number)
         small = level.height * level.width <= cache_bytes
         source = TiffTiles(file, level, channels=1)
-        tiles = TileReader(source, str(path), 0, cache_bytes=0 if small else cache_bytes, threads=threads)
-        told = container.mpp if container.mpp is None or math.isfinite(container.mpp) else None
+        tiles = TileReader(source, str(path), number, cache_bytes=0 if small else cache_bytes, threads=threads)
+        told = container.mpp if number == 0 and container.mpp and math.isfinite(container.mpp) else None
         return StoredMask(_StoredLabels(file, tiles, keep=small), like, mpp or told)
     except BaseException:
         file.close()
         raise
 
 
-def _one_channel(path: Path, container: Container) -> Level:
-    level = container.levels[0]
+def _one_channel(path: Path, container: Container, number: int) -> Level:
+    level = container.levels[number]
     if level.channels != 1:
         cause = f"has {level.channels} channels, so its values are colours and not labels"
         raise ShapeError(str(path), cause, "export labels 0 to 254 as one channel of uint8")

@@ -1,0 +1,68 @@
+"""Work that takes longer than a request: done once on a thread of its own, looked at while it goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+from wholegrad.errors import WholegradError
+
+Found = Mapping[str, Any]
+Publish = Callable[[Found], None]
+Work = Callable[[Publish], None]
+
+
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """Nobody waits for the work any more."""
+
+
+class Jobs:
+    """Results of work by key, the last ``most`` kept; one piece of work at a time.
+
+    Work gets a function to publish with: what it has found so far, added to what was found before. That function
+    raises :class:`Stopped` once :meth:`close` was called.
+    """
+
+    def __init__(self, most: int = 8) -> None:
+        self._most, self._states = most, OrderedDict[Hashable, dict[str, Any]]()
+        self._lock, self._turn, self._stop = threading.Lock(), threading.Lock(), threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def state(self, key: Hashable, work: Work) -> dict[str, Any]:
+        """What is known: ``state`` ("running", "done", "failed"), ``problem`` if failed, and what was published."""
+        with self._lock:
+            if key not in self._states:
+                self._states[key] = {"state": "running"}
+                thread = threading.Thread(target=self._run, args=(self._states[key], work), daemon=True)
+                self._threads = [each for each in self._threads if each.is_alive()] + [thread]
+                thread.start()
+                while len(self._states) > self._most:
+                    self._states.popitem(last=False)
+            return dict(self._states[key])
+
+    def _run(self, state: dict[str, Any], work: Work) -> None:
+        def publish(found: Found) -> None:
+            if self._stop.is_set():
+                raise Stopped
+            with self._lock:
+                state.update(found)
+
+        try:
+            with self._turn:
+                publish({})
+                work(publish)
+            publish({"state": "done"})
+        except Stopped:
+            pass
+        except Exception as error:  # whatever it is, the page says so and does not wait for ever
+            said = str(error) if isinstance(error, WholegradError) else f"{type(error).__name__}: {error}"
+            with self._lock:
+                state.update(state="failed", problem=" ".join(said.split()))
+
+    def close(self, seconds: float = 5.0) -> None:
+        """Ask all work to end and wait a while for it."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(seconds)

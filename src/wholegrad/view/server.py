@@ -1,0 +1,208 @@
+"""The viewer's HTTP server: this machine alone, a secret in the address, and nothing but what the page needs.
+
+The standard library's server is enough for one person's browser: tiles take longer to decode than to send. What guards
+it:
+
+- it listens on a loopback address;
+- every address starts with a random token, compared in constant time, so that other users of the machine, and pages
+  that guess the port, get nothing;
+- a request whose ``Host`` is not this machine is refused (DNS rebinding: a page of another site whose name was made to
+  point here); any port will do, so that a tunnel works;
+- no CORS header is sent, and a policy forbids the page to load anything from elsewhere;
+- whatever is wrong, the answer is "not found", without detail.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import select
+import socket
+import threading
+from contextlib import suppress
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+from wholegrad.errors import ConfigError, WholegradError
+from wholegrad.view.app import Answer, App
+
+HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
+LOOPBACK = "127.0.0.1"
+OSD_STYLE = "'sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE='"  # the one rule that OpenSeadragon 6.1.1 adds itself
+POLICY = (
+    f"default-src 'none'; script-src 'self'; style-src 'self' {OSD_STYLE}; img-src 'self' blob: data:; "
+    "connect-src 'self'; worker-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",  # or links would carry the token
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+}
+IDLE = 60.0  # seconds after which a connection that says nothing is closed
+LONGEST = 2048  # bytes of an address
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "wholegrad", ""
+    timeout = IDLE
+    server: Server
+
+    def do_GET(self) -> None:
+        answer = self._answer()
+        if answer is not None:
+            self._send(answer)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("do_"):  # any other method
+            return self._refuse
+        raise AttributeError(name)
+
+    def _refuse(self) -> None:
+        self.close_connection = True  # a body may follow that nobody reads
+        self._send(NOT_FOUND)
+
+    def _answer(self) -> Answer | None:
+        """What to send; None if nobody waits for it."""
+        if len(self.path) > LONGEST or not self.server.allowed(self.headers.get_all("Host") or []):
+            return NOT_FOUND
+        parts = urlsplit(self.path)
+        _, _, below = parts.path.partition("/")
+        token, slash, path = below.partition("/")
+        if not slash or not hmac.compare_digest(token.encode(), self.server.token.encode()):
+            return NOT_FOUND
+        if self._gone():
+            self.close_connection = True
+            return None
+        try:
+            return self.server.app.answer(path, parts.query) or NOT_FOUND
+        except WholegradError as error:
+            self.server.app.scene.note(str(error))
+            return BROKEN
+        except Exception as error:  # a mistake of ours must not look like the end of the server
+            self.server.app.scene.note(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            return BROKEN
+
+    def _gone(self) -> bool:
+        """Whether the browser has given up, as it does with tiles that it has moved past."""
+        ready, _, _ = select.select([self.connection], [], [], 0)
+        return bool(ready) and self.connection.recv(1, socket.MSG_PEEK) == b""
+
+    def _send(self, answer: Answer) -> None:
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.mime)
+        self.send_header("Content-Length", str(len(answer.data)))
+        self.send_header("Cache-Control", "no-store" if answer.fresh else "private, max-age=86400")
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.data)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """A request that is no HTTP gets no page that repeats it."""
+        self.close_connection = True
+        self.send_response(HTTPStatus(code), None)
+        self.send_header("Content-Length", "0")
+        self.send_header("Connection", "close")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: addresses hold the token."""
+
+
+NOT_FOUND = Answer(b"Not found\n", "text/plain; charset=utf-8", status=404)
+BROKEN = Answer(b"Unreadable\n", "text/plain; charset=utf-8", status=500)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves an app until it is closed.
+
+    Args:
+        app: stays the caller's to close.
+        port: 0 for any that is free.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+    def __init__(self, app: App, port: int = 0) -> None:
+        self.app, self.token = app, secrets.token_urlsafe(24)
+        self._thread: threading.Thread | None = None
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        try:
+            super().__init__((LOOPBACK, port), Handler)
+        except (OSError, OverflowError) as error:
+            said = getattr(error, "strerror", None) or str(error)
+            raise ConfigError(
+                f"port {port}", f"cannot be listened on ({said})", "choose another --port, or none"
+            ) from None
+
+    @property
+    def url(self) -> str:
+        """Where the page is, secret included."""
+        return f"http://{LOOPBACK}:{self.server_address[1]}/{self.token}/"
+
+    @staticmethod
+    def allowed(hosts: list[str]) -> bool:
+        """Whether a request's one ``Host`` is this machine, whatever the port."""
+        if len(hosts) != 1:
+            return False
+        try:
+            return urlsplit(f"//{hosts[0]}").hostname in HOSTS
+        except ValueError:
+            return False
+
+    def start(self) -> None:
+        """Serve on a thread of its own."""
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), name="wholegrad-view", daemon=True)
+        self._thread.start()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that hangs up in the middle of a tile is no news."""
+
+    def close(self) -> None:
+        """Stop listening, and hang up on every connection."""
+        if self._thread is not None:
+            self.shutdown()
+            self._thread.join()
+        self.server_close()
+        with self._lock:
+            left, self._open = self._open, set()
+        for connection in left:
+            with suppress(OSError):  # it may be closed already
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
