@@ -139,7 +139,7 @@ class Browser:
             raise RuntimeError(details.get("exception", {}).get("description") or details["text"])
         return told["result"].get("value")
 
-    def until(self, condition: str, seconds: float = 30) -> Any:
+    def until(self, condition: str, seconds: float = 12) -> Any:
         """Wait for an expression to be true; returns its value.
 
         Raises:

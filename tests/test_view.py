@@ -40,7 +40,7 @@ from wholegrad.view.app import App
 from wholegrad.view.jobs import Jobs
 from wholegrad.view.ladder import TILE, Ladder, rungs, tile_box
 from wholegrad.view.lru import Lru
-from wholegrad.view.run import StepWish
+from wholegrad.view.run import RunFolder, StepWish
 from wholegrad.view.scene import Files, Scene
 from wholegrad.view.server import Server
 from wholegrad.view.step import as_passes
@@ -738,3 +738,22 @@ def test_assets_are_complete_and_name_their_licence() -> None:
     notice, licence = (assets / "NOTICE.txt").read_text(), (assets / "openseadragon.LICENSE.txt").read_text()
     assert hashlib.sha256((assets / "openseadragon.min.js").read_bytes()).hexdigest() in notice
     assert "6.1.1" in notice and "OpenSeadragon" in licence
+
+
+def test_a_runs_log_is_read_as_it_grows(folder: Path, tmp_path: Path) -> None:
+    step = {"kind": "step", "step": 0, "slide": "case", "loss": 1.5, "dice": 0.25, "seconds": 2.0, "rss": 1, "peak": 2}
+    first = json.dumps({**step, "projected": 3, "lr": 0.1, "norm": None}) + "\n"
+    judged = json.dumps({"kind": "validation", "step": 1, "dice": 0.5, "slides": {"case": 0.5}}) + "\n"
+    entry = {"name": "case", "slide": str(folder / "case.tif"), "mask": str(folder / "case.mask.tif"), "group": "case"}
+    (tmp_path / "split.json").write_text(json.dumps({"train": [{**entry, "part": "train"}], "val": [], "test": []}))
+    log = tmp_path / "log.jsonl"
+    log.write_text(first + judged[:9])
+    with serving(Files(folder / "case.tif"), run=RunFolder(tmp_path)) as one:
+        found = told(one, "log/0")
+        assert found["steps"] == [[0, "case", 1.5, 0.25, 2.0, 1, 2, 3]] and found["validations"] == []
+        assert found["next"] == len(first), "half a line is left for the next look"
+        log.write_text(first + judged)
+        assert told(one, f"log/{len(first)}")["validations"] == [[1, 0.5]]
+        assert told(one, "scene.json")["run"]["steps"]["count"] == 1
+        log.write_text("")
+        assert told(one, f"log/{len(first)}")["again"]

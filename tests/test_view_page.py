@@ -254,7 +254,7 @@ def test_the_scale_bar_is_as_long_as_it_says(page: Browser) -> None:
 
 
 def test_scores_are_shown(page: Browser) -> None:
-    page.until("document.getElementById('dice')")
+    page.until("!!document.getElementById('dice')")
     overlap = 2 * 600 * 600 / (2 * 600 * 800)
     assert page.run("document.getElementById('dice').textContent") == f"{overlap:.4f}"
     page.until("document.querySelectorAll('#scores dt').length === 6 && !document.querySelector('#scores .spinner')")
@@ -302,6 +302,7 @@ def test_the_training_step_is_drawn_and_played(page: Browser) -> None:
     page.key("g")
     page.listen(0.3)
     assert not page.run(drawn)
+    page.run("page.step.lasts = 1")
     page.key(" ")
     page.until("page.step.at === page.step.tiles - 1 && !page.step.playing", 60)
 
@@ -310,11 +311,12 @@ def test_a_click_chooses_the_tile_beneath(page: Browser) -> None:
     page.key("g")
     page.until("page.step.plan")
     page.run("page.step.goTo(0)")
-    x, y = page.run("(s => [s.cols.at(-1)[1] - 5, s.rows.at(-1)[1] - 5])(page.step.find(0).segment)")
+    x, y = page.run("(s => [s.cols[0][0] + 5, s.rows.at(-1)[1] - 5])(page.step.find(0).segment)")
     left, top = there(page, x, y)
     for kind in ("mousePressed", "mouseReleased"):
         page.mouse(kind, left, top, button="left", clickCount=1)
-    page.until("page.step.at === page.step.plan.passes[0].tiles - 1")
+    page.until("page.step.find(page.step.at).row === page.step.find(0).segment.rows.length - 1")
+    assert page.run("page.step.find(page.step.at).col") == 0
 
 
 def test_shortcuts_are_listed(page: Browser) -> None:
@@ -355,7 +357,7 @@ CONTRAST = """(() => {
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_has_contrast(page: Browser, dark: bool) -> None:
     page.dark(dark)
-    page.until("document.getElementById('dice')")
+    page.until("!!document.getElementById('dice')")
     page.listen(0.3)
     assert page.run(CONTRAST) == []
 

@@ -54,6 +54,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "wholegrad", ""
     timeout = IDLE
+    disable_nagle_algorithm = True  # or a small tile waits 40 ms for the browser to acknowledge its headers
     server: Server
 
     def do_GET(self) -> None:

@@ -37,7 +37,11 @@ class Page {
     this.run = new Run(scene);
     const viewer = this.slide.viewer;
     for (const event of ["update-viewport", "animation", "resize", "open"]) viewer.addHandler(event, () => this.redraw());
-    viewer.world.addOnceHandler("add-item", () => { this.restore(true); this.ready = true; this.redraw(); });
+    viewer.world.addOnceHandler("add-item", () => setTimeout(() => { // OpenSeadragon goes home right after this event
+      this.restore(true);
+      this.ready = true;
+      this.redraw();
+    }));
     viewer.addHandler("animation-finish", () => this.remember());
     this.layers.changed.addEventListener("change", () => this.remember());
     this.step.changed.addEventListener("change", () => { if (!this.step.playing) this.remember(); });

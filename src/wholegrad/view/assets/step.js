@@ -8,7 +8,7 @@ const DENSE = 4; // screen pixels: closer lines are not drawn
 
 export class Step {
   constructor(scene, slide, redraw) {
-    Object.assign(this, { scene, slide, redraw, at: 0, on: false, playing: false, plan: null });
+    Object.assign(this, { scene, slide, redraw, at: 0, on: false, playing: false, plan: null, lasts: LASTS });
     this.changed = new EventTarget();
     get("step-show").addEventListener("click", () => this.open());
     get("play").addEventListener("click", () => this.play(!this.playing));
@@ -139,13 +139,13 @@ export class Step {
     this.setOn(true);
     if (this.at >= this.tiles - 1) this.goTo(0);
     let exact = this.at;
-    let before = performance.now();
+    let before = null; // the time of the last frame
     const total = this.plan.passes.reduce((sum, pass) => sum + pass.seconds, 0);
     const frame = (now) => {
       if (!this.playing) return;
       const { pass } = this.find(Math.floor(exact));
       const { tiles, seconds: lasts } = this.plan.passes[pass];
-      exact += (now - before) / 1000 * tiles / Math.max(0.4, LASTS * lasts / total);
+      exact += (now - (before ?? now)) / 1000 * tiles / Math.max(this.lasts / 60, this.lasts * lasts / total);
       before = now;
       if (exact >= this.tiles) { this.goTo(this.tiles - 1); this.play(false); return; }
       if (Math.floor(exact) !== this.at) this.goTo(exact);
