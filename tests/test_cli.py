@@ -24,7 +24,7 @@ from wholegrad.slide.write import PyramidWriter
 from wholegrad.train.made_up import blobs
 from wholegrad.train.state import load_model, read_card
 
-COMMANDS = ("demo", "train", "evaluate", "predict", "plan", "verify", "explore", "synth")
+COMMANDS = ("demo", "train", "evaluate", "predict", "plan", "verify", "explore", "synth", "view")
 SETTINGS = '[data]\nroot = "."\ntrain = ["a", "b"]\ntest = ["c"]\n[train]\nsteps = 3\nout = "out"\n'
 
 
