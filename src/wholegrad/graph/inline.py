@@ -101,6 +101,12 @@ def inline(
     return replace(how, nodes=tuple(i for i in how.nodes if i not in found.inside), strip=found)
 
 
+def plain(segment: Segment) -> Inlined:
+    """Nothing is: every node runs by itself, in PyTorch's ops, as on a device that has no kernels of the project's."""
+    none = frozenset[Ref]()
+    return Inlined(segment.nodes, {}, {}, {}, none, none)
+
+
 class _Inliner:
     def __init__(self, graph: Graph, segment: Segment, raw: frozenset[Ref]) -> None:
         self.graph, self.segment, self.raw = graph, segment, raw

@@ -14,7 +14,7 @@ from wholegrad.graph import fusion
 from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.recall import recallable
 from wholegrad.graph.segment import Cutter, Segment
-from wholegrad.plan import cost, memory
+from wholegrad.plan import cost, devices, memory
 from wholegrad.plan.pieces import Option, Piece, Terms
 from wholegrad.plan.plan import Placement
 from wholegrad.plan.spill import spill_bytes
@@ -25,7 +25,7 @@ WAYS = 16  # numbers of boundaries in host memory that are tried, in each order
 
 
 class Held(NamedTuple):
-    """Bytes of boundaries and their gradients in host memory while each segment runs forward, and backward."""
+    """Bytes of boundaries and their gradients in some memory while each segment runs forward, and backward."""
 
     forward: Bytes
     backward: Bytes
@@ -60,7 +60,8 @@ class Cutting:
         fixed = dict.fromkeys(boundaries, placement) if isinstance(placement, Placement) else dict(placement or {})
         self.fixed = {ref: place for ref, place in fixed.items() if ref in boundaries}
         self.open = tuple(ref for ref in self.boundaries if ref not in self.fixed)
-        self.leftover = memory.leftover(len(self.pieces))
+        self.near = Placement.HOST if terms.apart is None else Placement.DEVICE
+        self.leftover = memory.leftover(len(self.pieces)) if terms.apart is None else 0  # what the host's heap leaves
 
     def stored(self, ref: Ref) -> int:
         """Bytes of a boundary as it is stored."""
@@ -73,7 +74,7 @@ class Cutting:
 
     @cached_property
     def lives(self) -> dict[Ref, Held]:
-        """What each boundary in host memory adds to what is held."""
+        """What each boundary adds to what the memory that it lives in holds."""
         count = len(self.pieces)
         made: dict[Ref, int] = {}
         read: dict[Ref, list[int]] = {ref: [] for ref in self.boundaries}
@@ -96,7 +97,7 @@ class Cutting:
         return found
 
     def held(self, hosts: Sequence[Ref]) -> Held:
-        """With these boundaries in host memory."""
+        """With these boundaries."""
         zero = np.zeros(len(self.pieces), np.int64)
         return Held(
             sum((self.lives[ref].forward for ref in hosts), zero),
@@ -113,10 +114,13 @@ class Cutting:
         count = len(self.open)
         numbers = sorted({count * k // WAYS for k in range(WAYS + 1)}, reverse=True)
         found = {tuple(sorted(order[:number])): None for number in numbers for order in (self.open, tuple(short))}
-        return [self.placed(hosts) for hosts in found]
+        ways = [self.placed(hosts) for hosts in found]
+        if self.terms.apart is not None:
+            ways += [self.placed(nears, on_host=False) for nears in found]
+        return ways
 
     def filled(self, room: float) -> dict[Ref, Placement]:
-        """Host memory for the smallest boundaries and their gradients, up to ``room`` bytes."""
+        """Memory near the tiles for the smallest boundaries and their gradients, up to ``room`` bytes."""
         hosts = []
         for ref in self.open:
             room -= self.stored(ref) + self.gradient(ref)
@@ -125,16 +129,39 @@ class Cutting:
             hosts.append(ref)
         return self.placed(hosts)
 
-    def placed(self, hosts: Sequence[Ref]) -> dict[Ref, Placement]:
-        """These in host memory, every other open one on disk, and the fixed ones."""
-        kept = set(hosts)
-        found = {ref: Placement.HOST if ref in kept else Placement.DISK for ref in self.open}
+    def placed(self, nears: Sequence[Ref], on_host: bool = True) -> dict[Ref, Placement]:
+        """These in the memory near the tiles, every other open one farther away, and the fixed ones.
+
+        Args:
+            on_host: of a device's boundaries, whether the smallest go to the host's memory as long as they fit there.
+        """
+        kept = {ref for ref in nears if self._fits_near(ref)}
+        found = {ref: self.near if ref in kept else Placement.DISK for ref in self.open}
+        apart = self.terms.apart
+        if apart is not None and on_host:
+            room = float("inf") if apart.host_budget is None else apart.host_budget - apart.host_reserved
+            for ref in (ref for ref in self.open if ref not in kept):
+                room -= self.stored(ref) + self.gradient(ref)
+                if room < 0:
+                    break
+                found[ref] = Placement.HOST
         return {ref: self.fixed.get(ref) or found[ref] for ref in self.boundaries}
 
-    def disk_seconds(self, places: Mapping[Ref, Placement]) -> float:
-        """What boundaries on disk cost more than in host memory."""
-        on_disk = [ref for ref, place in places.items() if place is Placement.DISK]
-        return sum(cost.disk_seconds(self.terms.rates, self.stored(ref), self.gradient(ref)) for ref in on_disk)
+    def _fits_near(self, ref: Ref) -> bool:
+        """Whether a device takes tensors as large as a boundary or its gradient (rule 8)."""
+        most = None if self.terms.apart is None else self.terms.apart.most_bytes
+        return most is None or max(self.stored(ref), self.gradient(ref)) < most
+
+    def away_seconds(self, places: Mapping[Ref, Placement]) -> float:
+        """What boundaries on disk cost more than in host memory, and there more than in a device's."""
+        seconds = 0.0
+        for ref in (ref for ref, place in places.items() if place is not self.near):
+            size = self.stored(ref), self.gradient(ref)
+            if self.terms.apart is not None:
+                seconds += devices.ACROSS * (3 * size[0] + 2 * size[1])  # written and read twice; added to and read
+            if places[ref] is Placement.DISK:
+                seconds += cost.disk_seconds(self.terms.rates, *size)
+        return seconds
 
     @cached_property
     def least_seconds(self) -> float:
@@ -143,8 +170,8 @@ class Cutting:
 
     def choose(self, room: float, places: dict[Ref, Placement], coarse: bool = False) -> Choice | None:
         """The fastest tiles that fit into ``room`` bytes beside boundaries in these places; None if none do."""
-        held = self.held([ref for ref, place in places.items() if place is Placement.HOST])
-        room -= self.leftover + self.spill(places)
+        held = self.held([ref for ref, place in places.items() if place is self.near])
+        room -= self.leftover + (self.spill(places) if self.terms.apart is None else 0)
         found = []
         for piece, ahead, back in zip(self.pieces, held.forward.tolist(), held.backward.tolist(), strict=True):
             if (back if piece.fused else max(ahead, back)) > room:
@@ -153,12 +180,27 @@ class Cutting:
             if option is None:
                 return None
             found.append(option)
-        seconds = sum(option.seconds for option in found) + self.disk_seconds(places)
-        return Choice(seconds, tuple(found), places)
+        seconds = sum(option.seconds for option in found) + self.away_seconds(places)
+        made = Choice(seconds, tuple(found), places)
+        return made if self._host_allows(made) else None
+
+    def _host_allows(self, choice: Choice) -> bool:
+        apart = self.terms.apart
+        if apart is None or apart.host_budget is None:
+            return True
+        return apart.host_reserved + self.host_peak(choice) <= apart.host_budget
+
+    def host_peak(self, choice: Choice) -> int:
+        """Bytes of the host's memory, beyond what is there whatever the plan, of tiles that run on a device."""
+        held = self.held([ref for ref, place in choice.places.items() if place is Placement.HOST])
+        most = 0
+        for k, (piece, option) in enumerate(zip(self.pieces, choice.options, strict=True)):
+            most = max(most, int(max(held.forward[k], held.backward[k])) + piece.staging(option.tile))
+        return most + self.spill(choice.places)
 
     def peak(self, choice: Choice) -> int:
         """Bytes beyond what is there whatever the plan."""
-        held = self.held([ref for ref, place in choice.places.items() if place is Placement.HOST])
+        held = self.held([ref for ref, place in choice.places.items() if place is self.near])
         most = 0
         for k, (piece, option) in enumerate(zip(self.pieces, choice.options, strict=True)):
             ahead, back = piece.needs(option.tile)
@@ -166,7 +208,7 @@ class Cutting:
                 most = max(most, int(held.forward[k]) + ahead)
             if self.terms.backward:
                 most = max(most, int(held.backward[k]) + back)
-        return most + self.leftover + self.spill(choice.places)
+        return most + self.leftover + (self.spill(choice.places) if self.terms.apart is None else 0)
 
     def spill(self, places: Mapping[Ref, Placement]) -> int:
         """Bytes of memory that boundaries on disk take."""
@@ -183,7 +225,7 @@ class Cutting:
         """The least memory: smallest tiles, all open boundaries on disk; None if a tile is too large for rule 8."""
         options = [piece.least for piece in self.pieces]
         found = tuple(option for option in options if option is not None)
-        return Choice(0.0, found, self.placed([])) if len(found) == len(options) else None
+        return Choice(0.0, found, self.placed([], on_host=False)) if len(found) == len(options) else None
 
     def settle(self, choice: Choice) -> None:
         """Look at every tile that a choice uses."""

@@ -13,7 +13,7 @@ convolutions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -92,13 +92,39 @@ def node_bytes(graph: Graph, index: int, rows: AxisTiles, cols: AxisTiles) -> in
     return area * sum(spec.pixel_bytes for spec in graph.nodes[index].outputs)
 
 
-def working(graph: Graph, segment: Segment, how: Inlined, rows: AxisTiles, cols: AxisTiles) -> Working:
-    """What the largest tile of a segment needs, forward only and forward with pull-back."""
+def working(
+    graph: Graph, segment: Segment, how: Inlined, rows: AxisTiles, cols: AxisTiles, slack: float | None = None
+) -> Working:
+    """What the largest tile of a segment needs, forward only and forward with pull-back.
+
+    Args:
+        slack: of a device with memory of its own, where what a reader reads lies elsewhere; None for the host.
+    """
     tile = _Tile(graph, segment, how, rows, cols)
+    if slack is not None:
+        forward, backward = tile.forward() + tile.made(), tile.backward() + tile.pulled()
+        return Working(int(forward * slack), int(backward * slack), slack)
     alien = any(i not in how.convolutions and _by_library(graph, graph.nodes[i]) for i in how.nodes)
     slack = LIBRARY_SLACK if alien else SLACK
     forward, backward = tile.forward() + tile.made(), tile.backward() + tile.pulled()
     return Working(int((tile.raw + forward) * slack), int((tile.raw + backward) * slack), slack)
+
+
+def arriving(graph: Graph, segment: Segment, raw: Set[Ref], rows: AxisTiles, cols: AxisTiles) -> int:
+    """Bytes of images and targets that the largest tile reads, on their way to a device; ``raw`` ones go as bytes."""
+    total = 0
+    for ref in segment.maps:
+        spec = graph.spec(ref)
+        if graph.nodes[ref.node].kind in READERS:
+            pixel = spec.pixel_bytes // spec.dtype.itemsize if ref in raw else spec.pixel_bytes
+            total += rows.largest.get(ref.node, 0) * cols.largest.get(ref.node, 0) * pixel
+    return total
+
+
+def returning(graph: Graph, segment: Segment, how: Inlined, rows: AxisTiles, cols: AxisTiles) -> int:
+    """Bytes that the largest tile hands on, in either sweep."""
+    tile = _Tile(graph, segment, how, rows, cols)
+    return max(tile.made(), tile.pulled())
 
 
 class _Tile:

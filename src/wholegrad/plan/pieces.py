@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from wholegrad.graph.graph import Graph, Ref
-from wholegrad.graph.inline import Inlined, inline
+from wholegrad.graph.graph import Graph, Ref, Spec
+from wholegrad.graph.inline import Inlined, inline, plain
 from wholegrad.graph.layout import Role
 from wholegrad.graph.segment import Segment
-from wholegrad.plan import cost, memory
+from wholegrad.plan import cost, devices, memory
+from wholegrad.plan.devices import Apart
 from wholegrad.plan.plan import SegmentPlan
 from wholegrad.plan.rates import Rates
 from wholegrad.plan.tiles import AxisTiles, Grid, axis_tiles, grid
@@ -27,6 +28,12 @@ COARSE = (64, 256, 512, 1024)  # both, while boundaries are being chosen
 WIDEST = 32  # times its height that a tile is wide at most
 
 Tile = tuple[int, int]
+
+
+def too_large(area: int, spec: Spec, most_bytes: int | None) -> bool:
+    """Whether so many pixels of a map reach the limits of rule 8: 2**31 elements, and a device's own in bytes."""
+    elements = area * (spec.pixel_bytes // spec.dtype.itemsize)
+    return elements >= ELEMENT_LIMIT or (most_bytes is not None and area * spec.pixel_bytes >= most_bytes)
 
 
 class Option(NamedTuple):
@@ -43,7 +50,9 @@ class Terms:
     """What of a request decides what tiles cost: everything but the budget.
 
     Attributes:
+        workers: tiles that run at once.
         sinks: maps that go to the caller; ``sink_bytes`` for each pixel of a row of tiles, ``sink_held`` beside.
+        apart: the device with memory of its own on which tiles run; None for the CPU.
     """
 
     backward: bool
@@ -55,6 +64,7 @@ class Terms:
     sink_held: int = 0
     as_bytes: frozenset[Ref] = frozenset()
     raw: frozenset[Ref] = frozenset()
+    apart: Apart | None = None
 
 
 class Piece:
@@ -73,6 +83,8 @@ class Piece:
     @cached_property
     def _how(self) -> Inlined:
         terms = self.terms
+        if terms.apart is not None:
+            return plain(self.segment)
         return inline(self.graph, self.segment, terms.raw, not terms.backward, terms.as_bytes)
 
     @cached_property
@@ -165,7 +177,7 @@ class Piece:
                 if fixed is None and (not (min(h, spec.cols) <= w <= WIDEST * h) or self._gigantic(rows[i], cols[j])):
                     continue
                 tiles = rows[i].count * cols[j].count
-                of_thread = -(-tiles // self.terms.workers) / tiles  # an idle worker is time lost
+                of_thread = 1.0 if self.terms.apart else -(-tiles // self.terms.workers) / tiles  # idling is time lost
                 ahead = 0.0 if self.fused else float(found.forward[i, j]) * of_thread
                 back = float(found.backward[i, j]) * of_thread if self.terms.backward else 0.0
                 options.append(Option(ahead + back, (h, w), ahead, back))
@@ -173,13 +185,11 @@ class Piece:
 
     def _gigantic(self, rows: AxisTiles, cols: AxisTiles) -> bool:
         """Whether a tensor of a tile reaches the limit of rule 8."""
-        if max(rows.largest.values()) * max(cols.largest.values()) * self._channels < ELEMENT_LIMIT:
+        most = None if self.terms.apart is None else self.terms.apart.most_bytes
+        if most is None and max(rows.largest.values()) * max(cols.largest.values()) * self._channels < ELEMENT_LIMIT:
             return False
         specs = {i: self.graph.nodes[i].outputs[0] for i in rows.largest}
-        return any(
-            n * cols.largest.get(i, 0) * (specs[i].pixel_bytes // specs[i].dtype.itemsize) >= ELEMENT_LIMIT
-            for i, n in rows.largest.items()
-        )
+        return any(too_large(n * cols.largest.get(i, 0), specs[i], most) for i, n in rows.largest.items())
 
     @cached_property
     def _channels(self) -> int:
@@ -191,9 +201,29 @@ class Piece:
     def _weigh(self, rows: AxisTiles, cols: AxisTiles) -> memory.Working:
         """A tile's bytes for each that runs at once, and those of the row of tiles that sinks hold."""
         terms = self.terms
-        tile = memory.working(self.graph, self.segment, self._how, rows, cols)
-        sunk = [ref for ref in self.segment.outputs if ref in terms.sinks]
-        band = sum(rows.largest[ref.node] * self.graph.spec(ref).cols for ref in sunk) * terms.sink_bytes
-        band += terms.sink_held
         side = min(terms.workers, rows.count * cols.count)
+        if terms.apart is not None:
+            tile = memory.working(self.graph, self.segment, self._how, rows, cols, devices.SLACK)
+            read = self._in_flight(rows, cols) * memory.arriving(self.graph, self.segment, terms.raw, rows, cols)
+            return memory.Working(side * tile.forward + read, side * tile.backward + read, tile.slack)
+        tile = memory.working(self.graph, self.segment, self._how, rows, cols)
+        band = self._band(rows)
         return memory.Working(side * tile.forward + band, side * tile.backward + band, tile.slack)
+
+    def _band(self, rows: AxisTiles) -> int:
+        """Bytes of the row of tiles that sinks hold."""
+        sunk = [ref for ref in self.segment.outputs if ref in self.terms.sinks]
+        band = sum(rows.largest[ref.node] * self.graph.spec(ref).cols for ref in sunk) * self.terms.sink_bytes
+        return band + self.terms.sink_held
+
+    def _in_flight(self, rows: AxisTiles, cols: AxisTiles) -> int:
+        """Tiles whose pixels are on their way to a device, or there."""
+        return min(self.terms.workers + devices.BEYOND, rows.count * cols.count)
+
+    def staging(self, tile: Tile) -> int:
+        """Bytes of the host's memory through which a device's tiles come and go."""
+        rows, cols = self._axis(Role.ROW, tile[0]), self._axis(Role.COL, tile[1])
+        read = memory.arriving(self.graph, self.segment, self.terms.raw, rows, cols)
+        back = memory.returning(self.graph, self.segment, self._how, rows, cols)
+        through = self._in_flight(rows, cols) * read + (self.terms.workers + 1) * back
+        return int(devices.PINNED * through) + self._band(rows)

@@ -17,11 +17,13 @@ from torch.nn import functional as F
 from wholegrad import clock
 from wholegrad.graph.rules import thin
 from wholegrad.graph.rules.cropping import cropped
+from wholegrad.graph.rules.reduction import wide
 from wholegrad.kernels.choice import serves
 from wholegrad.kernels.thin import Mixed
 
 aten = torch.ops.aten
 BAND_PIXELS = 1 << 13  # of the map on which windows sit, in one band
+DEVICE_BAND_PIXELS = 1 << 22  # the same on an accelerator, where small ops are lost time; not measured
 
 
 class Settings(NamedTuple):
@@ -38,11 +40,19 @@ class Settings(NamedTuple):
 def interleaved(x: torch.Tensor) -> torch.Tensor:
     """``x`` of shape ``(N, C, H, W)`` with channels last in memory, and strides that say so even where C is 1.
 
-    One planar operand makes PyTorch run a thin convolution's backward planar, several times slower.
+    One planar operand makes PyTorch run a thin convolution's backward planar, several times slower. On an accelerator a
+    map stays as it lies.
     """
+    if x.device.type != "cpu":
+        return x
     x = x.contiguous(memory_format=torch.channels_last)
     n, c, h, w = x.shape
     return x.as_strided((n, c, h, w), (h * w * c, 1, w * c, c)) if c == 1 else x
+
+
+def _rows_of_band(x: torch.Tensor) -> int:
+    most = BAND_PIXELS if x.device.type == "cpu" else DEVICE_BAND_PIXELS
+    return max(1, most // (x.shape[0] * x.shape[3]))
 
 
 def weight_gradient(sat: torch.Tensor, read: torch.Tensor, weight: torch.Tensor, settings: Settings) -> torch.Tensor:
@@ -53,11 +63,11 @@ def weight_gradient(sat: torch.Tensor, read: torch.Tensor, weight: torch.Tensor,
         read: ``(N, I, H, W)``, the map that windows read: the input (transposed: the output's gradient).
     """
     height, kernel = sat.shape[2], weight.shape[2]
-    band = max(1, BAND_PIXELS // (sat.shape[0] * sat.shape[3]))
+    band = _rows_of_band(sat)
     plain = settings._replace(transposed=False)
     if band >= height:
         return _weight_gradient(sat, read, weight, plain)
-    total = torch.zeros(weight.shape, dtype=torch.float64)
+    total = torch.zeros(weight.shape, dtype=wide(weight.dtype, weight.device), device=weight.device)
     stride, pad, reach = settings.stride[0], settings.padding[0], settings.dilation[0] * (kernel - 1) + 1
     for top in range(0, height, band):
         end = min(top + band, height)
@@ -80,7 +90,9 @@ def _weight_gradient(sat: torch.Tensor, read: torch.Tensor, weight: torch.Tensor
 
 def _channel_sums(grad: torch.Tensor) -> torch.Tensor:
     """Sums of ``(N, C, H, W)`` over all but channels: bands in their own precision, which is fast, bands in float64."""
-    band = max(1, BAND_PIXELS // (grad.shape[0] * grad.shape[3]))
+    if grad.device.type != "cpu":
+        return grad.sum((0, 2, 3), dtype=wide(grad.dtype, grad.device))
+    band = _rows_of_band(grad)
     dtype = torch.promote_types(grad.dtype, torch.float32)
     total = torch.zeros(grad.shape[1], dtype=torch.float64)
     for rows in torch.split(grad, band, 2):
@@ -90,7 +102,7 @@ def _channel_sums(grad: torch.Tensor) -> torch.Tensor:
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: Settings) -> torch.Tensor:
     """``aten.convolution``, a strided transposed one as the input gradient that it is: oneDNN's own is slower."""
-    if not settings.transposed or max(settings.stride) == 1 or x.dtype != torch.float32:
+    if not settings.transposed or max(settings.stride) == 1 or x.dtype != torch.float32 or x.device.type != "cpu":
         result: torch.Tensor = aten.convolution(x, weight, bias, *settings)
         return result
     size = [
