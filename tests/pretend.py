@@ -38,19 +38,20 @@ class Ledger:
     Attributes:
         now, peak: bytes.
         up, down: bytes that crossed towards the device and back; ``ups`` and ``downs`` count the crossings.
+        staged, most_staged: bytes of the host's memory that what crosses takes, and the most of them.
         doubles: whether the device knows float64.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.alive: dict[int, tuple[int, int]] = {}  # of each memory block: tensors that look at it, bytes
-        self.now = self.peak = self.up = self.down = self.ups = self.downs = 0
+        self.now = self.peak = self.up = self.down = self.ups = self.downs = self.staged = self.most_staged = 0
         self.doubles = True
 
     def forget(self) -> None:
         """Count peak and crossings from now on."""
         with self.lock:
-            self.peak = self.now
+            self.peak, self.most_staged = self.now, self.staged
             self.up = self.down = self.ups = self.downs = 0
 
     def hold(self, raw: torch.Tensor, owner: torch.Tensor) -> None:
@@ -61,6 +62,19 @@ class Ledger:
             self.now += 0 if count else size
             self.peak = max(self.peak, self.now)
         weakref.finalize(owner, self._drop, block._cdata)
+
+    def stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Count a host tensor as staging memory for as long as its memory is looked at."""
+        owner, size = tensor.untyped_storage(), tensor.nbytes
+        with self.lock:
+            self.staged += size
+            self.most_staged = max(self.most_staged, self.staged)
+        weakref.finalize(owner, self._unstage, size)
+        return tensor
+
+    def _unstage(self, size: int) -> None:
+        with self.lock:
+            self.staged -= size
 
     def _drop(self, block: int) -> None:
         with self.lock:
@@ -90,6 +104,7 @@ class Pretend(torch.Tensor):
     def __new__(cls, raw: torch.Tensor) -> Pretend:
         if raw.dtype == torch.float64 and not LEDGER.doubles:
             raise TypeError("this device has no float64")
+        raw = raw.resolve_conj().resolve_neg()  # lazy ones are marked on the tensor that PyTorch sees
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype,
             device=torch.device(NAME, 0),
@@ -143,6 +158,8 @@ def _moved(x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
     to = kwargs.pop("device", None)
     for name in ("pin_memory", "non_blocking", "layout"):
         kwargs.pop(name, None)
+    if to is not None and torch.device(to).type == "meta":
+        return aten._to_copy.default(_raw(x), device="meta", **kwargs)  # type: ignore[no-any-return]
     here = isinstance(x, Pretend)
     there = here if to is None else torch.device(to).type == NAME
     found = aten._to_copy.default(_raw(x), **kwargs)
@@ -162,6 +179,12 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
 class PretendDevice(Device):
     """What the executor sees of it."""
 
+    def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return LEDGER.stage(super().staging(shape, dtype))
+
+    def fetched(self, tensor: torch.Tensor) -> torch.Tensor:
+        return LEDGER.stage(super().fetched(tensor))
+
     def room(self) -> Room:
         return Room(TOTAL, LEDGER.now, TOTAL - LEDGER.now)
 
@@ -170,6 +193,16 @@ class PretendDevice(Device):
 
     def forget_peak(self) -> None:
         LEDGER.forget()
+
+
+class _Module(backend_registration._DummyBackendModule):  # type: ignore[misc]
+    """``torch.pretend``: to whoever asks PyTorch for devices, and for their random numbers, there is none."""
+
+    def is_available(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return 0
 
 
 _library: torch.library.Library | None = None
@@ -182,7 +215,7 @@ def install() -> None:
         return
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this PyTorch takes no backend written in Python", allow_module_level=True)
-    backend_registration._setup_privateuseone_for_python_backend(NAME)
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     _library = torch.library.Library("aten", "IMPL")
     _library.impl("empty.memory_format", _empty, "PrivateUse1")
     _library.impl("empty_strided", _empty_strided, "PrivateUse1")

@@ -15,7 +15,7 @@ import torch
 from wholegrad import clock
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import READERS, Graph, Ref
-from wholegrad.graph.segment import Segment
+from wholegrad.graph.recall import Recall
 from wholegrad.plan.devices import BEYOND
 from wholegrad.plan.tiles import Tile
 from wholegrad.run.device import Device, Moving
@@ -34,10 +34,10 @@ class Ahead:
         self._pool = ThreadPoolExecutor(device.options.at_once + BEYOND, "wholegrad-ahead")
         self._asked: dict[tuple[Ref, Box], Future[Moving]] = {}
 
-    def ask(self, segment: Segment, tile: Tile) -> None:
+    def ask(self, again: Recall, tile: Tile) -> None:
         """Start to read what a tile of this segment reads of images and targets."""
-        for ref in segment.maps:
-            if self.graph.nodes[ref.node].kind in READERS and ref.node in tile.boxes:
+        for ref in again.segment.maps:
+            if again.graph.nodes[ref.node].kind in READERS and ref.node in tile.boxes:
                 box = tile.boxes[ref.node]
                 self._asked[ref, box] = self._pool.submit(self._sent, ref, box)
 

@@ -181,7 +181,7 @@ class Executor:
         if self.kept.spill is not None:
             self.kept.ask_ahead(again, grads, tile)
         if self.ahead is not None:
-            self.ahead.ask(again.segment, tile)
+            self.ahead.ask(again, tile)
 
     def _tiles(
         self, i: int, work: Callable[[Tile], Result], soon: Callable[[Tile], None], sweep: str
