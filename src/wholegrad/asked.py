@@ -12,7 +12,7 @@ from wholegrad.graph.graph import Graph, Ref
 from wholegrad.plan import devices, memory
 from wholegrad.plan.devices import Apart
 from wholegrad.plan.memory import Reserved
-from wholegrad.plan.plan import Plan, Room, parse_bytes
+from wholegrad.plan.plan import Plan, Room, show_bytes
 from wholegrad.plan.planner import Request
 from wholegrad.plan.rates import Rates
 from wholegrad.run import calibrate, process
@@ -65,16 +65,27 @@ def request_of(
     return Request(limit, reserved, backward, apart.at_once, sinks, raw=raw, rates=devices.ASSUMED, apart=apart)
 
 
+def room_there(device: Device, budget: str | int | None) -> int:
+    """Bytes of a device's budget beyond what is held there.
+
+    Raises:
+        PlanError: the budget cannot be read, or is held already.
+    """
+    limit, held = _of_device(device, budget)
+    if limit <= held:
+        held_text = f"{show_bytes(held)} are held on {device.name} already"
+        raise PlanError(f"budget {show_bytes(limit)}", held_text, "give a larger one")
+    return limit - held
+
+
 def _of_device(device: Device, budget: str | int | None) -> tuple[int, int]:
-    """Bytes of a device's budget, and what it holds."""
+    """Bytes of a device's budget, and what it holds; of none or ``"auto"`` a share of what is free there."""
     room = device.room()
+    if isinstance(budget, Room):
+        return room.held + budget, room.held
     if is_automatic(budget):
         return room.held + int(SHARE * room.free), room.held
-    assert budget is not None
-    try:
-        return (room.held + budget if isinstance(budget, Room) else parse_bytes(budget)), room.held
-    except (ValueError, AttributeError) as error:
-        raise PlanError("budget", str(error), 'write for example "8GiB", or "auto"') from error
+    return budget_bytes(budget), room.held
 
 
 def check_device(made: Plan, device: Device) -> None:

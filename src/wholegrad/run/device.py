@@ -168,8 +168,19 @@ def device_of(model: nn.Module, device: str | torch.device | Device | None = Non
     return open_device(device)
 
 
-def open_device(device: str | torch.device, options: Options = Options()) -> Device:
-    """A device by its name, ``"auto"`` among them, with these options.
+def open_device(
+    device: str | torch.device,
+    *,
+    tf32: bool = False,
+    deterministic: bool = True,
+    triton: bool = False,
+    at_once: int = AT_ONCE,
+) -> Device:
+    """A device by its name, with options, for ``device=`` of every call.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or ``"auto"`` for the accelerator that PyTorch finds.
+        tf32, deterministic, triton, at_once: see :class:`Options`; nothing of them is of the CPU.
 
     Raises:
         PlanError: there is no such device, or the project does not know how to use it.
@@ -185,4 +196,6 @@ def open_device(device: str | torch.device, options: Options = Options()) -> Dev
     if where.type not in KINDS:
         known = ", ".join(KINDS)
         raise PlanError("device", f"is {where}, on which tiles do not run", f"choose from {known}") from None
-    return KINDS[where.type](where, options)
+    if at_once < 1:
+        raise PlanError("at_once", f"is {at_once}", "give 1 or more tiles in flight")
+    return KINDS[where.type](where, Options(tf32, deterministic, triton, at_once))
