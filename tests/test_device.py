@@ -6,6 +6,7 @@ No GPU is asked for: the device is a pretended one (:mod:`pretend`). ``test_gpu.
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,28 @@ def test_reading_ahead_leaves_nothing_behind_when_a_reader_fails() -> None:
     with pytest.raises(SlideError, match="is cut short"):
         wg.backward(model, LOSSES["bce"], Broken(), target, plan=plan)
     assert threading.active_count() <= before + 1  # PyTorch's own thread of the device stays
+
+
+def test_verify_proves_it_there() -> None:
+    report = wg.verify(unet4492(), LOSSES["bce"], shape=(3, 64, 80), tiles=[(40, 48)], device=pretend.device())
+    assert report.ok, str(report)
+    assert not any(math.isnan(row.single) for row in report.rows)
+
+
+def test_pixels_that_lie_there_do_not_cross() -> None:
+    model, image, target = bytes_case(96, 112)
+    _, wanted = step((model, image, target), tile=(40, 48))
+    there = torch.from_numpy(image).to("pretend"), target.to("pretend")
+    plan = wg.plan(model, LOSSES["bce"], *there, tile=(40, 48), device=pretend.device())
+    model.zero_grad(set_to_none=True)
+    LEDGER.forget()
+    wg.backward(model, LOSSES["bce"], *there, plan=plan)
+    assert LEDGER.up <= sum(4 * parameter.numel() for parameter in model.parameters()) + 512
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.equal(parameter.grad, wanted[name])
+    here = wg.plan(model, LOSSES["bce"], *there, tile=(40, 48), device="cpu")
+    model.zero_grad(set_to_none=True)
+    wg.backward(model, LOSSES["bce"], *there, plan=here)  # a reader like any other
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert (parameter.grad - wanted[name]).abs().max() <= 2e-4 * wanted[name].abs().max()

@@ -97,7 +97,7 @@ def plan(
     Args:
         model: any module, in the mode (train or eval) in which it will run.
         loss_fn: ``loss_fn(output, target)`` to one number.
-        image: ``(C, H, W)`` pixels (or ``(N, C, H, W)``): a slide, array, memmap or CPU tensor; a tuple of such for
+        image: ``(C, H, W)`` pixels (or ``(N, C, H, W)``): a slide, array, memmap or tensor; a tuple of such for
             ``model(*images)``, a dictionary for ``model(**images)``. Only shapes matter here.
         target: the loss's second argument: a map, a small tensor such as a slide's label, or several, nested.
         budget: the whole process's peak, such as ``"1.5GiB"`` or bytes; without one or with ``"auto"``, a safe share
@@ -319,6 +319,9 @@ def _executor(
 @contextmanager
 def _as_captured(device: Device) -> Iterator[None]:
     """Run the graph as it stands: autocast's casts are nodes of it, and memory is kept between tiles."""
+    kind = device.torch.type
+    if kind in ("cuda", "mps") and torch.is_autocast_enabled(kind):
+        raise PlanError(f"torch.autocast({kind!r})", "is not seen by the trace", "use torch.autocast('cpu', dtype)")
     with process.reuse_memory(), torch.inference_mode(False), torch.autocast("cpu", enabled=False), device.running():
         yield
 

@@ -84,8 +84,8 @@ class Case:
             part.load_state_dict(state)
 
     def made(self, tile: tuple[int, int], place: str) -> Plan:
-        """The plan with these tiles; on disk, with every boundary that there could be."""
-        made = self.plan(tile=tile, placement=place)
+        """The plan with these tiles; on disk, with every boundary that there could be; else in the nearest memory."""
+        made = self.plan(tile=tile, placement=place if place == "disk" or self.device is None else None)
         if place == "disk":  # every map that could be kept, so that stores and cuts are tried too
             names = [made.graph.nodes[ref.node].name for ref in candidates(made.graph)]
             made = self.plan(tile=tile, placement=place, boundaries=names)

@@ -69,20 +69,25 @@ def add_budget(parser: Parser) -> None:
     parser.add_argument("--budget", metavar="SIZE", help=help_text)
 
 
-def add_device(parser: Parser) -> None:
-    """Where tiles run; :func:`device_of` reads it."""
+def add_device(parser: Parser, budget: bool = True) -> None:
+    """Where tiles run; :func:`where_of` reads it."""
     parser.add_argument("--device", metavar="NAME", help="run tiles on cpu, cuda, cuda:1, mps or auto (cpu)")
-    help_text = "most memory of the host for the whole process, where --budget is that of a GPU (auto)"
-    parser.add_argument("--host-budget", metavar="SIZE", help=help_text)
+    if budget:
+        help_text = "most memory of the host for the whole process, where --budget is that of a GPU (auto)"
+        parser.add_argument("--host-budget", metavar="SIZE", help=help_text)
     parser.add_argument("--tf32", action="store_true", help="let a GPU round factors of float32 products to 10 bits")
+    help_text = "refuse ops of a GPU that sum in no fixed order, so that two runs give the same bits"
+    parser.add_argument("--deterministic", action="store_true", help=help_text)
 
 
 def where_of(args: argparse.Namespace) -> dict[str, Any]:
     """What :func:`add_device` added, as calls of the library take it."""
-    device = open_device(args.device, tf32=args.tf32) if args.device else None
-    if args.tf32 and (device is None or not device.apart):
-        raise ConfigError("--tf32", "is of a GPU", "give --device cuda")
-    return {"device": device, "host_budget": args.host_budget}
+    how = {"tf32": args.tf32, "deterministic": args.deterministic}
+    device = open_device(args.device, **how) if args.device else None
+    for name, wanted in how.items():
+        if wanted and (device is None or not device.apart):
+            raise ConfigError(f"--{name}", "is of a GPU", "give --device cuda")
+    return {"device": device, "host_budget": getattr(args, "host_budget", None)}
 
 
 def add_level(parser: Parser) -> None:

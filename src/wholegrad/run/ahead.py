@@ -32,17 +32,21 @@ class Ahead:
     def __init__(self, graph: Graph, sources: Mapping[str, Source], device: Device) -> None:
         self.graph, self.sources, self.device = graph, sources, device
         self._pool = ThreadPoolExecutor(device.options.at_once + BEYOND, "wholegrad-ahead")
+        found = {Ref(node.index): sources[node.name].lying_on(device.torch) for node in graph.of_kind(*READERS)}
+        self._there = {ref: held for ref, held in found.items() if held is not None}
         self._asked: dict[tuple[Ref, Box], Future[Moving]] = {}
 
     def ask(self, again: Recall, tile: Tile) -> None:
         """Start to read what a tile of this segment reads of images and targets."""
         for ref in again.segment.maps:
-            if again.graph.nodes[ref.node].kind in READERS and ref.node in tile.boxes:
+            if again.graph.nodes[ref.node].kind in READERS and ref.node in tile.boxes and ref not in self._there:
                 box = tile.boxes[ref.node]
                 self._asked[ref, box] = self._pool.submit(self._sent, ref, box)
 
     def take(self, ref: Ref, box: Box) -> torch.Tensor:
         """The elements of an image or a target on ``box``, on the device, as the model sees them."""
+        if ref in self._there:
+            return self._source(ref).of_staged(self._source(ref).cut_out(self._there[ref], box))
         asked = self._asked.pop((ref, box), None)
         moving = self._sent(ref, box) if asked is None else asked.result()
         return self._source(ref).of_staged(self.device.arrived(moving))

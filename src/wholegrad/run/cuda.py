@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 
 from wholegrad.errors import PlanError, WholegradError
+from wholegrad.kernels.choice import using_triton
 from wholegrad.run.device import Device, Moving, Options, Room
 
 FILLS = "fill_uninitialized_memory"  # a setting of torch.utils.deterministic
@@ -30,6 +32,8 @@ class CudaDevice(Device):
             raise PlanError(f"device {where}", f"is not there: PyTorch finds {count}", "choose a lower number")
         number = torch.cuda.current_device() if where.index is None else where.index
         super().__init__(torch.device("cuda", number), options)
+        if options.triton and not find_spec("triton"):
+            raise PlanError("triton=True", "needs Triton, which is not installed", "pip install triton")
         self._uploads: torch.cuda.Stream | None = None
 
     def _stream(self) -> torch.cuda.Stream:
@@ -38,7 +42,8 @@ class CudaDevice(Device):
         return self._uploads
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
+        with torch.cuda.device(self.torch):
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def send(self, tensor: torch.Tensor) -> Moving:
         with torch.cuda.stream(self._stream()):
@@ -92,7 +97,7 @@ class CudaDevice(Device):
         torch.use_deterministic_algorithms(options.deterministic)
         _set_fills(False)
         try:
-            with torch.cuda.device(self.torch):
+            with torch.cuda.device(self.torch), using_triton(options.triton):
                 yield
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(self, error) from error
@@ -123,4 +128,4 @@ def _out_of_memory(device: Device, error: Exception) -> WholegradError:
 def _no_order(error: Exception) -> WholegradError:
     op = str(error).split(" ")[0]
     cause = "sums in no fixed order on this device, so that two runs differ in rounding"
-    return PlanError(op, cause, "give the device with deterministic=False, or run on the CPU")
+    return PlanError(op, cause, "run without deterministic=True, or on the CPU")

@@ -311,7 +311,7 @@ class Run:
                 )
         except NumericsError as error:
             raise self._ruined(name, f"{error.where} {error.cause}") from error
-        return float(loss), dice_from_counts(values["counts"]), plan.projected
+        return float(loss), dice_from_counts(values["counts"]), plan.host_peak
 
     def _ruined(self, slide: str, cause: str) -> NumericsError:
         """The refusal of an update that would ruin the weights; those before it are written first."""

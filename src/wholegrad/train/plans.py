@@ -99,7 +99,8 @@ def device_of_run(train: TrainConfig) -> Device | None:
     Raises:
         PlanError: there is no such device.
     """
-    return None if train.device is None else open_device(train.device, tf32=train.tf32)
+    how = {"tf32": train.tf32, "deterministic": train.deterministic}
+    return None if train.device is None else open_device(train.device, **how)
 
 
 class Plans:

@@ -18,7 +18,7 @@ from wholegrad import clock
 from wholegrad.graph.rules import thin
 from wholegrad.graph.rules.cropping import cropped
 from wholegrad.graph.rules.reduction import wide
-from wholegrad.kernels.choice import serves
+from wholegrad.kernels.choice import serves, triton_serves
 from wholegrad.kernels.thin import Mixed
 
 aten = torch.ops.aten
@@ -176,6 +176,8 @@ def convolve(
         known: the output, if it need not be computed.
     """
     steps, gaps = _pair(stride), _pair(dilation)
+    if not isinstance(x, Mixed) and triton_serves(x, weight, groups):
+        return _in_triton(x, weight, bias, (steps, padding, gaps), transposed)
     if isinstance(x, Mixed) or serves(x, weight, steps, groups):
         size = None
         if transposed:
@@ -201,6 +203,62 @@ def convolve(
     if not (top == bottom >= 0 and left == right >= 0):
         x, around = padded(x, padding), (0, 0)
     return _convolve(x, weight, bias, Settings(steps, around, gaps, False, (0, 0), groups), known)
+
+
+class TritonConvolve(torch.autograd.Function):
+    """``apply(x, weight, bias, window, size)``, bias possibly None; transposed to ``size`` pixels if that is given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        window: Any,
+        size: tuple[int, int] | None,
+    ) -> torch.Tensor:
+        from wholegrad.kernels import triton_thin as kernels
+
+        ctx.save_for_backward(x, weight)
+        ctx.window, ctx.size = window, size
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if size is None:
+            return kernels.forward(x, weight, bias, window)
+        return kernels.input_gradient(x, weight, size, window, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        from wholegrad.kernels import triton_thin as kernels
+
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = None, None, None
+        plain = ctx.size is None
+        if ctx.needs_input_grad[0] and plain:
+            of_x = kernels.input_gradient(grad, weight, (x.shape[2], x.shape[3]), ctx.window)
+        elif ctx.needs_input_grad[0]:
+            of_x = kernels.forward(grad, weight, None, ctx.window)
+        if ctx.needs_input_grad[1]:
+            sat, read = (grad, x) if plain else (x, grad)
+            of_weight = kernels.weight_gradient(sat, read, (weight.shape[2], weight.shape[3]), ctx.window)
+            of_weight = of_weight.to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            of_bias = _channel_sums(grad).to(ctx.bias_dtype)
+        return of_x, of_weight, of_bias, None, None
+
+
+def _in_triton(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, window: tuple[Any, ...], transposed: bool
+) -> torch.Tensor:
+    """:func:`convolve` by Triton's kernels; what of a transposed output no window reaches is computed as zero."""
+    from wholegrad.kernels.triton_thin import Window
+
+    steps, padding, gaps = window
+    size = None
+    if transposed:
+        reached = [(x.shape[2 + i] - 1) * steps[i] + gaps[i] * (weight.shape[2 + i] - 1) + 1 for i in (0, 1)]
+        size = (reached[0] - padding[0] - padding[1], reached[1] - padding[2] - padding[3])
+    found: torch.Tensor = TritonConvolve.apply(x, weight, bias, Window(*window), size)  # type: ignore[no-untyped-call]
+    return found
 
 
 def padded(x: torch.Tensor, edges: tuple[int, int, int, int]) -> torch.Tensor:
