@@ -17,8 +17,12 @@ from wholegrad.proof import random_labels
 from wholegrad.run.process import resident
 from wholegrad.verify import EXACT, Case, errors
 from zoo import Entry
-from zoo_losses import LOSSES as ZOO_LOSSES
-from zoo_networks import NETWORKS
+
+try:
+    from zoo_losses import LOSSES as ZOO_LOSSES
+    from zoo_networks import NETWORKS
+except ImportError:  # MONAI or transformers is not there: the rest is worth having without
+    ZOO_LOSSES, NETWORKS = [], []
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU (torch.cuda.is_available())"),
