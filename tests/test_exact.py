@@ -120,13 +120,13 @@ def skips_a_tile(self: Grid) -> Iterator[Tile]:
     return (tile for tile in ORIGINAL_TILES(self) if tile.number != 3)
 
 
-def doubly_owned(graph: Any, segment: Any, role: Any, tile: int, **options: Any) -> tiles.AxisTiles:
+def doubly_owned(graph: Any, segment: Any, role: Any, tile: int) -> tiles.AxisTiles:
     """Each tile but the last also owns the first element of the next."""
     true = ORIGINAL_AXIS(graph, segment, role, tile)
     ends = {ref: max(mine[ref].hi for mine in true.owned if ref in mine) for mine in true.owned for ref in mine}
     owned = tuple({ref: Interval(i.lo, min(i.hi + 1, ends[ref])) for ref, i in mine.items()} for mine in true.owned)
     spans = tuple(tiles.spans(graph, segment, role, mine) for mine in owned)
-    return tiles.AxisTiles(owned, spans, true.weights, true.count)
+    return tiles.AxisTiles(owned, spans, true.count)
 
 
 ORIGINAL_NEEDS = window.Convolution.needs

@@ -117,6 +117,12 @@ def test_the_loss_decides_whether_the_last_segment_runs_in_one_pass() -> None:
     assert fused == {"bce": True, "focal": True, "dice": False, "bce+dice": False}
 
 
+@pytest.mark.parametrize("size", [(1, 33), (1, 5000), (5000, 1), (1, 1)])
+def test_a_map_of_one_row_is_planned_however_wide(size: tuple[int, int]) -> None:
+    model = torch.nn.Conv2d(3, 2, 3, padding=1)
+    check(wg.plan(model, lambda y, t: y.mean(), torch.zeros(()).expand(3, *size), None))
+
+
 def test_what_is_fixed_is_obeyed_and_what_is_unknown_is_refused() -> None:
     plan = plan_for((200, 300), tile=(64, 80), boundaries=["middle", "down1"], placement="disk")
     assert {part.tile for part in plan.segments} == {(64, 80)}

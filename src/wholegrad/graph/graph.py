@@ -143,7 +143,7 @@ class Node:
     needs_grad: bool
     draw: int = -1
 
-    @property
+    @cached_property
     def refs(self) -> tuple[Ref, ...]:
         """Every output."""
         return tuple(Ref(self.index, i) for i in range(len(self.outputs)))

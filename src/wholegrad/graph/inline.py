@@ -9,31 +9,25 @@ that nobody inlines run as chains: one pass forward, one back. Everything else r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from enum import Enum
 
 import torch
 
 from wholegrad.graph.graph import Graph, Node, Ref
-from wholegrad.graph.programs import OPS, REALS, Build, Scope, Stop, planar_layout
+from wholegrad.graph.programs import MOST_LEAVES, OPS, REALS, Found, Programs, Reading, planar_layout
 from wholegrad.graph.rules.base import bind
 from wholegrad.graph.rules.reduction import SumOrMean
 from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.graph.strips import Strip, find
 from wholegrad.kernels.choice import THIN, suits
-from wholegrad.kernels.expression import IDENTITY, MAP, Leaf
+from wholegrad.kernels.expression import IDENTITY, Leaf
 from wholegrad.kernels.host import host
 from wholegrad.kernels.stage import Part
 
 aten = torch.ops.aten
 CHEAP = 16  # instructions for a vector that may be done again by every kernel that reads
-
-
-class Reading(NamedTuple):
-    """What a kernel reads: parts, and the values that their programs take, in order."""
-
-    parts: tuple[Part, ...]
-    leaves: tuple[Ref, ...]
 
 
 @dataclass(frozen=True)
@@ -86,19 +80,66 @@ def inline(
     strips: bool = False,
     as_bytes: frozenset[Ref] = frozenset(),
 ) -> Inlined:
-    """Decide it for one segment.
+    """Decide it for one segment; :class:`Inliner` for many.
 
     Args:
         raw: the images whose pixels are 8-bit fractions of 255.
         strips: whether convolutions may run strip by strip: where no gradient is wanted.
         as_bytes: outputs that a strip may store as bytes.
     """
-    how = _Inliner(graph, segment, raw).run()
-    found = find(graph, segment, how) if strips else None
-    if found is None:
-        return how
-    found = replace(found, as_bytes=found.out in as_bytes)
-    return replace(how, nodes=tuple(i for i in how.nodes if i not in found.inside), strip=found)
+    return Inliner(graph, raw).inline(segment, strips, as_bytes)
+
+
+class Way(Enum):
+    """Who computes an op: the thin kernels, a program, nobody (a concatenation is read in parts), or PyTorch."""
+
+    THIN = "thin"
+    WRITTEN = "written"
+    JOINED = "joined"
+    OPAQUE = "opaque"
+
+
+class Inliner:
+    """Decides it for segments of one graph: what they share is found once."""
+
+    def __init__(self, graph: Graph, raw: frozenset[Ref]) -> None:
+        self.graph, self.raw = graph, raw
+        self.programs = Programs(graph, raw)
+        self._ways: dict[int, Way] = {}
+
+    def ways(self, nodes: Sequence[int]) -> dict[int, Way]:
+        """Who may compute each of these nodes."""
+        known = self._ways
+        for index in nodes:
+            if index not in known:
+                known[index] = _way(self.graph, self.graph.nodes[index])
+        return {index: known[index] for index in nodes}
+
+    def inline(self, segment: Segment, strips: bool = False, as_bytes: frozenset[Ref] = frozenset()) -> Inlined:
+        """:func:`inline`"""
+        how = _Inliner(self, segment).run()
+        found = find(self.graph, segment, how) if strips else None
+        if found is None:
+            return how
+        found = replace(found, as_bytes=found.out in as_bytes)
+        return replace(how, nodes=tuple(i for i in how.nodes if i not in found.inside), strip=found)
+
+
+def _way(graph: Graph, node: Node) -> Way:
+    if _thin(graph, node):
+        return Way.THIN
+    if node.op in OPS:
+        return Way.WRITTEN
+    return Way.JOINED if node.op is aten.cat.default else Way.OPAQUE
+
+
+def _thin(graph: Graph, node: Node) -> bool:
+    """Whether a node is a convolution that the thin kernels serve."""
+    if node.op is not aten.convolution.default or len(node.outputs[0].shape) != 4:
+        return False
+    weight = graph.spec(node.operands[1])
+    same = weight.dtype == node.outputs[0].dtype == graph.spec(node.operands[0]).dtype
+    return same and suits(weight.shape, weight.dtype, node.args[3], node.args[8])
 
 
 def plain(segment: Segment) -> Inlined:
@@ -108,80 +149,64 @@ def plain(segment: Segment) -> Inlined:
 
 
 class _Inliner:
-    def __init__(self, graph: Graph, segment: Segment, raw: frozenset[Ref]) -> None:
-        self.graph, self.segment, self.raw = graph, segment, raw
-        self.inside = frozenset(segment.nodes)
+    """Decides it for one segment."""
+
+    def __init__(self, every: Inliner, segment: Segment) -> None:
+        self.graph, self.segment, self.raw, self.programs = every.graph, segment, every.raw, every.programs
+        self.ways = every.ways(segment.nodes)
         self.known: dict[int, bool] = {}
-        self.forced = frozenset(self._forced())
-        self.scope = Scope(graph, self.inside, self.forced, raw)
+        self.forced = self._forced()
+        self.free = {i for i, way in self.ways.items() if way is Way.WRITTEN and i not in self.forced}
 
     def run(self) -> Inlined:
         graph = self.graph
-        required = set(self.segment.outputs)
+        required = {ref.node for ref in self.segment.outputs}
         convolutions, chains, sums = {}, {}, {}
         for index in self.segment.reductions:
             reading = self._sum(graph.nodes[index])
             if reading is not None:
                 sums[index] = reading
-            required.update(reading.leaves if reading else graph.nodes[index].operands)
-        nodes = []
+            required.update([ref.node for ref in (reading.leaves if reading else graph.nodes[index].operands)])
+        nodes, opaque = [], set(self.segment.outputs)
         for index in reversed(self.segment.nodes):
-            node = graph.nodes[index]
-            if not required.intersection(node.refs):
+            if index not in required:
                 continue
+            node = graph.nodes[index]
             nodes.append(index)
-            if self._thin(node):
+            if self.ways[index] is Way.THIN:
                 convolutions[index] = self._input(node)
-                required.update(convolutions[index].leaves)
+                read = convolutions[index].leaves
             elif (chain := self._chain(node)) is not None:
-                chains[index] = chain
-                required.update(chain.leaves)
+                chains[index] = chain.reading
+                read = chain.reading.leaves
             else:
-                required.update(node.operands)
-        opaque = {
-            ref
-            for index in nodes
-            if index not in convolutions and index not in chains
-            for ref in graph.nodes[index].operands
-        }
-        opaque |= {graph.nodes[i].operands[0] for i in self.segment.reductions if i not in sums}
-        opaque.update(self.segment.outputs)
+                read = node.operands
+                opaque.update(read)
+            required.update([ref.node for ref in read])
+        opaque.update(graph.nodes[i].operands[0] for i in self.segment.reductions if i not in sums)
         return Inlined(tuple(reversed(nodes)), convolutions, chains, sums, self.raw, frozenset(opaque & self.raw))
 
-    def _forced(self) -> set[Ref]:
-        """Maps that must exist whoever inlines them: outputs, and what ops without a kernel read."""
+    def _forced(self) -> set[int]:
+        """Nodes whose maps must exist whoever inlines them: outputs, and what ops without a kernel read."""
         graph = self.graph
-        forced = set(self.segment.outputs)
-        for index in self.segment.nodes:
-            node = graph.nodes[index]
-            if not self._thin(node) and node.op not in OPS and node.op is not aten.cat.default:
-                forced.update(node.operands)
-        for index in self.segment.reductions:
-            if not isinstance(reduction_rule(graph, index), SumOrMean):
-                forced.update(graph.nodes[index].operands)
-        return forced
-
-    def _thin(self, node: Node) -> bool:
-        """Whether a node is a convolution that the thin kernels serve."""
-        if node.op is not aten.convolution.default or len(node.outputs[0].shape) != 4:
-            return False
-        weight = self.graph.spec(node.operands[1])
-        same = weight.dtype == node.outputs[0].dtype == self.graph.spec(node.operands[0]).dtype
-        return same and suits(weight.shape, weight.dtype, node.args[3], node.args[8])
+        whole = [i for i in self.segment.reductions if not isinstance(reduction_rule(graph, i), SumOrMean)]
+        whole += [index for index, way in self.ways.items() if way is Way.OPAQUE]
+        return {ref.node for ref in (*self.segment.outputs, *(ref for i in whole for ref in graph.nodes[i].operands))}
 
     def _planar(self, ref: Ref) -> bool:
         """Whether a map comes with its columns next to each other in memory."""
         node, spec = self.graph.nodes[ref.node], self.graph.spec(ref)
-        if ref.node not in self.inside:
+        if ref.node not in self.ways:
             return spec.shape[1] <= THIN
-        return self._thin(node) or spec.shape[1] == 1 or (node.op in OPS and self._planar_chain(node))
+        way = self.ways[ref.node]
+        return way is Way.THIN or spec.shape[1] == 1 or (way is Way.WRITTEN and self._planar_chain(node))
 
     def _planar_chain(self, node: Node) -> bool:
         """Whether a node is one pass over planar maps."""
         if node.index not in self.known:
             self.known[node.index] = False
             chain = self._chain(node)
-            self.known[node.index] = chain is not None and all(self._planar(each) for each in _maps(chain))
+            self.known[node.index] = chain is not None and all(self._planar(each) for each in chain.maps)
         return self.known[node.index]
 
     def _input(self, node: Node) -> Reading:
@@ -197,7 +222,7 @@ class _Inliner:
     def _pieces(self, ref: Ref) -> list[Ref]:
         """The maps that a concatenation along channels lays side by side."""
         node = self.graph.nodes[ref.node]
-        if ref.node not in self.inside or ref in self.forced or node.op is not aten.cat.default:
+        if ref.node not in self.ways or ref.node in self.forced or node.op is not aten.cat.default:
             return [ref]
         bound = bind(node.op, node.args, node.kwargs)
         same = {self.graph.spec(piece).dtype for piece in node.operands} == {self.graph.spec(ref).dtype}
@@ -207,34 +232,21 @@ class _Inliner:
 
     def _piece(self, ref: Ref) -> Reading:
         """One map computed while it is staged, or as it is: one derivative at most, and nothing dear."""
-        spec = self.graph.spec(ref)
-        try:
-            program, leaves = Build(self.scope, ref).finish()
-        except Stop:
-            program, leaves = None, ()
-        if program is not None and len(program.wanted) <= 1 and program.cost() <= CHEAP:
-            small = [i for i in program.wanted if program.leaves[i].kind != MAP]
-            if not small:
-                return Reading((Part(program, spec.shape[1]),), leaves)
-        grad = self.graph.nodes[ref.node].needs_grad
-        program = IDENTITY._replace(leaves=(Leaf(grad=grad),))
-        return Reading((Part(program, spec.shape[1]),), (ref,))
+        found = self.programs.find(self.free, ref)
+        if found is not None and found.smooth <= 1 and found.cost <= CHEAP:
+            return found.reading
+        program = IDENTITY._replace(leaves=(Leaf(grad=self.graph.nodes[ref.node].needs_grad),))
+        return Reading((Part(program, self.graph.spec(ref).shape[1]),), (ref,))
 
-    def _chain(self, node: Node) -> Reading | None:
+    def _chain(self, node: Node) -> Found | None:
         """A pointwise node as one pass over maps, planar if there are bytes; None if it cannot be."""
-        if host() is None or node.op not in OPS:
+        if self.ways[node.index] is not Way.WRITTEN or host() is None:
             return None
         ref = Ref(node.index)
-        try:
-            program, leaves = Build(self.scope, ref).finish(top=True)
-        except Stop:
+        found = self.programs.find(self.free, ref, top=True)
+        if found is None or ref in found.maps or not found.program.steps or node.outputs[0].dtype not in REALS:
             return None
-        chain = Reading((Part(program, node.outputs[0].shape[1]),), leaves)
-        own = ref not in leaves and bool(program.steps) and node.outputs[0].dtype in REALS
-        bytes_ = any(leaf.bytes for leaf in program.leaves)
-        if not own or (bytes_ and not all(self._planar(each) for each in _maps(chain))):
-            return None
-        return chain
+        return None if found.bytes and not all(self._planar(each) for each in found.maps) else found
 
     def _sum(self, node: Node) -> Reading | None:
         """A sum over everything, computed while its terms are."""
@@ -256,17 +268,7 @@ class _Inliner:
         spec = self.graph.spec(ref)
         if spec.dtype not in (real, torch.bool):
             return None
-        try:
-            program, leaves = Build(self.scope, ref, real).finish(top=ref not in self.forced)
-        except Stop:
+        found = self.programs.find(self.free, ref, real)
+        if found is None or found.smooth > MOST_LEAVES or not all(self._planar(each) for each in found.maps):
             return None
-        if any(program.leaves[i].kind != MAP for i in program.wanted):
-            return None
-        reading = Reading((Part(program, spec.shape[1]),), leaves)
-        return reading if all(self._planar(each) for each in _maps(reading)) else None
-
-
-def _maps(reading: Reading) -> list[Ref]:
-    """The maps that one program reads."""
-    kinds = [leaf.kind for leaf in reading.parts[0].program.leaves]
-    return [ref for ref, kind in zip(reading.leaves, kinds, strict=True) if kind == MAP]
+        return found.reading

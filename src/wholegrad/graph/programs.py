@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +20,7 @@ from wholegrad.graph.layout import Role
 from wholegrad.graph.rules.base import bind
 from wholegrad.graph.rules.normalize import NORMALIZE
 from wholegrad.kernels.expression import EACH, MAP, MASKS, ONE, Leaf, Program, Step
+from wholegrad.kernels.stage import Part
 
 aten = torch.ops.aten
 REALS = (torch.float32, torch.float64)
@@ -31,16 +34,6 @@ class Stop(Exception):  # noqa: N818  no error: another way is taken
     """This value cannot be computed while it is read."""
 
 
-@dataclass(frozen=True)
-class Scope:
-    """Where programs are sought: the nodes of a segment, less maps that must exist; ``raw`` images are bytes."""
-
-    graph: Graph
-    inside: frozenset[int]
-    forced: frozenset[Ref]
-    raw: frozenset[Ref]
-
-
 def planar_layout(spec: Spec) -> bool:
     """Whether a value is a map ``(N, C, H, W)``."""
     return len(spec.layout) == 4 and all(
@@ -48,22 +41,98 @@ def planar_layout(spec: Spec) -> bool:
     )
 
 
-class Build:
-    """A program in the making, from the value at its end."""
+class Reading(NamedTuple):
+    """What a kernel reads: parts, and the values that their programs take, in order."""
 
-    def __init__(self, scope: Scope, ref: Ref, real: torch.dtype | None = None) -> None:
-        self.scope, self.graph, self.ref = scope, scope.graph, ref
+    parts: tuple[Part, ...]
+    leaves: tuple[Ref, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A program and the values that its leaves are, and what is asked of it again and again."""
+
+    program: Program
+    reading: Reading
+
+    @cached_property
+    def maps(self) -> tuple[Ref, ...]:
+        """The maps that it reads."""
+        leaves = zip(self.reading.leaves, self.program.leaves, strict=True)
+        return tuple(ref for ref, leaf in leaves if leaf.kind == MAP)
+
+    @cached_property
+    def bytes(self) -> bool:
+        """Whether it reads bytes."""
+        return any(leaf.bytes for leaf in self.program.leaves)
+
+    @cached_property
+    def smooth(self) -> int:
+        """How many derivatives are wanted, if all are with respect to maps; else more than there are leaves."""
+        wanted = self.program.wanted
+        return len(wanted) if all(self.program.leaves[i].kind == MAP for i in wanted) else MOST_LEAVES + 1
+
+    @cached_property
+    def cost(self) -> int:
+        """Instructions for a vector, about."""
+        return self.program.cost()
+
+
+class Programs:
+    """The programs of one graph: what was found for one segment stands for each that is alike where the search looked.
+
+    Args:
+        raw: images that are bytes.
+    """
+
+    def __init__(self, graph: Graph, raw: frozenset[Ref]) -> None:
+        self.graph, self.raw = graph, raw
+        self._known: dict[Any, list[tuple[frozenset[int], frozenset[int], Found | None]]] = {}
+
+    def find(
+        self, free: AbstractSet[int], ref: Ref, real: torch.dtype | None = None, top: bool = False
+    ) -> Found | None:
+        """What computes a value; None if nothing can.
+
+        Args:
+            free: nodes with a program that may be computed where they are read.
+            real: the precision; by default the value's own.
+            top: whether the value's own op may be computed even if it is not free.
+        """
+        known = self._known.setdefault((ref.node, ref.out, real, top), [])
+        for opened, closed, found in known:
+            if opened <= free and closed.isdisjoint(free):
+                return found
+        try:
+            build = Build(self, free, ref, real)
+        except Stop:
+            known.append((frozenset(), frozenset(), None))
+            return None
+        try:
+            found = build.finish(top)
+        except Stop:
+            found = None
+        known.append((frozenset(build.looked & free), frozenset(build.looked - free), found))
+        return found
+
+
+class Build:
+    """A program in the making, from the value at its end; ``looked`` has the nodes that had to be free or not."""
+
+    def __init__(self, programs: Programs, free: AbstractSet[int], ref: Ref, real: torch.dtype | None) -> None:
+        self.programs, self.free, self.graph, self.ref = programs, free, programs.graph, ref
         self.spec = self.graph.spec(ref)
         self.dtype = real or self.spec.dtype
         if self.dtype not in REALS or not planar_layout(self.spec):
             raise Stop
+        self.looked: set[int] = set()
         self.leaves: dict[tuple[Ref, bool], Leaf] = {}
         self.steps: list[Step] = []  # leaves are numbered -1, -2, .. until all are known
         self.memory: dict[tuple[Ref, bool], int] = {}
         self.masks: set[int] = set()
         self.depth = 0
 
-    def finish(self, top: bool = False) -> tuple[Program, tuple[Ref, ...]]:
+    def finish(self, top: bool) -> Found:
         """The program; with ``top``, of the op itself even where its value must exist."""
         last = self.value(self.ref, True, top)
         if last in self.masks:
@@ -78,7 +147,8 @@ class Build:
         steps = [step._replace(values=tuple(place(i) for i in step.values)) for step in self.steps]
         if steps and place(last) != count + len(steps) - 1:
             raise Stop
-        return Program(tuple(self.leaves.values()), tuple(steps)), tuple(ref for ref, _ in self.leaves)
+        program = Program(tuple(self.leaves.values()), tuple(steps))
+        return Found(program, Reading((Part(program, self.spec.shape[1]),), tuple(ref for ref, _ in self.leaves)))
 
     def step(self, op: str, *values: int, numbers: tuple[float, ...] = ()) -> int:
         self.steps.append(Step(op, values, numbers))
@@ -103,12 +173,18 @@ class Build:
         grad = grad and node.needs_grad
         if (ref, grad) in self.memory:
             return self.memory[ref, grad]
-        may = ref.node in self.scope.inside and node.op in OPS and self.depth < DEEPEST
-        found = self._inner(node, grad) if may and (top or ref not in self.scope.forced) else None
+        found = self._inner(node, grad) if top or self._may(ref.node) else None
         if found is None:
             found = self._leaf(ref, grad)
         self.memory[ref, grad] = found
         return found
+
+    def _may(self, index: int) -> bool:
+        """Whether a node may be computed here."""
+        if self.depth >= DEEPEST:
+            return False
+        self.looked.add(index)
+        return index in self.free
 
     def _inner(self, node: Node, grad: bool) -> int | None:
         """The op's steps; None if it must be a leaf instead."""
@@ -134,7 +210,7 @@ class Build:
         if spec.is_map:
             if spec.layout != self.spec.layout or spec.dtype not in (real, *BYTES):
                 raise Stop
-            raw = ref in self.scope.raw
+            raw = ref in self.programs.raw
             leaf = Leaf(MAP, int(raw or spec.dtype in BYTES), grad and spec.dtype == real)
         else:
             leaf = Leaf(self._small(spec.shape), 0, grad)
@@ -142,7 +218,7 @@ class Build:
                 raise Stop
         self.leaves[ref, grad] = leaf
         number = -1 - list(self.leaves).index((ref, grad))
-        return self.step("u8", number) if spec.is_map and ref in self.scope.raw else number
+        return self.step("u8", number) if spec.is_map and ref in self.programs.raw else number
 
     def _small(self, shape: Sequence[int]) -> str:
         if math.prod(shape) == 1:

@@ -28,10 +28,10 @@ T = TypeVar("T")
 
 def recallable(graph: Graph, segment: Segment, stored: Set[Ref]) -> tuple[Ref, ...]:
     """The outputs of ``segment`` that its backward run takes from a store, where ``stored`` maps lie."""
-    return tuple(ref for ref in segment.outputs if ref in stored and _is_wide(graph, graph.nodes[ref.node]))
+    return tuple(ref for ref in segment.outputs if ref in stored and is_wide(graph, graph.nodes[ref.node]))
 
 
-def _is_wide(graph: Graph, node: Node) -> bool:
+def is_wide(graph: Graph, node: Node) -> bool:
     """A convolution that costs more than reading its output."""
     if node.op is not aten.convolution.default:
         return False

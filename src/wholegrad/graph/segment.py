@@ -10,15 +10,18 @@ Boxes follow backwards from what a tile owns (rule 1), one axis at a time: :func
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import NamedTuple
 
 from wholegrad.graph.geometry import Interval
 from wholegrad.graph.graph import READERS, SOURCES, Graph, Kind, Node, Ref
 from wholegrad.graph.layout import Role
 from wholegrad.graph.rules import ReductionRule, rule_for
+
+ORDER = attrgetter("node", "out")  # of Refs, as fast as can be
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Segment:
 
 def stages(
     graph: Graph, boundaries: frozenset[Ref], early: frozenset[int] = frozenset(), apart: bool = False
-) -> dict[int, int]:
+) -> list[int]:
     """For each node the number of segments that must have run before its value can be had.
 
     A boundary's or reduction's value is there one stage after the stage in which it is computed. A reduction that sums
@@ -86,12 +89,14 @@ class Cutter:
             for i, node in enumerate(graph.nodes)
             if kinds[i] not in SOURCES
         ]
+        self._leaves = {i for i, kind in enumerate(kinds) if kind in READERS or kind is Kind.SPREAD}
+        self._reads = [self._apart(node.operands) for node in graph.nodes]
         self._known: dict[tuple[tuple[Ref, ...], tuple[int, ...]], list[_Walked]] = {}
 
-    def stages(self, boundaries: frozenset[Ref], early: frozenset[int] = frozenset()) -> dict[int, int]:
+    def stages(self, boundaries: frozenset[Ref], early: frozenset[int] = frozenset()) -> list[int]:
         """:func:`stages`"""
         kept = {ref.node for ref in boundaries}
-        available = dict.fromkeys(range(len(self.graph.nodes)), 0)
+        available = [0] * len(self.graph.nodes)
         for index, sums, operands in self._steps:
             start = 0
             for each in operands:
@@ -126,8 +131,45 @@ class Cutter:
         for walked in known:
             if walked.read <= boundaries and boundaries.isdisjoint(walked.passed):
                 return walked.segment
-        known.append(_walk(self.graph, boundaries, outputs, reductions))
+        known.append(self._walk(boundaries, outputs, reductions))
         return known[-1].segment
+
+    def _apart(self, refs: Sequence[Ref]) -> tuple[list[Ref], list[Ref]]:
+        """What is read by box, and what is whole."""
+        boxed = [ref for ref in refs if ref.node in self._leaves or self.graph.spec(ref).is_map]
+        return boxed, [ref for ref in refs if ref not in boxed]
+
+    def _walk(self, boundaries: frozenset[Ref], outputs: list[Ref], reductions: list[int]) -> _Walked:
+        graph, leaves = self.graph, self._leaves
+        own = {ref.node for ref in outputs}
+        kept = {ref.node for ref in boundaries} - own
+        owned = [*outputs, *(graph.nodes[i].operands[0] for i in reductions)]
+        stack, whole = self._apart(owned)
+        smalls = set(whole)
+        inside: set[int] = set()
+        maps: set[Ref] = set()
+        read: set[Ref] = set()
+        passed: set[Ref] = set()
+        while stack:
+            ref = stack.pop()
+            index = ref.node
+            if index in leaves:
+                maps.add(ref)
+            elif index in kept and ref in boundaries:
+                maps.add(ref)
+                read.add(ref)
+            else:
+                if index not in own:
+                    passed.add(ref)
+                if index not in inside:
+                    inside.add(index)
+                    boxed, whole = self._reads[index]
+                    stack.extend(boxed)
+                    smalls.update(whole)
+        base = max(owned, key=lambda ref: graph.spec(ref).rows * graph.spec(ref).cols)
+        boxed, whole = (sorted(refs, key=ORDER) for refs in (maps, smalls))
+        segment = Segment(tuple(outputs), tuple(reductions), tuple(sorted(inside)), tuple(boxed), tuple(whole), base)
+        return _Walked(segment, frozenset(read), frozenset(passed))
 
 
 class _Walked(NamedTuple):
@@ -136,37 +178,6 @@ class _Walked(NamedTuple):
     segment: Segment
     read: frozenset[Ref]
     passed: frozenset[Ref]
-
-
-def _walk(graph: Graph, boundaries: frozenset[Ref], outputs: list[Ref], reductions: list[int]) -> _Walked:
-    own = {ref.node for ref in outputs}
-    inside: set[int] = set()
-    maps: dict[Ref, None] = {}
-    smalls: dict[Ref, None] = {}
-    read: set[Ref] = set()
-    passed: set[Ref] = set()
-    stack = [graph.nodes[i].operands[0] for i in reductions] + list(outputs)
-    while stack:
-        ref = stack.pop()
-        node = graph.nodes[ref.node]
-        if node.kind in READERS or node.kind is Kind.SPREAD:
-            maps[ref] = None
-        elif ref in boundaries and ref.node not in own:
-            maps[ref] = None
-            read.add(ref)
-        elif not graph.spec(ref).is_map:
-            smalls[ref] = None
-        else:
-            if ref.node not in own:
-                passed.add(ref)
-            if ref.node not in inside:
-                inside.add(ref.node)
-                stack.extend(node.operands)
-    owned = [*outputs, *(graph.nodes[i].operands[0] for i in reductions)]
-    base = max(owned, key=lambda ref: graph.spec(ref).rows * graph.spec(ref).cols)
-    segment = Segment(tuple(outputs), tuple(reductions), tuple(sorted(inside)), tuple(sorted(maps)),
-                      tuple(sorted(smalls)), base)  # fmt: skip
-    return _Walked(segment, frozenset(read), frozenset(passed))
 
 
 def spans(

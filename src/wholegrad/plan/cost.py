@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from wholegrad.graph.inline import Inlined
 from wholegrad.graph.recall import recallable
 from wholegrad.graph.rules import rule_for
 from wholegrad.graph.segment import Segment
+from wholegrad.plan.extents import Extent
 from wholegrad.plan.rates import Rates
 from wholegrad.plan.tiles import AxisTiles
 
@@ -68,103 +70,134 @@ class Seconds:
     backward: Table
 
 
+class Price(NamedTuple):
+    """Of a pixel of a node: seconds forward and backward, seconds of fresh pages, and bytes of its largest map."""
+
+    forward: float
+    backward: float
+    fresh: float
+    pixel: int
+
+
+class Prices:
+    """What running a node costs, looked up once for all segments of a graph.
+
+    Attributes:
+        macs: multiply-adds of each node for a pixel.
+    """
+
+    def __init__(self, graph: Graph, rates: Rates) -> None:
+        self.graph, self.rates, self.macs = graph, rates, pixel_macs(graph)
+        self._known: dict[tuple[int, bool, bool, bool], Price] = {}
+
+    def of(self, index: int, thin: bool, chained: bool, recalled: bool) -> Price:
+        """Of a node that runs by itself.
+
+        Args:
+            thin: whether it is a convolution of the thin kernels.
+            chained: whether it is a pass of the project's kernels.
+            recalled: whether the backward sweep has its values already.
+        """
+        key = (index, thin, chained, recalled)
+        if key not in self._known:
+            size = max(spec.pixel_bytes for spec in self.graph.nodes[index].outputs)
+            (forward, backward), made = self.multiplied(index, thin, recalled), self.made(size, thin, chained)
+            self._known[key] = made._replace(forward=forward + made.forward, backward=backward + made.backward)
+        return self._known[key]
+
+    def multiplied(self, index: int, thin: bool, recalled: bool) -> tuple[float, float]:
+        """Seconds forward and backward of a node's multiply-adds."""
+        if not self.macs[index]:
+            return 0.0, 0.0
+        operands = self.graph.nodes[index].operands
+        weight, wants = self.graph.spec(operands[1]).shape, [self.graph.nodes[ref.node].needs_grad for ref in operands]
+        rates = self.rates.convolution(min(weight[:2]), thin) if len(weight) == 4 else (self.rates.product,) * 3
+        ahead, of_input, of_weight = rates
+        back = of_input * wants[0] + of_weight * any(wants[1:2])
+        return self.macs[index] * ahead, self.macs[index] * (back + (0.0 if recalled else ahead))
+
+    def made(self, size: int, thin: bool, chained: bool) -> Price:
+        """Of writing so many bytes; with the project's own convolutions that is part of a multiply-add."""
+        rate = self.rates.passed if chained else self.rates.made
+        if thin:
+            rate = 0.0
+        return Price(rate * size, rate * size * (1 + self.rates.backward), self.rates.fresh * size, size)
+
+
 class Bill:
     """What a segment costs for each pixel of each of its nodes, forward and backward, ready for any tiles."""
 
-    def __init__(self, graph: Graph, macs: Sequence[float], segment: Segment, how: Inlined, rates: Rates) -> None:
-        self.graph, self.macs, self.segment, self.how, self.rates = graph, macs, segment, how, rates
+    def __init__(self, prices: Prices, segment: Segment, how: Inlined) -> None:
+        self.graph, self.segment, self.how, self.rates = prices.graph, segment, how, prices.rates
+        graph, rates = self.graph, self.rates
         summed = [graph.nodes[i].operands[0].node for i in segment.reductions if i not in how.sums]
         self.nodes = sorted({*segment.nodes, *(ref.node for ref in segment.maps), *summed})
         self.place = {index: k for k, index in enumerate(self.nodes)}
-        count = len(self.nodes)
-        self.forward, self.backward = np.zeros(count), np.zeros(count)
-        self.pixel, self.rows = np.zeros(count), np.zeros(count)
-        self.fresh_forward, self.fresh_backward = np.zeros(count), np.zeros(count)
+        self._columns: list[list[float]] = [[0.0] * len(self.nodes) for _ in range(5)]  # lists: filled one by one
+        forward, backward, fresh, pixel, _ = self._columns
         recalled = {ref.node for ref in recallable(graph, segment, set(segment.outputs))}
         for index in how.nodes:
-            for i in how.runs(index):
-                self._multiply(i, i in recalled)
-        for index in how.nodes:
-            self._make(index)
+            thin, at = index in how.convolutions, self.place[index]
+            chained = index in how.chains
+            if how.strip is not None and how.strip.out.node == index:
+                price = prices.made(how.pixel_bytes(graph, index), thin, chained)
+                for i in how.strip.nodes:
+                    ahead, back = prices.multiplied(i, i in how.convolutions, i in recalled)
+                    forward[self.place[i]] += ahead
+                    backward[self.place[i]] += back
+            else:
+                price = prices.of(index, thin, chained, index in recalled)
+            forward[at] += price.forward
+            backward[at] += price.backward
+            fresh[at] += price.fresh
+            pixel[at] = price.pixel
         for index in summed:
             size, at = graph.nodes[index].outputs[0].pixel_bytes, self.place[index]
-            self.forward[at] += rates.summed * size
-            self.backward[at] += (rates.summed + rates.backward * rates.made) * size
+            forward[at] += rates.summed * size
+            backward[at] += (rates.summed + rates.backward * rates.made) * size
         self._move()
+        self.forward, self.backward, self.fresh, self.pixel, self.rows = np.array(self._columns)
         self.each = len(how.nodes) + len(segment.maps) + len(segment.reductions)
         owned = [graph.nodes[ref.node] for ref in segment.smalls]
         self.merging = rates.parameter * sum(node.outputs[0].numel for node in owned if node.needs_grad)
 
-    def _multiply(self, i: int, recalled: bool) -> None:
-        if not self.macs[i]:
-            return
-        ahead, of_input, of_weight = self._rates_of(i)
-        node, at = self.graph.nodes[i], self.place[i]
-        wants = [self.graph.nodes[ref.node].needs_grad for ref in node.operands]
-        back = of_input * wants[0] + of_weight * any(wants[1:2])
-        self.forward[at] += self.macs[i] * ahead
-        self.backward[at] += self.macs[i] * (back + (0.0 if recalled else ahead))
-
-    def _rates_of(self, i: int) -> tuple[float, float, float]:
-        """Seconds of a multiply-add of a node: forward, for its input's gradient and for its weight's."""
-        node = self.graph.nodes[i]
-        weight = self.graph.spec(node.operands[1]).shape
-        if len(weight) != 4:
-            return (self.rates.product,) * 3
-        return self.rates.convolution(min(weight[:2]), i in self.how.convolutions)
-
-    def _make(self, index: int) -> None:
-        """Writing a map; with the project's own convolutions that is part of a multiply-add."""
-        size, at = self.how.pixel_bytes(self.graph, index), self.place[index]
-        rate = self.rates.passed if index in self.how.chains else self.rates.made
-        if index in self.how.convolutions:
-            rate = 0.0
-        self.forward[at] += rate * size
-        self.backward[at] += rate * size * (1 + self.rates.backward)
-        self.pixel[at] = max(self.pixel[at], size)
-        self.fresh_forward[at] += self.rates.fresh * size
-        self.fresh_backward[at] += self.rates.fresh * size
-
     def _move(self) -> None:
         """Reading images, targets and boundaries, writing boundaries, and the same of boundaries' gradients."""
         graph, rates = self.graph, self.rates
+        forward, backward, fresh, pixel, rows = self._columns
         for ref in self.segment.maps:
             spec, at, node = graph.spec(ref), self.place[ref.node], graph.nodes[ref.node]
-            pixel, item = spec.pixel_bytes, spec.dtype.itemsize
             if node.kind in READERS:
-                size = pixel // item if ref in self.how.raw else pixel
-                self.forward[at] += size * rates.pixels
-                self.backward[at] += size * rates.pixels
-                self.rows[at] = pixel // item * rates.row
-                self.pixel[at] = size
-                self.fresh_forward[at] += size * rates.fresh
-                self.fresh_backward[at] += size * rates.fresh
+                elements = spec.pixel_bytes // spec.dtype.itemsize
+                size = elements if ref in self.how.raw else spec.pixel_bytes
+                forward[at] += size * rates.pixels
+                backward[at] += size * rates.pixels
+                fresh[at] += size * rates.fresh
+                pixel[at] = size
+                rows[at] = elements * rates.row
             else:
-                self.backward[at] += pixel * rates.stored * ADDED * node.needs_grad
+                backward[at] += spec.pixel_bytes * rates.stored * ADDED * node.needs_grad
         for ref in self.segment.outputs:
             spec, at = graph.spec(ref), self.place[ref.node]
-            self.forward[at] += spec.pixel_bytes * rates.stored
-            self.backward[at] += spec.pixel_bytes * rates.stored * READ
+            forward[at] += spec.pixel_bytes * rates.stored
+            backward[at] += spec.pixel_bytes * rates.stored * READ
 
-    def seconds(self, rows: Sequence[AxisTiles], cols: Sequence[AxisTiles]) -> Seconds:
+    def seconds(self, rows: Extent, cols: Extent) -> Seconds:
         """Of all tiles, for each of these heights with each of these widths."""
-        high, wide = ([[t.total.get(i, 0.0) for t in tiles] for i in self.nodes] for tiles in (rows, cols))
-        down, across = np.array(high), np.array(wide)  # (nodes, heights), (nodes, widths)
-        tiles = np.outer([t.count for t in rows], [t.count for t in cols])
+        down, across = rows.total, cols.total  # (nodes, heights), (nodes, widths)
+        tiles = np.outer(rows.counts, cols.counts)
         count = tiles * self.each * self.rates.call
-        lines = np.outer(self.rows @ down, [t.count for t in cols])
-        large_high, large_wide = (
-            np.array([[t.largest.get(i, 0) for t in tiles] for i in self.nodes], np.float64) for tiles in (rows, cols)
-        )
+        lines = np.outer(self.rows @ down, cols.counts)
         ahead = down.T @ (self.forward[:, None] * across) + count + lines
         back = down.T @ (self.backward[:, None] * across) + 3 * count + lines + tiles * self.merging
-        biggest = large_high.max(1) * large_wide.max(1) * self.pixel
-        for k in np.flatnonzero(biggest >= LARGE):
-            fresh = np.outer(large_high[k], large_wide[k]) * self.pixel[k] >= LARGE
-            area = np.where(fresh, np.outer(down[k], across[k]), 0.0)
-            ahead += area * self.fresh_forward[k]
-            back += area * self.fresh_backward[k]
-        return Seconds(ahead, back)
+        large = np.flatnonzero(rows.largest.max(1) * cols.largest.max(1) * self.pixel >= LARGE)
+        if not large.size:
+            return Seconds(ahead, back)
+        high, wide = rows.largest[large, :, None], cols.largest[large, None, :]  # (nodes, heights or 1, widths or 1)
+        fresh = high * wide * self.pixel[large, None, None] >= LARGE
+        area = np.where(fresh, down[large, :, None] * across[large, None, :], 0.0)
+        more = area * self.fresh[large, None, None]
+        return Seconds(np.concatenate(([ahead], more)).sum(0), np.concatenate(([back], more)).sum(0))
 
 
 def disk_seconds(rates: Rates, stored: int, gradient: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -12,10 +12,10 @@ import torch
 
 from wholegrad.graph import fusion
 from wholegrad.graph.graph import Graph, Ref
-from wholegrad.graph.recall import recallable
+from wholegrad.graph.recall import is_wide
 from wholegrad.graph.segment import Cutter, Segment
 from wholegrad.plan import cost, devices, memory
-from wholegrad.plan.pieces import Option, Piece, Terms
+from wholegrad.plan.pieces import Ground, Option, Piece, Terms
 from wholegrad.plan.plan import Placement
 from wholegrad.plan.spill import spill_bytes
 from wholegrad.plan.storage import stored_bytes
@@ -31,18 +31,50 @@ class Held(NamedTuple):
     backward: Bytes
 
 
+class Boundary(NamedTuple):
+    """What one boundary takes wherever it is one.
+
+    Attributes:
+        stored: bytes as it is stored.
+        gradient: bytes of its gradient, which keeps the graph's dtype; 0 if there is none.
+        recalled: whether the backward sweep of the segment that makes it reads it back.
+    """
+
+    stored: int
+    gradient: int
+    recalled: bool
+
+
+class Way(NamedTuple):
+    """Where boundaries live, and what follows.
+
+    Attributes:
+        held: what those take that live next to the tiles: in host memory, or in that of a device.
+        spill: bytes of host memory that those on disk take.
+        seconds: what those elsewhere cost more.
+        far: of a device's, what those in host memory take.
+    """
+
+    places: dict[Ref, Placement]
+    held: Held
+    spill: int
+    seconds: float
+    far: Held | None = None
+
+
 class Choice(NamedTuple):
     """A tile for each segment, where boundaries live, and the predicted seconds of it all."""
 
     seconds: float
     options: tuple[Option, ...]
-    places: dict[Ref, Placement]
+    way: Way
 
 
 class Cutting:
     """The segments of one set of boundaries.
 
     Args:
+        boundaries: all there are, and what each takes.
         placement: of all boundaries, or of some; the rest is open.
     """
 
@@ -51,116 +83,112 @@ class Cutting:
         graph: Graph,
         terms: Terms,
         pieces: Sequence[Piece],
-        boundaries: Sequence[Ref],
+        boundaries: Mapping[Ref, Boundary],
         placement: Placement | Mapping[Ref, Placement] | None,
         dtype: torch.dtype | None,
     ) -> None:
         self.graph, self.terms, self.pieces, self.dtype = graph, terms, tuple(pieces), dtype
-        self.boundaries = tuple(sorted(boundaries, key=lambda ref: (self.stored(ref), ref)))
+        self.boundaries = dict(sorted(boundaries.items(), key=lambda each: (each[1].stored, each[0])))
         fixed = dict.fromkeys(boundaries, placement) if isinstance(placement, Placement) else dict(placement or {})
         self.fixed = {ref: place for ref, place in fixed.items() if ref in boundaries}
         self.open = tuple(ref for ref in self.boundaries if ref not in self.fixed)
         self.near = Placement.HOST if terms.apart is None else Placement.DEVICE
         self.leftover = memory.leftover(len(self.pieces)) if terms.apart is None else 0  # what the host's heap leaves
-
-    def stored(self, ref: Ref) -> int:
-        """Bytes of a boundary as it is stored."""
-        return stored_bytes(self.graph.spec(ref), self.dtype)
-
-    def gradient(self, ref: Ref) -> int:
-        """Bytes of its gradient, which keeps the graph's dtype; 0 if there is none."""
-        wanted = self.terms.backward and self.graph.nodes[ref.node].needs_grad
-        return self.graph.spec(ref).nbytes if wanted else 0
+        self._filled: dict[int, Way] = {}
 
     @cached_property
-    def lives(self) -> dict[Ref, Held]:
-        """What each boundary adds to what the memory that it lives in holds."""
-        count = len(self.pieces)
+    def lives(self) -> Held:
+        """What each boundary adds to what the memory that it lives in holds: a row for each of ``boundaries``."""
         made: dict[Ref, int] = {}
-        read: dict[Ref, list[int]] = {ref: [] for ref in self.boundaries}
+        read: dict[Ref, list[int]] = {}
         for k, piece in enumerate(self.pieces):
             made |= dict.fromkeys(piece.segment.outputs, k)
             for ref in piece.segment.maps:
-                if ref in read:
-                    read[ref].append(k)
-        found = {}
-        for ref in self.boundaries:
-            first, last = made[ref], max(read[ref], default=made[ref])
-            held = Held(np.zeros(count, np.int64), np.zeros(count, np.int64))
-            size = self.stored(ref)
-            held.forward[first : count if self.terms.backward else last + 1] += size
-            if self.terms.backward:
-                recalled = recallable(self.graph, self.pieces[first].segment, {ref})
-                held.backward[first if recalled else min(read[ref], default=last + 1) :] += size
-                held.backward[first : last + 1] += self.gradient(ref)
-            found[ref] = held
-        return found
+                read.setdefault(ref, []).append(k)
+        spans, sizes = [], []
+        for ref, boundary in self.boundaries.items():
+            first, readers = made[ref], read.get(ref, [])
+            last = readers[-1] if readers else first
+            again = first if boundary.recalled else (readers[0] if readers else last + 1)
+            spans.append((first, last, again))
+            sizes.append((boundary.stored, boundary.gradient))
+        now, count = np.arange(len(self.pieces)), len(self.boundaries)
+        first, last, again = np.array(spans, np.int64).reshape(count, 3).T[:, :, None]
+        stored, gradient = np.array(sizes, np.int64).reshape(count, 2).T[:, :, None]
+        if not self.terms.backward:
+            return Held(stored * ((first <= now) & (now <= last)), np.zeros((count, len(now)), np.int64))
+        return Held(stored * (first <= now), stored * (again <= now) + gradient * ((first <= now) & (now <= last)))
 
-    def held(self, hosts: Sequence[Ref]) -> Held:
+    def held(self, hosts: Collection[Ref]) -> Held:
         """With these boundaries."""
-        zero = np.zeros(len(self.pieces), np.int64)
-        return Held(
-            sum((self.lives[ref].forward for ref in hosts), zero),
-            sum((self.lives[ref].backward for ref in hosts), zero),
-        )
+        kept = set(hosts)
+        rows = [k for k, ref in enumerate(self.boundaries) if ref in kept]
+        return Held(self.lives.forward[rows].sum(0), self.lives.backward[rows].sum(0))
 
-    def ways(self) -> list[dict[Ref, Placement]]:
+    def ways(self) -> list[Way]:
         """Placements worth trying: the first so many in host memory, by size and by how long each would stay there."""
         if not self.open:
-            return [self.fixed]
-        short = sorted(
-            self.open, key=lambda ref: (int(np.count_nonzero(self.lives[ref].backward)), self.stored(ref), ref)
-        )
+            return [self.way(())]
+        stays = dict(zip(self.boundaries, np.count_nonzero(self.lives.backward, 1).tolist(), strict=True))
+        short = sorted(self.open, key=lambda ref: (stays[ref], self.boundaries[ref].stored, ref))
         count = len(self.open)
         numbers = sorted({count * k // WAYS for k in range(WAYS + 1)}, reverse=True)
         found = {tuple(sorted(order[:number])): None for number in numbers for order in (self.open, tuple(short))}
-        ways = [self.placed(hosts) for hosts in found]
+        ways = [self.way(nears) for nears in found]
         if self.terms.apart is not None:
-            ways += [self.placed(nears, on_host=False) for nears in found]
+            ways += [self.way(nears, on_host=False) for nears in found]
         return ways
 
-    def filled(self, room: float) -> dict[Ref, Placement]:
-        """Memory near the tiles for the smallest boundaries and their gradients, up to ``room`` bytes."""
-        hosts = []
-        for ref in self.open:
-            room -= self.stored(ref) + self.gradient(ref)
+    def fitting(self, room: float) -> int:
+        """How many of the smallest open boundaries and their gradients together take at most ``room`` bytes."""
+        for count, ref in enumerate(self.open):
+            room -= self.boundaries[ref].stored + self.boundaries[ref].gradient
             if room < 0:
-                break
-            hosts.append(ref)
-        return self.placed(hosts)
+                return count
+        return len(self.open)
 
-    def placed(self, nears: Sequence[Ref], on_host: bool = True) -> dict[Ref, Placement]:
-        """These in the memory near the tiles, every other open one farther away, and the fixed ones.
+    def filled(self, count: int) -> Way:
+        """Memory next to the tiles for so many of the smallest open boundaries."""
+        if count not in self._filled:
+            self._filled[count] = self.way(self.open[:count])
+        return self._filled[count]
+
+    def way(self, nears: Collection[Ref], on_host: bool = True) -> Way:
+        """These in the memory next to the tiles, every other open one farther away, and the fixed ones.
 
         Args:
             on_host: of a device's boundaries, whether the smallest go to the host's memory as long as they fit there.
         """
         kept = {ref for ref in nears if self._fits_near(ref)}
-        found = {ref: self.near if ref in kept else Placement.DISK for ref in self.open}
+        places = {ref: self.near if ref in kept else Placement.DISK for ref in self.boundaries} | self.fixed
         apart = self.terms.apart
         if apart is not None and on_host:
             room = float("inf") if apart.host_budget is None else apart.host_budget - apart.host_reserved
             for ref in (ref for ref in self.open if ref not in kept):
-                room -= self.stored(ref) + self.gradient(ref)
+                room -= self.boundaries[ref].stored + self.boundaries[ref].gradient
                 if room < 0:
                     break
-                found[ref] = Placement.HOST
-        return {ref: self.fixed.get(ref) or found[ref] for ref in self.boundaries}
+                places[ref] = Placement.HOST
+        kept = {ref for ref, place in places.items() if place is self.near}
+        spilled = [ref for ref, place in places.items() if place is Placement.DISK]
+        spill = spill_bytes(self.graph, spilled, self.dtype, self.terms.workers)
+        far = None if apart is None else self.held([ref for ref, place in places.items() if place is Placement.HOST])
+        return Way(places, self.held(kept), spill, self.away_seconds(places), far)
 
     def _fits_near(self, ref: Ref) -> bool:
         """Whether a device takes tensors as large as a boundary or its gradient (rule 8)."""
         most = None if self.terms.apart is None else self.terms.apart.most_bytes
-        return most is None or max(self.stored(ref), self.gradient(ref)) < most
+        return most is None or max(self.boundaries[ref].stored, self.boundaries[ref].gradient) < most
 
     def away_seconds(self, places: Mapping[Ref, Placement]) -> float:
         """What boundaries on disk cost more than in host memory, and there more than in a device's."""
         seconds = 0.0
         for ref in (ref for ref, place in places.items() if place is not self.near):
-            size = self.stored(ref), self.gradient(ref)
-            if self.terms.apart is not None:
-                seconds += devices.ACROSS * (3 * size[0] + 2 * size[1])  # written and read twice; added to and read
+            each = self.boundaries[ref]
+            if self.terms.apart is not None:  # written and read twice; the gradient added to and read
+                seconds += devices.ACROSS * (3 * each.stored + 2 * each.gradient)
             if places[ref] is Placement.DISK:
-                seconds += cost.disk_seconds(self.terms.rates, *size)
+                seconds += cost.disk_seconds(self.terms.rates, each.stored, each.gradient)
         return seconds
 
     @cached_property
@@ -168,20 +196,18 @@ class Cutting:
         """Of every segment with its fastest tile, boundaries not counted."""
         return sum(piece.fine[0].seconds if piece.fine else float("inf") for piece in self.pieces)
 
-    def choose(self, room: float, places: dict[Ref, Placement], coarse: bool = False) -> Choice | None:
+    def choose(self, room: float, way: Way, coarse: bool = False) -> Choice | None:
         """The fastest tiles that fit into ``room`` bytes beside boundaries in these places; None if none do."""
-        held = self.held([ref for ref, place in places.items() if place is self.near])
-        room -= self.leftover + (self.spill(places) if self.terms.apart is None else 0)
+        room -= self.leftover + (way.spill if way.far is None else 0)
         found = []
-        for piece, ahead, back in zip(self.pieces, held.forward.tolist(), held.backward.tolist(), strict=True):
+        for piece, ahead, back in zip(self.pieces, *(each.tolist() for each in way.held), strict=True):
             if (back if piece.fused else max(ahead, back)) > room:
                 return None
             option = piece.fastest(piece.coarse if coarse else piece.fine, room - ahead, room - back)
             if option is None:
                 return None
             found.append(option)
-        seconds = sum(option.seconds for option in found) + self.away_seconds(places)
-        made = Choice(seconds, tuple(found), places)
+        made = Choice(sum(option.seconds for option in found) + way.seconds, tuple(found), way)
         return made if self._host_allows(made) else None
 
     def _host_allows(self, choice: Choice) -> bool:
@@ -192,28 +218,22 @@ class Cutting:
 
     def host_peak(self, choice: Choice) -> int:
         """Bytes of the host's memory, beyond what is there whatever the plan, of tiles that run on a device."""
-        held = self.held([ref for ref, place in choice.places.items() if place is Placement.HOST])
-        most = 0
+        held, most = choice.way.far, 0
+        assert held is not None
         for k, (piece, option) in enumerate(zip(self.pieces, choice.options, strict=True)):
             most = max(most, int(max(held.forward[k], held.backward[k])) + piece.staging(option.tile))
-        return most + self.spill(choice.places)
+        return most + choice.way.spill
 
     def peak(self, choice: Choice) -> int:
         """Bytes beyond what is there whatever the plan."""
-        held = self.held([ref for ref, place in choice.places.items() if place is self.near])
-        most = 0
+        most, held = 0, choice.way.held
         for k, (piece, option) in enumerate(zip(self.pieces, choice.options, strict=True)):
             ahead, back = piece.needs(option.tile)
             if not piece.fused:
                 most = max(most, int(held.forward[k]) + ahead)
             if self.terms.backward:
                 most = max(most, int(held.backward[k]) + back)
-        return most + self.leftover + (self.spill(choice.places) if self.terms.apart is None else 0)
-
-    def spill(self, places: Mapping[Ref, Placement]) -> int:
-        """Bytes of memory that boundaries on disk take."""
-        spilled = [ref for ref, place in places.items() if place is Placement.DISK]
-        return spill_bytes(self.graph, spilled, self.dtype, self.terms.workers)
+        return most + self.leftover + (choice.way.spill if choice.way.far is None else 0)
 
     def on_disk(self, places: Mapping[Ref, Placement]) -> int:
         """Bytes there at most, boundaries' gradients included."""
@@ -225,7 +245,7 @@ class Cutting:
         """The least memory: smallest tiles, all open boundaries on disk; None if a tile is too large for rule 8."""
         options = [piece.least for piece in self.pieces]
         found = tuple(option for option in options if option is not None)
-        return Choice(0.0, found, self.placed([], on_host=False)) if len(found) == len(options) else None
+        return Choice(0.0, found, self.way((), on_host=False)) if len(found) == len(options) else None
 
     def settle(self, choice: Choice) -> None:
         """Look at every tile that a choice uses."""
@@ -244,10 +264,11 @@ class Cuttings:
         dtype: torch.dtype | None,
     ) -> None:
         self.graph, self.terms, self.placement, self.dtype = graph, terms, placement, dtype
-        self.macs = cost.pixel_macs(graph)
+        self.ground = Ground(graph, terms)
         self._cutter = Cutter(graph, apart=dtype is not None)  # sums see boundaries as they are stored
         self._pieces: dict[tuple[int, bool], Piece] = {}
         self._known: dict[frozenset[Ref], list[Cutting]] = {}
+        self._boundaries: dict[Ref, Boundary] = {}
         self._one_pass: dict[tuple[int, ...], tuple[bool, frozenset[int]]] = {}
         self._written = {ref for ref in terms.sinks if not graph.consumers(ref.node)}  # and read no more
 
@@ -260,13 +281,20 @@ class Cuttings:
     def _cutting(self, segments: Sequence[Segment], fused: bool, boundaries: frozenset[Ref]) -> Cutting:
         last = len(segments) - 1
         pieces = [self._piece(segment, fused and k == last) for k, segment in enumerate(segments)]
-        kept = [ref for ref in boundaries if ref not in self._written]
+        kept = {ref: self._boundary(ref) for ref in boundaries if ref not in self._written}
         return Cutting(self.graph, self.terms, pieces, kept, self.placement, self.dtype)
+
+    def _boundary(self, ref: Ref) -> Boundary:
+        if ref not in self._boundaries:
+            spec, node = self.graph.spec(ref), self.graph.nodes[ref.node]
+            gradient = spec.nbytes if self.terms.backward and node.needs_grad else 0
+            self._boundaries[ref] = Boundary(stored_bytes(spec, self.dtype), gradient, is_wide(self.graph, node))
+        return self._boundaries[ref]
 
     def _piece(self, segment: Segment, fused: bool) -> Piece:
         key = (id(segment), fused)  # the cutter keeps segments, each once
         if key not in self._pieces:
-            self._pieces[key] = Piece(self.graph, self.macs, self.terms, segment, fused)
+            self._pieces[key] = Piece(self.ground, segment, fused)
         return self._pieces[key]
 
     def _variants(self, boundaries: frozenset[Ref]) -> list[tuple[tuple[Segment, ...], bool]]:

@@ -9,17 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from wholegrad.graph.graph import Graph, Ref, Spec
-from wholegrad.graph.inline import Inlined, inline, plain
+from wholegrad.graph.inline import Inlined, Inliner, plain
 from wholegrad.graph.layout import Role
 from wholegrad.graph.segment import Segment
 from wholegrad.plan import cost, devices, memory
 from wholegrad.plan.devices import Apart
+from wholegrad.plan.extents import Extent, Extents, extent
 from wholegrad.plan.plan import SegmentPlan
 from wholegrad.plan.rates import Rates
-from wholegrad.plan.tiles import AxisTiles, Grid, axis_tiles, grid
+from wholegrad.plan.tiles import Grid, grid
+from wholegrad.plan.walk import Upkeep, Walk
 
 ELEMENT_LIMIT = 2**31  # rule 8
 HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 2048)
@@ -67,6 +73,29 @@ class Terms:
     apart: Apart | None = None
 
 
+class Ground:
+    """What all segments of a graph have in common, worked out once."""
+
+    def __init__(self, graph: Graph, terms: Terms) -> None:
+        self.graph, self.terms = graph, terms
+        self.prices = cost.Prices(graph, terms.rates)
+        self.inliner = Inliner(graph, terms.raw)
+        self.extents = Extents(graph)
+        self.upkeep = Upkeep(graph)
+        first = [node.outputs[0] for node in graph.nodes]
+        self.elements = np.array([spec.pixel_bytes // spec.dtype.itemsize for spec in first], np.float64)  # of a pixel
+        self.pixels = np.array([spec.pixel_bytes for spec in first], np.float64)  # bytes of one
+
+
+class _Tiles(NamedTuple):
+    """Every height with every width, and what such tiles reach."""
+
+    high: list[int]
+    wide: list[int]
+    rows: Extent
+    cols: Extent
+
+
 class Piece:
     """One segment.
 
@@ -74,32 +103,37 @@ class Piece:
         fused: whether it runs in one pass (rule 4), so that it has no forward sweep of its own.
     """
 
-    def __init__(self, graph: Graph, macs: Sequence[float], terms: Terms, segment: Segment, fused: bool) -> None:
-        self.graph, self.macs, self.terms, self.segment, self.fused = graph, macs, terms, segment, fused
-        self._axes: dict[tuple[Role, int], AxisTiles] = {}
-        self._working: dict[Tile, memory.Working] = {}
-        self._exact: dict[Tile, Grid] = {}
+    def __init__(self, ground: Ground, segment: Segment, fused: bool) -> None:
+        self.ground, self.segment, self.fused = ground, segment, fused
+        self.graph, self.terms = ground.graph, ground.terms
+        self._needs: dict[Tile, tuple[int, int]] = {}
+        self._exact: dict[Tile, tuple[Grid, memory.Working]] = {}
 
     @cached_property
     def _how(self) -> Inlined:
-        terms = self.terms
-        if terms.apart is not None:
+        if self.terms.apart is not None:
             return plain(self.segment)
-        return inline(self.graph, self.segment, terms.raw, not terms.backward, terms.as_bytes)
+        return self.ground.inliner.inline(self.segment, not self.terms.backward, self.terms.as_bytes)
 
     @cached_property
     def _bill(self) -> cost.Bill:
-        return cost.Bill(self.graph, self.macs, self.segment, self._how, self.terms.rates)
+        return cost.Bill(self.ground.prices, self.segment, self._how)
+
+    @cached_property
+    def _walk(self) -> Walk:
+        return Walk(self.ground.upkeep, self.segment, self._how, devices.SLACK if self.terms.apart else None)
 
     @cached_property
     def coarse(self) -> list[Option]:
         """A few tiles, the fastest first."""
-        return self._options(COARSE, COARSE)
+        tiles = self._tiles(COARSE, COARSE)
+        self._look(tiles)
+        return self._options(tiles)
 
     @cached_property
     def fine(self) -> list[Option]:
         """Every tile that a plan may use, the fastest first."""
-        return self._options(HEIGHTS, WIDTHS)
+        return self._options(self._tiles(HEIGHTS, WIDTHS))
 
     @cached_property
     def least(self) -> Option | None:
@@ -118,36 +152,41 @@ class Piece:
         return None
 
     def needs(self, tile: Tile) -> tuple[int, int]:
-        """Bytes forward and backward; 0 in a sweep that does not happen."""
-        found = self.working(tile)
-        return 0 if self.fused else found.forward, found.backward if self.terms.backward else 0
+        """Bytes forward and backward of the tiles that run side by side; 0 in a sweep that does not happen.
 
-    def working(self, tile: Tile) -> memory.Working:
-        """Of the tiles that run side by side: at most what they need, and just that once :meth:`settle` was called."""
-        if tile not in self._working:
-            rows, cols = self._axis(Role.ROW, tile[0]), self._axis(Role.COL, tile[1])
-            self._working[tile] = self._weigh(rows, cols)
-        return self._working[tile]
+        At most what they need, and just that once :meth:`settle` was called.
+        """
+        if tile not in self._needs:
+            self._look(self._tiles(HEIGHTS, WIDTHS))
+        return self._needs[tile]
+
+    def _look(self, tiles: _Tiles) -> None:
+        """Find out what tiles need that nobody asked about before."""
+        forward, backward = self._weigh(tiles.rows, tiles.cols)
+        for each, ahead, back in zip(product(tiles.high, tiles.wide), forward, backward, strict=True):
+            self._needs.setdefault(each, self._asked(ahead, back))
 
     def settle(self, tile: Tile) -> None:
-        """Look at every tile of a grid, for :meth:`working`."""
+        """Look at every tile of a grid, for :meth:`needs`."""
         if tile not in self._exact:
             found = grid(self.graph, self.segment, tile)
-            self._exact[tile] = found
-            self._working[tile] = self._weigh(found.rows, found.cols)
+            rows, cols = (extent(each, self._bill.nodes) for each in (found.rows, found.cols))
+            (forward,), (backward,) = self._weigh(rows, cols)
+            self._exact[tile] = found, memory.Working(forward, backward, self._walk.slack)
+            self._needs[tile] = self._asked(forward, backward)
 
     def planned(self, option: Option) -> tuple[SegmentPlan, Grid]:
         """The segment with this tile, every tile looked at."""
         self.settle(option.tile)
-        found = self._exact[option.tile]
-        ahead = cost.forward_macs(self.macs, self.segment, found.rows, found.cols)
-        again = cost.again_macs(self.graph, self.macs, self.segment, found.rows, found.cols)
+        found, working = self._exact[option.tile]
+        ahead = cost.forward_macs(self.ground.prices.macs, self.segment, found.rows, found.cols)
+        again = cost.again_macs(self.graph, self.ground.prices.macs, self.segment, found.rows, found.cols)
         part = SegmentPlan(
             segment=self.segment,
             tile=option.tile,
             tiles=len(found),
             fused=self.fused,
-            working=self.working(option.tile),
+            working=working,
             forward_macs=ahead,
             again_macs=again,
             seconds=option.forward,
@@ -155,75 +194,88 @@ class Piece:
         )
         return part, found
 
-    def _axis(self, role: Role, edge: int) -> AxisTiles:
-        key = (role, edge)
-        if key not in self._axes:
-            self._axes[key] = axis_tiles(self.graph, self.segment, role, edge, sample=True)
-        return self._axes[key]
-
-    def _options(self, heights: Sequence[int], widths: Sequence[int]) -> list[Option]:
+    def _tiles(self, heights: Sequence[int], widths: Sequence[int]) -> _Tiles:
+        """Heights and widths as they fit on the base map, or the one that is fixed, and what tiles of these reach."""
         spec, fixed = self.graph.spec(self.segment.base), self.terms.tile
         if fixed is not None:
-            heights, widths = fixed[:1], fixed[1:]
+            high, wide = [fixed[0]], [fixed[1]]
         else:
-            heights = list(dict.fromkeys(min(h, spec.rows) for h in heights))
-            widths = list(dict.fromkeys(min(w, spec.cols) for w in widths))
-        rows = [self._axis(Role.ROW, h) for h in heights]
-        cols = [self._axis(Role.COL, w) for w in widths]
+            high = list(dict.fromkeys(min(h, spec.rows) for h in heights))
+            wide = list(dict.fromkeys(min(w, spec.cols) for w in widths))
+        of, nodes = self.ground.extents.of, self._bill.nodes
+        return _Tiles(high, wide, of(self.segment, nodes, Role.ROW, high), of(self.segment, nodes, Role.COL, wide))
+
+    def _options(self, tiles: _Tiles) -> list[Option]:
+        rows, cols, workers = tiles.rows, tiles.cols, self.terms.workers
         found = self._bill.seconds(rows, cols)
+        ahead, back = found.forward.tolist(), found.backward.tolist()
+        fixed, width = self.terms.tile is not None, self.graph.spec(self.segment.base).cols
+        narrowest, gigantic = tiles.wide[0], self._gigantic(rows, cols).tolist()
         options = []
-        for i, h in enumerate(heights):
-            for j, w in enumerate(widths):
-                if fixed is None and (not (min(h, spec.cols) <= w <= WIDEST * h) or self._gigantic(rows[i], cols[j])):
-                    continue
-                tiles = rows[i].count * cols[j].count
-                of_thread = 1.0 if self.terms.apart else -(-tiles // self.terms.workers) / tiles  # idling is time lost
-                ahead = 0.0 if self.fused else float(found.forward[i, j]) * of_thread
-                back = float(found.backward[i, j]) * of_thread if self.terms.backward else 0.0
-                options.append(Option(ahead + back, (h, w), ahead, back))
+        for (i, h), (j, w) in product(enumerate(tiles.high), enumerate(tiles.wide)):
+            if fixed or (min(h, width) <= w <= max(WIDEST * h, narrowest) and not gigantic[i][j]):
+                count = rows.counts[i] * cols.counts[j]
+                of_thread = 1.0 if self.terms.apart else -(-count // workers) / count  # an idle worker is time lost
+                forward = 0.0 if self.fused else ahead[i][j] * of_thread
+                backward = back[i][j] * of_thread if self.terms.backward else 0.0
+                options.append(Option(forward + backward, (h, w), forward, backward))
         return sorted(options)
 
-    def _gigantic(self, rows: AxisTiles, cols: AxisTiles) -> bool:
-        """Whether a tensor of a tile reaches the limit of rule 8."""
-        most = None if self.terms.apart is None else self.terms.apart.most_bytes
-        if most is None and max(rows.largest.values()) * max(cols.largest.values()) * self._channels < ELEMENT_LIMIT:
-            return False
-        specs = {i: self.graph.nodes[i].outputs[0] for i in rows.largest}
-        return any(too_large(n * cols.largest.get(i, 0), specs[i], most) for i, n in rows.largest.items())
+    def _gigantic(self, rows: Extent, cols: Extent) -> npt.NDArray[np.bool_]:
+        """Whether a tensor of a tile reaches the limit of rule 8, for each height and width."""
+        elements = rows.largest * self.ground.elements[self._bill.nodes, None]
+        most: npt.NDArray[np.float64] = (elements[:, :, None] * cols.largest[:, None, :]).max(0)
+        if self.terms.apart is None or self.terms.apart.most_bytes is None:
+            return most >= ELEMENT_LIMIT
+        sizes = rows.largest * self.ground.pixels[self._bill.nodes, None]
+        large: npt.NDArray[np.float64] = (sizes[:, :, None] * cols.largest[:, None, :]).max(0)
+        return (most >= ELEMENT_LIMIT) | (large >= self.terms.apart.most_bytes)
 
-    @cached_property
-    def _channels(self) -> int:
-        """The most elements that a pixel of a map here has."""
-        indices = (*self.segment.nodes, *(ref.node for ref in self.segment.maps))
-        specs = [self.graph.nodes[i].outputs[0] for i in indices]
-        return max((spec.pixel_bytes // spec.dtype.itemsize for spec in specs), default=1)
+    def _weigh(self, rows: Extent, cols: Extent) -> tuple[list[int], list[int]]:
+        """A tile's bytes forward and backward, of all that run at once, and those of the row of tiles that sinks hold.
 
-    def _weigh(self, rows: AxisTiles, cols: AxisTiles) -> memory.Working:
-        """A tile's bytes for each that runs at once, and those of the row of tiles that sinks hold."""
-        terms = self.terms
-        side = min(terms.workers, rows.count * cols.count)
-        if terms.apart is not None:
-            tile = memory.working(self.graph, self.segment, self._how, rows, cols, devices.SLACK)
-            read = self._in_flight(rows, cols) * memory.arriving(self.graph, self.segment, terms.raw, rows, cols)
-            return memory.Working(side * tile.forward + read, side * tile.backward + read, tile.slack)
-        tile = memory.working(self.graph, self.segment, self._how, rows, cols)
-        band = self._band(rows)
-        return memory.Working(side * tile.forward + band, side * tile.backward + band, tile.slack)
+        One after another for each height with each width.
+        """
+        terms, areas = self.terms, self._areas(rows, cols)
+        found = self._walk.bytes(areas)
+        side = np.minimum(np.outer(rows.counts, cols.counts).ravel(), terms.workers)
+        if terms.apart is None:
+            beside = self._band(rows, cols)
+        else:
+            beside = self._in_flight(rows, cols) * self._walk.arriving(areas, terms.raw)
+        forward, backward = ((side * each + beside).tolist() for each in found)
+        return forward, backward
 
-    def _band(self, rows: AxisTiles) -> int:
+    def _areas(self, rows: Extent, cols: Extent) -> npt.NDArray[np.int64]:
+        """Pixels of the largest box of each node of the walk, for each height with each width."""
+        chosen = [self._bill.place[index] for index in self._walk.nodes]
+        areas = rows.largest[chosen, :, None] * cols.largest[chosen, None, :]
+        found: npt.NDArray[np.int64] = areas.reshape(len(chosen), -1).astype(np.int64)
+        return found
+
+    def _band(self, rows: Extent, cols: Extent) -> npt.NDArray[np.int64]:
         """Bytes of the row of tiles that sinks hold."""
-        sunk = [ref for ref in self.segment.outputs if ref in self.terms.sinks]
-        band = sum(rows.largest[ref.node] * self.graph.spec(ref).cols for ref in sunk) * self.terms.sink_bytes
-        return band + self.terms.sink_held
+        terms, graph, at = self.terms, self.graph, self._bill.place
+        sunk = [ref for ref in self.segment.outputs if ref in terms.sinks]
+        lines = sum((rows.largest[at[ref.node]] * graph.spec(ref).cols for ref in sunk), np.zeros(len(rows.counts)))
+        band: npt.NDArray[np.int64] = np.repeat(
+            lines.astype(np.int64) * terms.sink_bytes + terms.sink_held, len(cols.counts)
+        )
+        return band
 
-    def _in_flight(self, rows: AxisTiles, cols: AxisTiles) -> int:
+    def _in_flight(self, rows: Extent, cols: Extent) -> npt.NDArray[np.int64]:
         """Tiles whose pixels are on their way to a device, or there."""
-        return min(self.terms.workers + devices.BEYOND, rows.count * cols.count)
+        count: npt.NDArray[np.int64] = np.outer(rows.counts, cols.counts).ravel()
+        return np.minimum(count, self.terms.workers + devices.BEYOND)
 
     def staging(self, tile: Tile) -> int:
         """Bytes of the host's memory through which a device's tiles come and go."""
-        rows, cols = self._axis(Role.ROW, tile[0]), self._axis(Role.COL, tile[1])
-        read = memory.arriving(self.graph, self.segment, self.terms.raw, rows, cols)
-        back = memory.returning(self.graph, self.segment, self._how, rows, cols)
-        through = self._in_flight(rows, cols) * read + (self.terms.workers + 1) * back
-        return int(devices.PINNED * through) + self._band(rows)
+        tiles = self._tiles([tile[0]], [tile[1]])
+        areas = self._areas(tiles.rows, tiles.cols)
+        read = self._in_flight(tiles.rows, tiles.cols) * self._walk.arriving(areas, self.terms.raw)
+        through = read + (self.terms.workers + 1) * self._walk.handed_on(areas)
+        return int(devices.PINNED * int(through[0])) + int(self._band(tiles.rows, tiles.cols)[0])
+
+    def _asked(self, forward: int, backward: int) -> tuple[int, int]:
+        """These, less the sweep that does not happen."""
+        return 0 if self.fused else forward, backward if self.terms.backward else 0

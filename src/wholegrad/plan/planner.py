@@ -7,7 +7,9 @@ that fits is the plan. So a larger budget never makes a plan that is predicted t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from pathlib import Path
@@ -18,7 +20,7 @@ from wholegrad.errors import BudgetError, PlanError
 from wholegrad.graph.graph import Graph, Kind, Node, Ref
 from wholegrad.plan import cost, memory
 from wholegrad.plan.check import check_elements
-from wholegrad.plan.cuttings import Choice, Cutting, Cuttings
+from wholegrad.plan.cuttings import Choice, Cutting, Cuttings, Way
 from wholegrad.plan.devices import Apart, Host
 from wholegrad.plan.pieces import Terms
 from wholegrad.plan.plan import Placement, Plan, show_bytes
@@ -87,6 +89,18 @@ def _reader(graph: Graph, node: Node) -> str:
     """The op for which a map is held whole."""
     later = [graph.nodes[i] for i in graph.consumers(node.index)]
     return (later[0] if node.kind is Kind.REDUCTION and later else node).place
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Without Python's search for cycles: planning makes none, and each goes through all that PyTorch has loaded."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 class Planner:
@@ -160,6 +174,7 @@ class Planner:
                 needed,
             )
 
+    @no_collection()
     def smallest(self) -> int:
         """The least budget that would do, and a little more: a process may come to hold more until it is tried."""
         sets = [*self.search.starts, *self.search.singles]
@@ -174,27 +189,27 @@ class Planner:
             heappush(known, (cutting.peak(choice), k, cutting, choice, True))
         return self.request.reserved + self.always + known[0][0] + MARGIN
 
+    @no_collection()
     def _best(self, room: float) -> tuple[Cutting, Choice] | None:
         """Of all sets, placements and tiles: a queue of bounds, each made closer when it comes up, until one is met.
 
         Neither the seconds of fastest tiles nor memory by a few tiles of a grid is ever more than what it stands for.
         """
         cuttings = [each for boundaries in self.search.sets(room) for each in self.cuttings.of(boundaries)]
-        queue: list[tuple[float, int, Cutting, dict[Ref, Placement], Choice | None]] = []
+        queue: list[tuple[float, int, Cutting, Way, Choice | None]] = []
         for cutting in cuttings:
-            for places in cutting.ways() if room < NEVER else [cutting.placed(cutting.open)]:
-                least = cutting.least_seconds + cutting.away_seconds(places)
-                queue.append((least, len(queue), cutting, places, None))
+            for way in cutting.ways() if room < NEVER else [cutting.way(cutting.open)]:
+                queue.append((cutting.least_seconds + way.seconds, len(queue), cutting, way, None))
         heapify(queue)
         while queue:
-            _, number, cutting, places, choice = heappop(queue)
+            _, number, cutting, way, choice = heappop(queue)
             if choice is not None:
                 cutting.settle(choice)
                 if cutting.peak(choice) <= room:
                     return cutting, choice
-            choice = cutting.choose(room, places)
+            choice = cutting.choose(room, way)
             if choice is not None:
-                heappush(queue, (choice.seconds, number, cutting, places, choice))
+                heappush(queue, (choice.seconds, number, cutting, way, choice))
         return None
 
     def _assembled(self, cutting: Cutting, choice: Choice, budget: int | None) -> Plan:
@@ -210,17 +225,17 @@ class Planner:
         return Plan(
             graph=graph,
             segments=parts,
-            placements=choice.places,
+            placements=choice.way.places,
             budget=budget,
             reserved=request.reserved,
             projected=request.reserved + self.always + cutting.peak(choice),
             whole_image=memory.whole_image(graph),
-            recompute=macs / max(cost.whole_macs(graph, self.cuttings.macs), 1.0),
+            recompute=macs / max(cost.whole_macs(graph, self.cuttings.ground.prices.macs), 1.0),
             seconds=choice.seconds,
             backward=request.backward,
             workers=request.workers,
             spill_dir=request.spill_dir,
-            on_disk=cutting.on_disk(choice.places),
+            on_disk=cutting.on_disk(choice.way.places),
             boundary_dtype=request.boundary_dtype,
             apart=apart,
             host=host,

@@ -116,9 +116,8 @@ class _Rung:
         found = []
         for cutting in self.search.cuttings.of(boundaries):
             shares = HOST_SHARES if self.room < NEVER else (1.0,)
-            ways = {tuple(places.items()): places for places in (cutting.filled(self.room * share) for share in shares)}
-            for places in ways.values():
-                choice = cutting.choose(self.room, places, coarse=True)
+            for count in {cutting.fitting(self.room * share) for share in shares}:
+                choice = cutting.choose(self.room, cutting.filled(count), coarse=True)
                 if choice is not None:
                     found.append(choice.seconds)
         return found

@@ -35,13 +35,11 @@ class AxisTiles:
     Attributes:
         owned: for each tile, the interval that it owns of each owned map; maps of which it owns nothing are left out.
         spans: for each tile, the interval of every node that it computes or reads, by node index.
-        weights: how many tiles each of these stands for; 1 unless sampled.
-        count: of all tiles.
+        count: of them.
     """
 
     owned: tuple[dict[Ref, Interval], ...]
     spans: tuple[dict[int, Interval], ...]
-    weights: tuple[float, ...]
     count: int
 
     @cached_property
@@ -54,47 +52,28 @@ class AxisTiles:
         return result
 
     @cached_property
-    def total(self) -> dict[int, float]:
+    def total(self) -> dict[int, int]:
         """The sum of each node's spans over all tiles: its size, and what is computed more than once."""
-        result: dict[int, float] = {}
-        for span, weight in zip(self.spans, self.weights, strict=True):
+        result: dict[int, int] = {}
+        for span in self.spans:
             for index, interval in span.items():
-                result[index] = result.get(index, 0.0) + weight * interval.size
+                result[index] = result.get(index, 0) + interval.size
         return result
 
 
-def _sampled(count: int) -> list[tuple[int, float]]:
-    """Which of ``count`` tiles to look at, and how many each stands for: the ends, and one for all in between."""
-    if count <= 3:
-        return [(i, 1.0) for i in range(count)]
-    return [(0, 1.0), (count // 2, count - 2.0), (count - 1, 1.0)]
-
-
-def axis_tiles(graph: Graph, segment: Segment, role: Role, tile: int, *, sample: bool = False) -> AxisTiles:
-    """Cut one axis into tiles of ``tile`` pixels of the base map and work out what each must compute.
-
-    Args:
-        sample: look at a few tiles only, for estimates: tiles away from the ends differ little.
-    """
+def axis_tiles(graph: Graph, segment: Segment, role: Role, tile: int) -> AxisTiles:
+    """Cut one axis into tiles of ``tile`` pixels of the base map and work out what each must compute."""
 
     def size(ref: Ref) -> int:
         return graph.spec(ref).rows if role is Role.ROW else graph.spec(ref).cols
 
     base = size(segment.base)
     sizes = {ref: size(ref) for ref in segment.owned(graph)}
-    bounds = list(pairwise(cuts(base, tile)))
-    chosen = _sampled(len(bounds)) if sample else [(i, 1.0) for i in range(len(bounds))]
     owned = []
-    for i, _ in chosen:
-        lo, hi = bounds[i]
+    for lo, hi in pairwise(cuts(base, tile)):
         mine = {ref: Interval(carried(lo, base, n), carried(hi, base, n)) for ref, n in sizes.items()}
         owned.append({ref: interval for ref, interval in mine.items() if interval.size > 0})
-    return AxisTiles(
-        tuple(owned),
-        tuple(spans(graph, segment, role, mine) for mine in owned),
-        tuple(weight for _, weight in chosen),
-        len(bounds),
-    )
+    return AxisTiles(tuple(owned), tuple(spans(graph, segment, role, mine) for mine in owned), len(owned))
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from wholegrad import clock
 from wholegrad.graph.geometry import Box, Interval
 from wholegrad.graph.graph import Graph, Node, Ref, Spec
-from wholegrad.graph.inline import Inlined, Reading, inline
+from wholegrad.graph.inline import Inlined, inline
 from wholegrad.graph.layout import Role, crop
-from wholegrad.graph.programs import planar_layout
+from wholegrad.graph.programs import Reading, planar_layout
 from wholegrad.graph.rules import MapRule, State, rule_for, thin
 from wholegrad.graph.rules import Tile as Place
 from wholegrad.graph.rules.base import CPU

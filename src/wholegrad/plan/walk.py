@@ -1,0 +1,213 @@
+"""Bytes that the largest tile of a segment needs, by walking through what it makes and frees; for many tiles at once.
+
+A tile's working set follows the order in which the executor runs and frees: in the forward sweep a value dies after its
+last reader, in the backward sweep values stay until the pull-back has passed them. That order is the same whatever the
+tile, so a step is a few maps that come and go, and its bytes are sums of columns, one for each tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Set
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from wholegrad.graph.graph import READERS, Graph, Ref
+from wholegrad.graph.inline import Inlined
+from wholegrad.graph.rules import rule_for
+from wholegrad.graph.rules.random import is_random
+from wholegrad.graph.segment import Segment
+from wholegrad.plan.memory import DOUBLE, LIBRARY_SLACK, SLACK, by_library
+
+Bytes = npt.NDArray[np.int64]  # a row for each map or step, a column for each tile
+
+
+class Upkeep:
+    """What nodes of a graph take, for each pixel of their maps.
+
+    Attributes:
+        pixel: bytes of all outputs; ``item`` of an element of the first.
+        inputs, outputs: padded or cropped copies of its first operand and of its output that a rule makes.
+        library: whether PyTorch's convolutions or products of matrices run it.
+        drawing: bytes for each element while random numbers are drawn: a counter, a shifted copy and the result.
+        grad: whether a gradient flows through it.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.pixel = [sum(spec.pixel_bytes for spec in node.outputs) for node in graph.nodes]
+        self.item = [node.outputs[0].dtype.itemsize for node in graph.nodes]
+        self.library = [by_library(graph, node) for node in graph.nodes]
+        self.drawing = [3 * DOUBLE * (node.op is not None and is_random(node.op)) for node in graph.nodes]
+        self.grad = [node.needs_grad for node in graph.nodes]
+        self.inputs, self.outputs = [], []
+        for node in graph.nodes:
+            rule = None if node.op is None else rule_for(node.op)
+            inputs, outputs = (0, 0) if rule is None else rule.copies
+            transposed = node.op is torch.ops.aten.convolution.default and node.args[6]
+            self.inputs.append(inputs)
+            self.outputs.append(int(outputs or (inputs and transposed)))
+
+
+class Walk:
+    """One segment's tiles, run as ``how`` says.
+
+    Args:
+        slack: of a device with memory of its own, where what a reader reads lies elsewhere; None for the host.
+    """
+
+    def __init__(self, upkeep: Upkeep, segment: Segment, how: Inlined, slack: float | None = None) -> None:
+        self.upkeep, self.segment, self.how, self.apart = upkeep, segment, how, slack is not None
+        graph = upkeep.graph
+        self.nodes = list(dict.fromkeys([*how.nodes, *(ref.node for ref in segment.maps)]))  # what runs comes first
+        place = self.place = {index: k for k, index in enumerate(self.nodes)}
+        self.readers = [[place[ref.node] for ref in how.reads(graph, i) if ref.node in place] for i in how.nodes]
+        alien = any(upkeep.library[i] and i not in how.convolutions for i in how.nodes)
+        self.slack = slack or (LIBRARY_SLACK if alien else SLACK)
+        self.first: list[int] = []  # where the first operand of what runs is; where it runs itself if that is nowhere
+        times: list[tuple[int, int, int, int]] = []
+        for k, index in enumerate(how.nodes):
+            own, operands = index in how.convolutions, graph.nodes[index].operands
+            at = None if own or not operands else place.get(operands[0].node)
+            self.first.append(k if at is None else at)
+            again = int(at is not None and upkeep.library[index])
+            copies = (0, 0) if own else (upkeep.inputs[index], upkeep.outputs[index])
+            times.append((*copies, again, upkeep.drawing[index]))
+        # Copies of the first operand and of the output, whether both gradients are laid out anew, bytes while drawing.
+        self.times = np.array(times, np.int64).reshape(-1, 4).T[:, :, None]
+
+    def bytes(self, areas: Bytes) -> tuple[Bytes, Bytes]:
+        """What each tile needs forward only, and forward with pull-back.
+
+        Args:
+            areas: pixels of the largest box of each of ``nodes``.
+        """
+        tiles = self._sized(areas)
+        found = tiles.forward() + tiles.made(), tiles.backward() + tiles.pulled()
+        forward, backward = (((tiles.raw * (not self.apart) + each) * self.slack).astype(np.int64) for each in found)
+        return forward, backward
+
+    def handed_on(self, areas: Bytes) -> Bytes:
+        """What each tile hands on, in either sweep."""
+        tiles = self._sized(areas)
+        most: Bytes = np.maximum(tiles.made(), tiles.pulled())
+        return most
+
+    def arriving(self, areas: Bytes, raw: Set[Ref]) -> Bytes:
+        """Bytes of images and targets that each tile reads, on their way to a device; ``raw`` ones go as bytes."""
+        graph, total = self.upkeep.graph, np.zeros(areas.shape[1], np.int64)
+        for ref in self.segment.maps:
+            if graph.nodes[ref.node].kind in READERS:
+                pixel = self.upkeep.pixel[ref.node] // (self.upkeep.item[ref.node] if ref in raw else 1)
+                total += areas[self.place[ref.node]] * pixel
+        return total
+
+    def _sized(self, areas: Bytes) -> _Tiles:
+        return _Tiles(self, areas * np.array(self._pixels())[:, None])
+
+    def _pixels(self) -> list[int]:
+        """Bytes of a pixel of what exists of each of ``nodes``."""
+        upkeep, how, graph = self.upkeep, self.how, self.upkeep.graph
+        found = [upkeep.pixel[i] for i in self.nodes]
+        if how.strip is not None:
+            out = how.strip.out.node
+            found[self.place[out]] = how.pixel_bytes(graph, out)
+        for ref in how.raw:
+            if ref.node in self.place:
+                floats = found[self.place[ref.node]]
+                found[self.place[ref.node]] = floats // upkeep.item[ref.node] + (floats if ref in how.floats else 0)
+        return found
+
+
+class _Tiles:
+    """The walk of several tiles: ``sizes`` are bytes of what exists of each of ``walk.nodes``."""
+
+    def __init__(self, walk: Walk, sizes: Bytes) -> None:
+        self.walk, self.sizes = walk, sizes
+        upkeep, how, graph, place = walk.upkeep, walk.how, walk.upkeep.graph, walk.place
+        maps = [place[ref.node] for ref in walk.segment.maps]
+        self.inputs = sizes[maps].sum(0)
+        # The reader's own copies of boxes, before they become tensors.
+        self.raw = sizes[[k for k in maps if graph.nodes[walk.nodes[k]].kind in READERS]].sum(0)
+        self.ran, read = sizes[: len(how.nodes)], sizes[walk.first]
+        into, out, again, drawing = walk.times
+        # Padded or cropped copies that a rule makes of a node's input and output, and the library's own.
+        self.copies = into * read + out * self.ran
+        # Gradients of a library convolution's output and input, laid out anew for it and for its neighbour.
+        self.rearranged = again * (read + self.ran)
+        self.drawing = drawing * (self.ran // np.array([[upkeep.item[i]] for i in how.nodes], np.int64).reshape(-1, 1))
+
+    def made(self) -> Bytes:
+        """What a tile hands on in the forward sweep, which may wait while its worker runs another."""
+        return self._all(self.walk.segment.outputs)
+
+    def pulled(self) -> Bytes:
+        """The same in the backward sweep: gradients of the boundaries that it read."""
+        return self._all(ref for ref in self.walk.segment.maps if self.walk.upkeep.grad[ref.node])
+
+    def _all(self, refs: Iterable[Ref]) -> Bytes:
+        """Bytes of these, as far as they exist."""
+        place = self.walk.place
+        total: Bytes = self.sizes[[place[ref.node] for ref in refs if ref.node in place]].sum(0)
+        return total
+
+    def _each(self, steps: Sequence[Sequence[int]]) -> Bytes:
+        """Bytes of the maps of each step."""
+        counts = np.array([len(step) for step in steps], np.int64)
+        ends, sizes = counts.cumsum(), self.sizes[list(chain.from_iterable(steps))]
+        before: Bytes = np.concatenate((np.zeros((1, sizes.shape[1]), np.int64), sizes.cumsum(0)))
+        found: Bytes = before[ends] - before[ends - counts]
+        return found
+
+    def forward(self) -> Bytes:
+        """Peak of a walk that frees every value after its last reader."""
+        walk = self.walk
+        last = {k: step for step, read in enumerate(walk.readers) for k in read}
+        for reading in walk.how.sums.values():
+            for ref in reading.leaves:
+                last.pop(walk.place.get(ref.node, -1), None)
+        dead = [[k for k in dict.fromkeys(read) if last.get(k) == step] for step, read in enumerate(walk.readers)]
+        freed = self._each(dead)
+        live = self.inputs + self.ran.cumsum(0) - (freed.cumsum(0) - freed)
+        peak: Bytes = np.maximum((live + self.copies + self.drawing).max(0, initial=0), self.inputs)
+        return peak + DOUBLE * self._widest()
+
+    def _widest(self) -> Bytes:
+        """Pixels of the largest map that a reduction sums: room for one temporary in float64."""
+        walk, graph, sums = self.walk, self.walk.upkeep.graph, self.walk.how.sums
+        found = [graph.nodes[i].operands[0] for i in walk.segment.reductions if i not in sums]
+        pixels = [self.sizes[walk.place[ref.node]] // graph.spec(ref).dtype.itemsize for ref in found]
+        widest: Bytes = np.max([np.zeros_like(self.inputs), *pixels], 0)
+        return widest
+
+    def backward(self) -> Bytes:
+        """Peak of forward with everything kept, then the walk back with gradients coming and going."""
+        walk, ran = self.walk, self.ran
+        grad = [walk.upkeep.grad[i] for i in walk.nodes]
+        back = [k for k in reversed(range(len(ran))) if grad[k]]
+        kept = ran[back] + self.copies[back]
+        live = self.inputs + ran.sum(0) - ran[back].sum(0) + kept.sum(0)
+        peak = live + np.maximum(DOUBLE * self._widest(), self.drawing.max(0, initial=0))
+        there = {walk.place[ref.node] for ref in walk.segment.owned(walk.upkeep.graph) if ref.node in walk.place}
+        leaves = (walk.place.get(ref.node) for reading in walk.how.sums.values() for ref in reading.leaves)
+        there.update(k for k in leaves if k is not None and grad[k])
+        grads = self.sizes[list(there)].sum(0)
+        come: list[list[int]] = []
+        twice: list[list[int]] = []  # a second contribution is a tensor of its own until it is added
+        for k in back:
+            new: list[int] = [] if k in there else [k]
+            again: list[int] = []
+            for each in walk.readers[k]:
+                if grad[each]:
+                    (again if each in there else new).append(each)
+                    there.add(each)
+            come.append(new)
+            twice.append(again)
+            there.discard(k)
+        sums, gone = self._each([*come, *twice]), kept + ran[back]
+        held = live + grads + sums[: len(back)].cumsum(0) - (gone.cumsum(0) - gone)
+        moments = held + sums[len(back) :] + self.copies[back] + self.rearranged[back]
+        highest: Bytes = np.maximum(peak, moments.max(0, initial=0))
+        return highest
