@@ -297,11 +297,11 @@ def test_what_cannot_be_verified_is_refused_before_the_reference_runs(monkeypatc
     monkeypatch.setattr(Case, "reference", never)
     model, said = nn.Conv2d(3, 1, 3, padding=1), []
     with monkeypatch.context() as patch, pytest.raises(BudgetError, match=r"tiles of 300 x 400: .*smallest"):
-        patch.setattr("wholegrad.api.budget_bytes", lambda budget: 10 << 20)
+        patch.setattr("wholegrad.asked.budget_bytes", lambda budget: 10 << 20)
         wg.verify(model, LOSSES["bce"], shape=(3, 300, 400), tiles=[(300, 400)])
     with monkeypatch.context() as patch, pytest.raises(BudgetError, match=r"needs about .* at 300 x 400, .*smaller"):
         patch.setattr("wholegrad.run.process.available", lambda: 1 << 20)
-        patch.setattr("wholegrad.api.budget_bytes", lambda budget: 4 << 30)
+        patch.setattr("wholegrad.asked.budget_bytes", lambda budget: 4 << 30)
         wg.verify(model, LOSSES["bce"], shape=(3, 300, 400), progress=said.append)
     assert said == ["plans"]
     with torch.no_grad():

@@ -79,7 +79,7 @@ def everything(planner: Planner, room: float) -> float:
 def fastest(cutting: Cutting, places: dict[Any, Placement], room: float) -> float:
     """By trying each tile of each segment by itself, every tile of its grid looked at."""
     held = cutting.held([ref for ref, place in places.items() if place is Placement.HOST])
-    seconds = cutting.disk_seconds(places)
+    seconds = cutting.away_seconds(places)
     for k, piece in enumerate(cutting.pieces):
         fitting = []
         for option in piece.fine:

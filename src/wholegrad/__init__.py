@@ -4,6 +4,7 @@ from wholegrad.api import backward, measure, plan
 from wholegrad.errors import WholegradError
 from wholegrad.plan.plan import Plan
 from wholegrad.predict import predict
+from wholegrad.run.device import Device, open_device
 from wholegrad.run.executor import Progress
 from wholegrad.segment import segment
 from wholegrad.slide.copy import copy_slide
@@ -13,12 +14,14 @@ from wholegrad.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
+    "Device",
     "Plan",
     "Progress",
     "WholegradError",
     "backward",
     "copy_slide",
     "measure",
+    "open_device",
     "open_mask",
     "open_slide",
     "plan",

@@ -67,7 +67,7 @@ def given(image: Any, target: Any, dtype: torch.dtype) -> Given:
 
     Args:
         image: one image; a tuple or list of them, for ``model(*images)``; or a dictionary, for ``model(**images)``. An
-            image is a reader, NumPy array, memmap, Zarr array or CPU tensor of shape ``(C, H, W)``, which gets a batch
+            image is a reader, NumPy array, memmap, Zarr array or tensor of shape ``(C, H, W)``, which gets a batch
             axis in front, or ``(N, C, H, W)``.
         target: what the loss gets, nested as it likes: maps, small tensors (a slide's label), numbers. Beside an
             image without batch axis, maps of shape ``(C, H, W)`` and ``(H, W)`` get a batch axis too, and so does a
@@ -148,9 +148,9 @@ def _value(name: str, value: Any, values: dict[str, torch.Tensor], unbatched: bo
         value = torch.as_tensor(np.array(value))
     if not isinstance(value, torch.Tensor):
         return Constant(value)
-    if value.device.type != "cpu":
-        raise ShapeError(name, f"is on {value.device}", "give a CPU tensor")
-    tensor = value.detach()
+    if value.device.type == "meta":
+        raise ShapeError(name, "is a tensor on meta, without values", "give one that has some")
+    tensor = value.detach().to("cpu")
     values[name] = tensor.reshape(1) if unbatched and tensor.dim() == 0 else tensor
     return Input(name, Kind.VALUE, tuple(values[name].shape), tensor.dtype)
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from wholegrad.api import run_outputs
+from wholegrad.api import DeviceLike, run_outputs
 from wholegrad.errors import ConfigError, ShapeError
 from wholegrad.given import given
 from wholegrad.graph.geometry import Box
@@ -175,6 +175,8 @@ def predict(
     budget: str | int | None = None,
     tile: tuple[int, int] | None = None,
     progress: ProgressFn | None = None,
+    device: DeviceLike = None,
+    host_budget: str | int | None = None,
 ) -> Array | None:
     """Run ``model`` over the whole image, exactly as if it fitted in memory; no seams.
 
@@ -191,7 +193,7 @@ def predict(
         min_area: um2; outlined pieces that are smaller are left out of GeoJSON.
         min_hole: um2; smaller holes of outlines are filled.
         simplify: um by which outlines may move; None for one pixel, 0 for exact pixel edges.
-        budget: the whole process's peak, as for :func:`wholegrad.plan`.
+        budget: the whole process's peak, as for :func:`wholegrad.plan`; so are ``device`` and ``host_budget``.
 
     Returns:
         An array ``(C, h, w)`` if ``out`` is None.
@@ -222,7 +224,8 @@ def predict(
     try:
         with torch.no_grad():
             held = partial(_held, kind, writers)
-            run_outputs(model, image, sinks, budget, tile, progress, held)
+            where: dict[str, Any] = {"device": device, "host_budget": host_budget}
+            run_outputs(model, image, sinks, budget, tile, progress, held, **where)
         for writer in writers:
             writer.close()
     except BaseException:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from wholegrad.api import LossFn, backward, plan, run_outputs
+from wholegrad.api import DeviceLike, LossFn, backward, plan, run_outputs
 from wholegrad.given import given, in_dtype
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Graph, Ref
@@ -25,16 +25,23 @@ LARGE = 768 * 768  # pixels above which no tile is the whole image
 
 
 class Case:
-    """Model, loss and data in one dtype."""
+    """Model, loss and data in one dtype; plans run on ``device`` (None for the CPU)."""
 
     def __init__(
-        self, model: nn.Module, loss_fn: LossFn, image: Any, target: Any, dtype: torch.dtype, seed: int
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        image: Any,
+        target: Any,
+        dtype: torch.dtype,
+        seed: int,
+        device: DeviceLike = None,
     ) -> None:
         self.model, self.loss_fn = copy.deepcopy((model, loss_fn))
         for _, part in parts(self.model, self.loss_fn):
             part.to(dtype)
         self.start = copy.deepcopy([part.state_dict() for _, part in parts(self.model, self.loss_fn)])
-        self.dtype, self.seed = dtype, seed
+        self.dtype, self.seed, self.device = dtype, seed, device
         self.image, self.target = in_dtype(image, dtype), in_dtype(target, dtype)
 
     def reference(self) -> Reference:
@@ -53,7 +60,7 @@ class Case:
         return other
 
     def plan(self, **fixed: Any) -> Plan:
-        return plan(self.model, self.loss_fn, self.image, self.target, **fixed)
+        return plan(self.model, self.loss_fn, self.image, self.target, device=self.device, **fixed)
 
     def run(self, made: Plan, tile: tuple[int, int] | None) -> dict[str, torch.Tensor]:
         """Loss, outputs, gradients and buffers under one plan; the model is left as it was."""
@@ -63,7 +70,7 @@ class Case:
         written = buffers(self.model, self.loss_fn)
         grads = gradients(self.model, self.loss_fn)
         self.reset()
-        outputs = whole_outputs(self.model, self.image, tile, self.seed)
+        outputs = whole_outputs(self.model, self.image, tile, self.seed, self.device)
         self.reset()
         return named(loss, outputs, grads, written)
 
@@ -77,8 +84,8 @@ class Case:
             part.load_state_dict(state)
 
     def made(self, tile: tuple[int, int], place: str) -> Plan:
-        """The plan with these tiles; on disk, with every boundary that there could be."""
-        made = self.plan(tile=tile, placement=place)
+        """The plan with these tiles; on disk, with every boundary that there could be; else in the nearest memory."""
+        made = self.plan(tile=tile, placement=place if place == "disk" or self.device is None else None)
         if place == "disk":  # every map that could be kept, so that stores and cuts are tried too
             names = [made.graph.nodes[ref.node].name for ref in candidates(made.graph)]
             made = self.plan(tile=tile, placement=place, boundaries=names)
@@ -86,7 +93,7 @@ class Case:
 
 
 def whole_outputs(
-    model: nn.Module, image: Any, tile: tuple[int, int] | None = None, seed: int = 0
+    model: nn.Module, image: Any, tile: tuple[int, int] | None = None, seed: int = 0, device: DeviceLike = None
 ) -> tuple[torch.Tensor, ...]:
     """The model's outputs, computed tile by tile and put together in memory."""
     kept: dict[Ref, torch.Tensor] = {}
@@ -103,9 +110,9 @@ def whole_outputs(
         return {ref: _into(whole) for ref, whole in kept.items()}
 
     try:
-        small = run_outputs(model, image, sinks, None, tile, seed=seed)
+        small = run_outputs(model, image, sinks, None, tile, seed=seed, device=device)
     except _LooseError as loose:
-        return whole_outputs(_Gathered(model, loose.which), image, tile, seed)
+        return whole_outputs(_Gathered(model, loose.which), image, tile, seed, device)
     return tuple({**kept, **small}[ref] for ref in order)
 
 

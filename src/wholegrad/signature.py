@@ -84,7 +84,7 @@ def signature(model: nn.Module, loss_fn: Any, inputs: Given, metrics: Mapping[st
 def another_buffer(graph: Graph, tensors: Mapping[str, torch.Tensor]) -> str | None:
     """A buffer at whose values the code looked while it was traced, and which holds others now."""
     for name, value in graph.looked_at.items():
-        if name not in tensors or not torch.equal(tensors[name], value):
+        if name not in tensors or not torch.equal(tensors[name].to("cpu"), value.to("cpu")):
             return name
     return None
 

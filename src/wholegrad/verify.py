@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wholegrad.api import LossFn
+from wholegrad.api import DeviceLike, LossFn
 from wholegrad.diagnose import coarse, diagnose
 from wholegrad.errors import BudgetError, CaptureError, NumericsError, PlanError, WholegradError
 from wholegrad.given import given
@@ -149,6 +149,7 @@ def verify(
     single: bool = True,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    device: DeviceLike = None,
 ) -> Report:
     """Compare wholegrad with whole-image autograd on the same model, loss, image and target.
 
@@ -161,6 +162,7 @@ def verify(
             large images three.
         single: compare in float32 too.
         progress: called with a line of text as each stage begins.
+        device: where tiles run, as for :func:`wholegrad.plan`; the whole-image run is on the CPU.
 
     Returns:
         A report; ``report.ok`` says whether every tensor agrees, ``report.responsible`` what is to blame if not.
@@ -177,9 +179,9 @@ def verify(
     labels = random_labels((height, width), seed) if target is ... else target
     _check_weights(model, loss_fn)
     say("plans")
-    double = Case(model, loss_fn, image, labels, torch.float64, seed)
+    double = Case(model, loss_fn, image, labels, torch.float64, seed, device)
     runs = _runs(double, tiles, height, width)
-    case = Case(model, loss_fn, image, labels, torch.float32, seed) if single else None
+    case = Case(model, loss_fn, image, labels, torch.float32, seed, device) if single else None
     singly = [_Run(run.tile, run.place, _made(case, run.tile, run.place)) for run in runs] if case else []
     graph = runs[0].plan.graph
     _check_memory(runs[0].plan, height, width)

@@ -16,6 +16,7 @@ from torch import nn
 import wholegrad as wg
 from wholegrad.errors import CaptureError, ConfigError, WholegradError
 from wholegrad.losses import LOSSES
+from wholegrad.run.device import open_device
 from wholegrad.slide.slide import Region
 from wholegrad.train.made_up import KINDS
 from wholegrad.train.networks import NETWORKS
@@ -66,6 +67,27 @@ def add_command(
 def add_budget(parser: Parser) -> None:
     help_text = "most memory for the whole process, e.g. 1.5GiB, or auto: a safe share of what is free (auto)"
     parser.add_argument("--budget", metavar="SIZE", help=help_text)
+
+
+def add_device(parser: Parser, budget: bool = True) -> None:
+    """Where tiles run; :func:`where_of` reads it."""
+    parser.add_argument("--device", metavar="NAME", help="run tiles on cpu, cuda, cuda:1, mps or auto (cpu)")
+    if budget:
+        help_text = "most memory of the host for the whole process, where --budget is that of a GPU (auto)"
+        parser.add_argument("--host-budget", metavar="SIZE", help=help_text)
+    parser.add_argument("--tf32", action="store_true", help="let a GPU round factors of float32 products to 10 bits")
+    help_text = "refuse ops of a GPU that sum in no fixed order, so that two runs give the same bits"
+    parser.add_argument("--deterministic", action="store_true", help=help_text)
+
+
+def where_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What :func:`add_device` added, as calls of the library take it."""
+    how = {"tf32": args.tf32, "deterministic": args.deterministic}
+    device = open_device(args.device, **how) if args.device else None
+    for name, wanted in how.items():
+        if wanted and (device is None or not device.apart):
+            raise ConfigError(f"--{name}", "is of a GPU", "give --device cuda")
+    return {"device": device, "host_budget": getattr(args, "host_budget", None)}
 
 
 def add_level(parser: Parser) -> None:

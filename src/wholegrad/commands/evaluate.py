@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_command
+from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_command, add_device, where_of
 from wholegrad.errors import ConfigError
 from wholegrad.metrics.compare import METRICS, TOLERANCE, SlideScore, compare
 from wholegrad.metrics.files import find_pairs, opened, read_pairs
@@ -75,6 +75,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores, of each class too, and summaries")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each slide")
     add_budget(parser)
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -133,8 +134,9 @@ def _of_network(args: argparse.Namespace) -> list[Row]:
     cases = open_cases(of_part(entries(config), args.part), config.data)
     if not cases:
         raise ConfigError(str(args.config), f"names no slides in data.{args.part}", "add some, or choose --part")
+    where = where_of(args)
     with display(NOTES, "slide") as shown:
-        scores = evaluate(load_model(args.weights), cases, budget=args.budget, progress=shown.tile)
+        scores = evaluate(load_model(args.weights), cases, budget=args.budget, progress=shown.tile, **where)
     return [(s.name, {"dice": s.dice, "iou": s.iou, "precision": s.precision, "recall": s.recall}) for s in scores]
 
 

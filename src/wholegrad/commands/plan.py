@@ -14,6 +14,7 @@ from wholegrad.commands.common import (
     Commands,
     add_budget,
     add_command,
+    add_device,
     add_level,
     add_loss,
     add_network,
@@ -21,6 +22,7 @@ from wholegrad.commands.common import (
     blaming_target,
     blank,
     shape,
+    where_of,
 )
 from wholegrad.errors import ConfigError, PlanError
 from wholegrad.explore.tradeoff import Row, as_json, drawing, planner, read_budgets, table, trade_off
@@ -57,6 +59,7 @@ def add(commands: Commands) -> None:
     add_region(parser)
     parser.add_argument("--slide-mpp", type=float, help="um a pixel of level 0, where the slide does not say")
     add_budget(parser)
+    add_device(parser)
     help_text = "store boundaries rounded to this dtype, in half the bytes of float32 (default: as they are)"
     parser.add_argument("--boundary-dtype", choices=NARROW, help=help_text)
     parser.add_argument("--strategy", default="auto", choices=list(Strategy), help="how activations are held (auto)")
@@ -72,6 +75,9 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.plot and not args.budgets:
         raise ConfigError("--plot", "is for several budgets", "give --budgets too")
+    if args.device and args.budgets:
+        raise ConfigError("--budgets", "compares strategies on the CPU", "leave out --device")
+    where = where_of(args)
     if args.calibrate:
         _calibrate()
     how = {"mpp": args.mpp, "level": args.level, "region": args.region, "slide_mpp": args.slide_mpp}
@@ -86,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         dtype = NARROW.get(args.boundary_dtype)
         if args.budgets:
             return _trade_off(args, trade_off(planner(model, loss_fn, image, target), read_budgets(args.budgets)))
-        options = {"budget": args.budget, "boundary_dtype": dtype, "strategy": args.strategy}
+        options = {"budget": args.budget, "boundary_dtype": dtype, "strategy": args.strategy, **where}
         made = wg.plan(model, loss_fn, image, target, **options)
     except wg.WholegradError as error:
         raise blaming_target(error, model, image, args.target) from error

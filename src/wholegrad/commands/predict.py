@@ -9,7 +9,17 @@ from typing import get_args
 from torch import nn
 
 import wholegrad as wg
-from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_command, add_level, add_region
+from wholegrad.commands.common import (
+    CONSOLE,
+    NOTES,
+    Commands,
+    add_budget,
+    add_command,
+    add_device,
+    add_level,
+    add_region,
+    where_of,
+)
 from wholegrad.errors import ConfigError
 from wholegrad.outputs import Depth, checked_paths
 from wholegrad.slide.slide import Slide, open_slide
@@ -60,11 +70,13 @@ def add(commands: Commands) -> None:
     add_level(parser)
     add_region(parser)
     add_budget(parser)
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.overlay and args.overlay.suffix.lower() != ".png":
         raise ConfigError(str(args.overlay), "is no name of a picture", "name it .png")
+    where = where_of(args)
     files = [*args.out, *([args.overlay] if args.overlay else [])]
     checked_paths(files, args.kind)  # before weights and slide are read
     card = read_card(args.weights)
@@ -86,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
             simplify=args.simplify,
             budget=args.budget,
             progress=shown.tile,
+            **where,
         )
     for file in files:
         CONSOLE.print(f"written: {file}")

@@ -48,6 +48,8 @@ FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {  # flag: the key that it 
     "ema": ("train.ema", float),
     "patience": ("validation.patience", int),
     "budget": ("train.budget", str),
+    "device": ("train.device", str),
+    "host_budget": ("train.host_budget", str),
     "boundary_dtype": ("train.boundary_dtype", str),
     "strategy": ("train.strategy", str),
     "threads": ("train.threads", int),

@@ -15,11 +15,13 @@ from wholegrad.commands.common import (
     TARGETS,
     Commands,
     add_command,
+    add_device,
     add_loss,
     add_network,
     blaming_target,
     blank,
     size,
+    where_of,
 )
 from wholegrad.train.made_up import model_and_loss, target_of
 
@@ -61,6 +63,7 @@ def add(commands: Commands) -> None:
         "--float32", action=argparse.BooleanOptionalAction, default=True, help="compare in float32 too (yes)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of random weights, image and target (0)")
+    add_device(parser, budget=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
             single=args.float32,
             seed=args.seed,
             progress=_line(),
+            device=where_of(args)["device"],
         )
     except wg.WholegradError as error:
         raise blaming_target(error, model, blank(args.channels, *args.size), args.target) from error

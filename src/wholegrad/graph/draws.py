@@ -12,6 +12,7 @@ import torch
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.layout import Layout, Role, axes, plain, tile_shape
 
+CPU = torch.device("cpu")
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _MULTIPLY = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -34,32 +35,33 @@ def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
     return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
-def positions(layout: Layout, box: Box) -> torch.Tensor:
+def positions(layout: Layout, box: Box, device: torch.device = CPU) -> torch.Tensor:
     """Row-major index of each element on ``box`` in the whole tensor, int64, in the tile's shape."""
     flat = axes(layout)
     stride = 1
-    total = torch.zeros((), dtype=torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=device)
     for back, axis in enumerate(reversed(flat), 1):
         lo, hi = {Role.PLAIN: (0, axis.size), Role.ROW: (box.y0, box.y1), Role.COL: (box.x0, box.x1)}[axis.role]
-        along = torch.arange(lo, hi, dtype=torch.int64) * stride
+        along = torch.arange(lo, hi, dtype=torch.int64, device=device) * stride
         total = total + along.reshape(-1, *[1] * (back - 1))
         stride *= axis.size
     return total.reshape(tile_shape(layout, box))
 
 
-def uniform(seed: int, call: int, layout: Layout, box: Box) -> torch.Tensor:
-    """Numbers in ``[0, 1)`` with 53 random bits, float64."""
+def uniform(seed: int, call: int, layout: Layout, box: Box, device: torch.device = CPU) -> torch.Tensor:
+    """Numbers in ``[0, 1)`` with 53 random bits, float64, the same on every device."""
     key = mixed((seed & _MASK) ^ mixed((call + 1) * _GAMMA & _MASK))
-    x = positions(layout, box).mul_(_signed(_GAMMA)).add_(_signed(key + _GAMMA))  # in place: 64 bits for each element
+    x = positions(layout, box, device)
+    x.mul_(_signed(_GAMMA)).add_(_signed(key + _GAMMA))  # in place: 64 bits for each element
     x.bitwise_xor_(_shifted(x, 30)).mul_(_signed(_MULTIPLY[0]))
     x.bitwise_xor_(_shifted(x, 27)).mul_(_signed(_MULTIPLY[1]))
     x.bitwise_xor_(_shifted(x, 31))
     return _shifted(x, 11).to(torch.float64).mul_(2.0**-53)
 
 
-def normal(seed: int, call: int, layout: Layout, box: Box) -> torch.Tensor:
+def normal(seed: int, call: int, layout: Layout, box: Box, device: torch.device = CPU) -> torch.Tensor:
     """Standard normal numbers, float64 (by the inverse of the normal distribution function)."""
-    u = uniform(seed, call, layout, box) + 2.0**-54
+    u = uniform(seed, call, layout, box, device) + 2.0**-54
     result: torch.Tensor = torch.special.ndtri(u)
     return result
 

@@ -148,9 +148,16 @@ class Node:
         """Every output."""
         return tuple(Ref(self.index, i) for i in range(len(self.outputs)))
 
-    def call(self, table: Callable[[Ref], Any]) -> tuple[Any, ...]:
-        """Run the op as PyTorch would, on the tensors that ``table`` gives; always a tuple of outputs."""
+    def call(self, table: Callable[[Ref], Any], device: torch.device | None = None) -> tuple[Any, ...]:
+        """Run the op as PyTorch would, on the tensors that ``table`` gives; always a tuple of outputs.
+
+        Args:
+            device: where an op that makes a tensor from nothing makes it; None for the CPU.
+        """
         kwargs = {key: substitute(value, table) for key, value in self.kwargs.items()}
+        made = device is not None and not self.operands
+        if made and any(argument.name == "device" for argument in self.op._schema.arguments):
+            kwargs["device"] = device
         result = self.op(*substitute(self.args, table), **kwargs)
         return tuple(result) if isinstance(result, tuple | list) else (result,)
 

@@ -142,6 +142,12 @@ def _thin(graph: Graph, node: Node) -> bool:
     return same and suits(weight.shape, weight.dtype, node.args[3], node.args[8])
 
 
+def plain(segment: Segment) -> Inlined:
+    """Nothing is: every node runs by itself, in PyTorch's ops, as on a device that has no kernels of the project's."""
+    none = frozenset[Ref]()
+    return Inlined(segment.nodes, {}, {}, {}, none, none)
+
+
 class _Inliner:
     """Decides it for one segment."""
 

@@ -8,7 +8,8 @@ are 1.3 to 7 times faster. The input gradient of 3 -> 64 channels (7x7) was half
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 
 import torch
@@ -39,3 +40,33 @@ def serves(x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], groups:
     """Whether it should compute this convolution, transposed or not, and its gradients."""
     here = x.device.type == weight.device.type == "cpu"
     return here and x.dtype == weight.dtype and suits(weight.shape, weight.dtype, stride, groups)
+
+
+class _Triton:
+    """Whether Triton's kernels may run: off unless a device asks for them, since nobody measured them yet."""
+
+    on = False
+    anywhere = False  # on CPU tensors too: in Triton's interpreter
+
+
+@contextmanager
+def using_triton(use: bool, anywhere: bool = False) -> Iterator[None]:
+    """While open, :mod:`wholegrad.kernels.triton_thin` serves thin convolutions on a GPU, or not; for all threads.
+
+    Args:
+        anywhere: on the CPU too, where Triton's interpreter runs them, for tests.
+    """
+    before = _Triton.on, _Triton.anywhere
+    _Triton.on, _Triton.anywhere = use, anywhere
+    try:
+        yield
+    finally:
+        _Triton.on, _Triton.anywhere = before
+
+
+def triton_serves(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
+    """Whether :mod:`wholegrad.kernels.triton_thin` should compute this convolution, transposed or not."""
+    shape = weight.shape
+    thin = groups == 1 and len(shape) == 4 and min(shape[:2]) <= THIN and max(shape[:2]) <= THICK
+    here = x.device.type == "cuda" or _Triton.anywhere
+    return _Triton.on and here and thin and prod(shape[2:]) <= MOST_TAPS and x.dtype == weight.dtype

@@ -9,7 +9,7 @@ from wholegrad.errors import PlanError
 from wholegrad.graph.geometry import Interval
 from wholegrad.graph.graph import Kind, Ref
 from wholegrad.graph.layout import Role
-from wholegrad.plan.pieces import ELEMENT_LIMIT
+from wholegrad.plan.pieces import too_large
 from wholegrad.plan.plan import Plan, show_bytes
 from wholegrad.plan.tiles import AxisTiles
 
@@ -94,14 +94,16 @@ def check_elements(plan: Plan) -> None:
     """Rule 8: every map's largest box, every output of it.
 
     Raises:
-        PlanError: a tile's tensor would reach 2**31 elements; names the node.
+        PlanError: a tile's tensor would reach 2**31 elements, or the device's own limit; names the node.
     """
     graph = plan.graph
+    most = None if plan.apart is None else plan.apart.most_bytes
     for number, part in enumerate(plan.segments):
         grid = plan.grid(number)
         for index in (*part.segment.nodes, *(ref.node for ref in part.segment.maps)):
             area = grid.rows.largest.get(index, 0) * grid.cols.largest.get(index, 0)
             for spec in graph.nodes[index].outputs:
-                if area * (spec.pixel_bytes // spec.dtype.itemsize) >= ELEMENT_LIMIT:
-                    cause = f"a tile of {part.tile} needs 2**31 elements or more"
+                if too_large(area, spec, most):
+                    limit = "2**31 elements" if most is None else f"2**31 elements or {most} bytes"
+                    cause = f"a tile of {part.tile} needs {limit} or more"
                     raise PlanError(graph.nodes[index].place, cause, "choose a smaller tile")

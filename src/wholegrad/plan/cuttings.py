@@ -14,7 +14,7 @@ from wholegrad.graph import fusion
 from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.recall import is_wide
 from wholegrad.graph.segment import Cutter, Segment
-from wholegrad.plan import cost, memory
+from wholegrad.plan import cost, devices, memory
 from wholegrad.plan.pieces import Ground, Option, Piece, Terms
 from wholegrad.plan.plan import Placement
 from wholegrad.plan.spill import spill_bytes
@@ -25,7 +25,7 @@ WAYS = 16  # numbers of boundaries in host memory that are tried, in each order
 
 
 class Held(NamedTuple):
-    """Bytes of boundaries and their gradients in host memory while each segment runs forward, and backward."""
+    """Bytes of boundaries and their gradients in some memory while each segment runs forward, and backward."""
 
     forward: Bytes
     backward: Bytes
@@ -49,15 +49,17 @@ class Way(NamedTuple):
     """Where boundaries live, and what follows.
 
     Attributes:
-        held: what those in host memory take.
-        spill: bytes of memory that those on disk take.
-        seconds: what those on disk cost more than in host memory.
+        held: what those take that live next to the tiles: in host memory, or in that of a device.
+        spill: bytes of host memory that those on disk take.
+        seconds: what those elsewhere cost more.
+        far: of a device's, what those in host memory take.
     """
 
     places: dict[Ref, Placement]
     held: Held
     spill: int
     seconds: float
+    far: Held | None = None
 
 
 class Choice(NamedTuple):
@@ -90,12 +92,13 @@ class Cutting:
         fixed = dict.fromkeys(boundaries, placement) if isinstance(placement, Placement) else dict(placement or {})
         self.fixed = {ref: place for ref, place in fixed.items() if ref in boundaries}
         self.open = tuple(ref for ref in self.boundaries if ref not in self.fixed)
-        self.leftover = memory.leftover(len(self.pieces))
+        self.near = Placement.HOST if terms.apart is None else Placement.DEVICE
+        self.leftover = memory.leftover(len(self.pieces)) if terms.apart is None else 0  # what the host's heap leaves
         self._filled: dict[int, Way] = {}
 
     @cached_property
     def lives(self) -> Held:
-        """What each boundary in host memory adds to what is held: a row for each of ``boundaries``."""
+        """What each boundary adds to what the memory that it lives in holds: a row for each of ``boundaries``."""
         made: dict[Ref, int] = {}
         read: dict[Ref, list[int]] = {}
         for k, piece in enumerate(self.pieces):
@@ -117,7 +120,7 @@ class Cutting:
         return Held(stored * (first <= now), stored * (again <= now) + gradient * ((first <= now) & (now <= last)))
 
     def held(self, hosts: Collection[Ref]) -> Held:
-        """With these boundaries in host memory."""
+        """With these boundaries."""
         kept = set(hosts)
         rows = [k for k, ref in enumerate(self.boundaries) if ref in kept]
         return Held(self.lives.forward[rows].sum(0), self.lives.backward[rows].sum(0))
@@ -131,7 +134,10 @@ class Cutting:
         count = len(self.open)
         numbers = sorted({count * k // WAYS for k in range(WAYS + 1)}, reverse=True)
         found = {tuple(sorted(order[:number])): None for number in numbers for order in (self.open, tuple(short))}
-        return [self.way(hosts) for hosts in found]
+        ways = [self.way(nears) for nears in found]
+        if self.terms.apart is not None:
+            ways += [self.way(nears, on_host=False) for nears in found]
+        return ways
 
     def fitting(self, room: float) -> int:
         """How many of the smallest open boundaries and their gradients together take at most ``room`` bytes."""
@@ -142,25 +148,48 @@ class Cutting:
         return len(self.open)
 
     def filled(self, count: int) -> Way:
-        """Host memory for so many of the smallest open boundaries."""
+        """Memory next to the tiles for so many of the smallest open boundaries."""
         if count not in self._filled:
             self._filled[count] = self.way(self.open[:count])
         return self._filled[count]
 
-    def way(self, hosts: Collection[Ref]) -> Way:
-        """These in host memory, every other open one on disk, and the fixed ones."""
-        kept = set(hosts)
-        places = {ref: Placement.HOST if ref in kept else Placement.DISK for ref in self.boundaries} | self.fixed
-        if self.fixed:
-            kept = {ref for ref, place in places.items() if place is Placement.HOST}
-        spilled = [ref for ref in self.boundaries if ref not in kept]
-        spill = spill_bytes(self.graph, spilled, self.dtype, self.terms.workers)
-        return Way(places, self.held(kept), spill, self.disk_seconds(places))
+    def way(self, nears: Collection[Ref], on_host: bool = True) -> Way:
+        """These in the memory next to the tiles, every other open one farther away, and the fixed ones.
 
-    def disk_seconds(self, places: Mapping[Ref, Placement]) -> float:
-        """What boundaries on disk cost more than in host memory."""
-        on_disk = [self.boundaries[ref] for ref, place in places.items() if place is Placement.DISK]
-        return sum(cost.disk_seconds(self.terms.rates, each.stored, each.gradient) for each in on_disk)
+        Args:
+            on_host: of a device's boundaries, whether the smallest go to the host's memory as long as they fit there.
+        """
+        kept = {ref for ref in nears if self._fits_near(ref)}
+        places = {ref: self.near if ref in kept else Placement.DISK for ref in self.boundaries} | self.fixed
+        apart = self.terms.apart
+        if apart is not None and on_host:
+            room = float("inf") if apart.host_budget is None else apart.host_budget - apart.host_reserved
+            for ref in (ref for ref in self.open if ref not in kept):
+                room -= self.boundaries[ref].stored + self.boundaries[ref].gradient
+                if room < 0:
+                    break
+                places[ref] = Placement.HOST
+        kept = {ref for ref, place in places.items() if place is self.near}
+        spilled = [ref for ref, place in places.items() if place is Placement.DISK]
+        spill = spill_bytes(self.graph, spilled, self.dtype, self.terms.workers)
+        far = None if apart is None else self.held([ref for ref, place in places.items() if place is Placement.HOST])
+        return Way(places, self.held(kept), spill, self.away_seconds(places), far)
+
+    def _fits_near(self, ref: Ref) -> bool:
+        """Whether a device takes tensors as large as a boundary or its gradient (rule 8)."""
+        most = None if self.terms.apart is None else self.terms.apart.most_bytes
+        return most is None or max(self.boundaries[ref].stored, self.boundaries[ref].gradient) < most
+
+    def away_seconds(self, places: Mapping[Ref, Placement]) -> float:
+        """What boundaries on disk cost more than in host memory, and there more than in a device's."""
+        seconds = 0.0
+        for ref in (ref for ref, place in places.items() if place is not self.near):
+            each = self.boundaries[ref]
+            if self.terms.apart is not None:  # written and read twice; the gradient added to and read
+                seconds += devices.ACROSS * (3 * each.stored + 2 * each.gradient)
+            if places[ref] is Placement.DISK:
+                seconds += cost.disk_seconds(self.terms.rates, each.stored, each.gradient)
+        return seconds
 
     @cached_property
     def least_seconds(self) -> float:
@@ -169,7 +198,7 @@ class Cutting:
 
     def choose(self, room: float, way: Way, coarse: bool = False) -> Choice | None:
         """The fastest tiles that fit into ``room`` bytes beside boundaries in these places; None if none do."""
-        room -= self.leftover + way.spill
+        room -= self.leftover + (way.spill if way.far is None else 0)
         found = []
         for piece, ahead, back in zip(self.pieces, *(each.tolist() for each in way.held), strict=True):
             if (back if piece.fused else max(ahead, back)) > room:
@@ -178,7 +207,22 @@ class Cutting:
             if option is None:
                 return None
             found.append(option)
-        return Choice(sum(option.seconds for option in found) + way.seconds, tuple(found), way)
+        made = Choice(sum(option.seconds for option in found) + way.seconds, tuple(found), way)
+        return made if self._host_allows(made) else None
+
+    def _host_allows(self, choice: Choice) -> bool:
+        apart = self.terms.apart
+        if apart is None or apart.host_budget is None:
+            return True
+        return apart.host_reserved + self.host_peak(choice) <= apart.host_budget
+
+    def host_peak(self, choice: Choice) -> int:
+        """Bytes of the host's memory, beyond what is there whatever the plan, of tiles that run on a device."""
+        held, most = choice.way.far, 0
+        assert held is not None
+        for k, (piece, option) in enumerate(zip(self.pieces, choice.options, strict=True)):
+            most = max(most, int(max(held.forward[k], held.backward[k])) + piece.staging(option.tile))
+        return most + choice.way.spill
 
     def peak(self, choice: Choice) -> int:
         """Bytes beyond what is there whatever the plan."""
@@ -189,7 +233,7 @@ class Cutting:
                 most = max(most, int(held.forward[k]) + ahead)
             if self.terms.backward:
                 most = max(most, int(held.backward[k]) + back)
-        return most + self.leftover + choice.way.spill
+        return most + self.leftover + (choice.way.spill if choice.way.far is None else 0)
 
     def on_disk(self, places: Mapping[Ref, Placement]) -> int:
         """Bytes there at most, boundaries' gradients included."""
@@ -201,7 +245,7 @@ class Cutting:
         """The least memory: smallest tiles, all open boundaries on disk; None if a tile is too large for rule 8."""
         options = [piece.least for piece in self.pieces]
         found = tuple(option for option in options if option is not None)
-        return Choice(0.0, found, self.way(())) if len(found) == len(options) else None
+        return Choice(0.0, found, self.way((), on_host=False)) if len(found) == len(options) else None
 
     def settle(self, choice: Choice) -> None:
         """Look at every tile that a choice uses."""

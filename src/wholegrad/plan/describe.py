@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from wholegrad.graph.graph import Ref
@@ -24,6 +25,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "seconds": plan.seconds,
         "backward": plan.backward,
         "workers": plan.workers,
+        "device": plan.device,
+        "host": None if plan.host is None else asdict(plan.host),
         "segments": [_segment(plan, number) for number in range(len(plan.segments))],
         "boundaries": [_boundary(plan, ref) for ref in sorted(plan.placements)],
     }

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from wholegrad.graph.graph import Graph, Ref
-from wholegrad.graph.inline import Inlined, Inliner
+from wholegrad.graph.graph import Graph, Ref, Spec
+from wholegrad.graph.inline import Inlined, Inliner, plain
 from wholegrad.graph.layout import Role
 from wholegrad.graph.segment import Segment
-from wholegrad.plan import cost, memory
+from wholegrad.plan import cost, devices, memory
+from wholegrad.plan.devices import Apart
 from wholegrad.plan.extents import Extent, Extents, extent
 from wholegrad.plan.plan import SegmentPlan
 from wholegrad.plan.rates import Rates
@@ -33,6 +34,12 @@ COARSE = (64, 256, 512, 1024)  # both, while boundaries are being chosen
 WIDEST = 32  # times its height that a tile is wide at most
 
 Tile = tuple[int, int]
+
+
+def too_large(area: int, spec: Spec, most_bytes: int | None) -> bool:
+    """Whether so many pixels of a map reach the limits of rule 8: 2**31 elements, and a device's own in bytes."""
+    elements = area * (spec.pixel_bytes // spec.dtype.itemsize)
+    return elements >= ELEMENT_LIMIT or (most_bytes is not None and area * spec.pixel_bytes >= most_bytes)
 
 
 class Option(NamedTuple):
@@ -49,7 +56,9 @@ class Terms:
     """What of a request decides what tiles cost: everything but the budget.
 
     Attributes:
+        workers: tiles that run at once.
         sinks: maps that go to the caller; ``sink_bytes`` for each pixel of a row of tiles, ``sink_held`` beside.
+        apart: the device with memory of its own on which tiles run; None for the CPU.
     """
 
     backward: bool
@@ -61,6 +70,7 @@ class Terms:
     sink_held: int = 0
     as_bytes: frozenset[Ref] = frozenset()
     raw: frozenset[Ref] = frozenset()
+    apart: Apart | None = None
 
 
 class Ground:
@@ -74,6 +84,7 @@ class Ground:
         self.upkeep = Upkeep(graph)
         first = [node.outputs[0] for node in graph.nodes]
         self.elements = np.array([spec.pixel_bytes // spec.dtype.itemsize for spec in first], np.float64)  # of a pixel
+        self.pixels = np.array([spec.pixel_bytes for spec in first], np.float64)  # bytes of one
 
 
 class _Tiles(NamedTuple):
@@ -100,6 +111,8 @@ class Piece:
 
     @cached_property
     def _how(self) -> Inlined:
+        if self.terms.apart is not None:
+            return plain(self.segment)
         return self.ground.inliner.inline(self.segment, not self.terms.backward, self.terms.as_bytes)
 
     @cached_property
@@ -108,7 +121,7 @@ class Piece:
 
     @cached_property
     def _walk(self) -> Walk:
-        return Walk(self.ground.upkeep, self.segment, self._how)
+        return Walk(self.ground.upkeep, self.segment, self._how, devices.SLACK if self.terms.apart else None)
 
     @cached_property
     def coarse(self) -> list[Option]:
@@ -202,7 +215,7 @@ class Piece:
         for (i, h), (j, w) in product(enumerate(tiles.high), enumerate(tiles.wide)):
             if fixed or (min(h, width) <= w <= max(WIDEST * h, narrowest) and not gigantic[i][j]):
                 count = rows.counts[i] * cols.counts[j]
-                of_thread = -(-count // workers) / count  # an idle worker is time lost
+                of_thread = 1.0 if self.terms.apart else -(-count // workers) / count  # an idle worker is time lost
                 forward = 0.0 if self.fused else ahead[i][j] * of_thread
                 backward = back[i][j] * of_thread if self.terms.backward else 0.0
                 options.append(Option(forward + backward, (h, w), forward, backward))
@@ -212,23 +225,56 @@ class Piece:
         """Whether a tensor of a tile reaches the limit of rule 8, for each height and width."""
         elements = rows.largest * self.ground.elements[self._bill.nodes, None]
         most: npt.NDArray[np.float64] = (elements[:, :, None] * cols.largest[:, None, :]).max(0)
-        return most >= ELEMENT_LIMIT
+        if self.terms.apart is None or self.terms.apart.most_bytes is None:
+            return most >= ELEMENT_LIMIT
+        sizes = rows.largest * self.ground.pixels[self._bill.nodes, None]
+        large: npt.NDArray[np.float64] = (sizes[:, :, None] * cols.largest[:, None, :]).max(0)
+        return (most >= ELEMENT_LIMIT) | (large >= self.terms.apart.most_bytes)
 
     def _weigh(self, rows: Extent, cols: Extent) -> tuple[list[int], list[int]]:
         """A tile's bytes forward and backward, of all that run at once, and those of the row of tiles that sinks hold.
 
         One after another for each height with each width.
         """
-        terms, graph, at = self.terms, self.graph, self._bill.place
-        chosen = [at[index] for index in self._walk.nodes]
+        terms, areas = self.terms, self._areas(rows, cols)
+        found = self._walk.bytes(areas)
+        side = np.minimum(np.outer(rows.counts, cols.counts).ravel(), terms.workers)
+        if terms.apart is None:
+            beside = self._band(rows, cols)
+        else:
+            beside = self._in_flight(rows, cols) * self._walk.arriving(areas, terms.raw)
+        forward, backward = ((side * each + beside).tolist() for each in found)
+        return forward, backward
+
+    def _areas(self, rows: Extent, cols: Extent) -> npt.NDArray[np.int64]:
+        """Pixels of the largest box of each node of the walk, for each height with each width."""
+        chosen = [self._bill.place[index] for index in self._walk.nodes]
         areas = rows.largest[chosen, :, None] * cols.largest[chosen, None, :]
-        found = self._walk.bytes(areas.reshape(len(chosen), -1).astype(np.int64))
+        found: npt.NDArray[np.int64] = areas.reshape(len(chosen), -1).astype(np.int64)
+        return found
+
+    def _band(self, rows: Extent, cols: Extent) -> npt.NDArray[np.int64]:
+        """Bytes of the row of tiles that sinks hold."""
+        terms, graph, at = self.terms, self.graph, self._bill.place
         sunk = [ref for ref in self.segment.outputs if ref in terms.sinks]
         lines = sum((rows.largest[at[ref.node]] * graph.spec(ref).cols for ref in sunk), np.zeros(len(rows.counts)))
-        band = np.repeat(lines.astype(np.int64) * terms.sink_bytes + terms.sink_held, len(cols.counts))
-        side = np.minimum(np.outer(rows.counts, cols.counts).ravel(), terms.workers)
-        forward, backward = ((side * each + band).tolist() for each in found)
-        return forward, backward
+        band: npt.NDArray[np.int64] = np.repeat(
+            lines.astype(np.int64) * terms.sink_bytes + terms.sink_held, len(cols.counts)
+        )
+        return band
+
+    def _in_flight(self, rows: Extent, cols: Extent) -> npt.NDArray[np.int64]:
+        """Tiles whose pixels are on their way to a device, or there."""
+        count: npt.NDArray[np.int64] = np.outer(rows.counts, cols.counts).ravel()
+        return np.minimum(count, self.terms.workers + devices.BEYOND)
+
+    def staging(self, tile: Tile) -> int:
+        """Bytes of the host's memory through which a device's tiles come and go."""
+        tiles = self._tiles([tile[0]], [tile[1]])
+        areas = self._areas(tiles.rows, tiles.cols)
+        read = self._in_flight(tiles.rows, tiles.cols) * self._walk.arriving(areas, self.terms.raw)
+        through = read + (self.terms.workers + 1) * self._walk.handed_on(areas)
+        return int(devices.PINNED * int(through[0])) + int(self._band(tiles.rows, tiles.cols)[0])
 
     def _asked(self, forward: int, backward: int) -> tuple[int, int]:
         """These, less the sweep that does not happen."""

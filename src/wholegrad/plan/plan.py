@@ -13,6 +13,7 @@ import torch
 
 from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.segment import Segment
+from wholegrad.plan.devices import Apart, Host
 from wholegrad.plan.memory import Working, held_whole, kept
 from wholegrad.plan.parts import Parts, parts
 from wholegrad.plan.spill import spill_bytes
@@ -21,8 +22,9 @@ from wholegrad.plan.tiles import Grid, grid
 
 
 class Placement(StrEnum):
-    """Where a boundary lives."""
+    """Where a boundary lives: ``device`` only where tiles run on one with memory of its own."""
 
+    DEVICE = "device"
     HOST = "host"
     DISK = "disk"
 
@@ -99,9 +101,10 @@ class Plan:
         graph: the captured model, loss and metrics.
         segments: in forward order.
         placements: where each boundary lives.
-        budget: bytes allowed for the whole process; None if nobody asked.
-        reserved: bytes of interpreter and libraries.
-        projected: predicted peak of the whole process in bytes, at most ``budget``.
+        budget: bytes allowed for the whole process (of tensors on the device, if that has memory of its own); None if
+            nobody asked.
+        reserved: bytes of interpreter and libraries (of what is on the device already).
+        projected: predicted peak of the same in bytes, at most ``budget``.
         whole_image: bytes that whole-image autograd would need.
         recompute: multiply-adds of all forward runs over those of one whole-image forward.
         seconds: predicted, up to the speed of the machine.
@@ -111,6 +114,9 @@ class Plan:
         boundary_dtype: in which boundaries of a wider dtype are stored; None for the graph's own.
         made_for: what the plan was made for, as the caller saw it; compared before a run.
         strategy: how activations are held (:mod:`wholegrad.plan.strategies`); a plan of tiles is ``stream``.
+        apart: the device with memory of its own on which tiles run; None on the CPU.
+        host: the host's side of such a plan.
+        made_on: the device as the caller gave it.
     """
 
     graph: Graph
@@ -129,6 +135,9 @@ class Plan:
     boundary_dtype: torch.dtype | None = None
     made_for: object = None
     strategy: str = "stream"
+    apart: Apart | None = None
+    host: Host | None = None
+    made_on: object = None
     _grids: dict[int, Grid] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -145,6 +154,21 @@ class Plan:
     def tiles(self) -> int:
         """Tiles over all segments."""
         return sum(part.tiles for part in self.segments)
+
+    @property
+    def device(self) -> str:
+        """Where tiles run: ``cpu``, ``cuda:0``."""
+        return "cpu" if self.apart is None else self.apart.name
+
+    @property
+    def host_peak(self) -> int:
+        """Predicted peak of the whole process in bytes."""
+        return self.projected if self.host is None else self.host.projected
+
+    @property
+    def near(self) -> Placement:
+        """The memory next to the arithmetic, for which ``budget`` is."""
+        return Placement.HOST if self.apart is None else Placement.DEVICE
 
     @property
     def boundaries(self) -> frozenset[Ref]:
@@ -166,7 +190,7 @@ class Plan:
     @cached_property
     def memory(self) -> Parts:
         """What ``projected`` is made up of."""
-        hosts = [ref for ref, place in self.placements.items() if place is Placement.HOST]
+        hosts = [ref for ref, place in self.placements.items() if place is self.near]
         cut = [part.segment for part in self.segments]
         moments = []
         held = kept(self.graph, cut, hosts, self.boundary_dtype, self.backward)
@@ -177,6 +201,8 @@ class Plan:
                 moments.append((now.backward, now.gradients, part.working.backward, part.working.slack))
         spilled = [ref for ref, place in self.placements.items() if place is Placement.DISK]
         spill = spill_bytes(self.graph, spilled, self.boundary_dtype, self.workers)
+        if self.apart is not None:
+            return parts(self.graph, self.reserved, moments, 0)
         return parts(self.graph, self.reserved, moments, len(cut), spill)
 
     def grid(self, index: int) -> Grid:
@@ -224,6 +250,17 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return ["  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
+    @property
+    def _of_device(self) -> str:
+        return "" if self.apart is None else f"on {self.device} "
+
+    def _host_lines(self) -> list[str]:
+        if self.host is None:
+            return []
+        held, asked = show_bytes(self.host.reserved), self.host.budget
+        allowed = f" of a budget of {show_bytes(asked)}" if asked else ""
+        return [f"projected peak of the process {show_bytes(self.host.projected)} (of which reserved {held}){allowed}"]
+
     def __str__(self) -> str:
         rows = [("segment", "yields", "tile", "tiles", "memory")]
         rows += [self.describe_segment(i) for i in range(len(self.segments))]
@@ -239,9 +276,11 @@ class Plan:
             "",
             f"predicted {self.seconds:.3g} s " + ("a step" if self.backward else "forward"),
             f"image {shape}; {self._describe_boundaries()}; forward work x {self.recompute:.2f}",
-            f"projected peak {show_bytes(self.projected)} (of which reserved {show_bytes(self.reserved)})"
+            f"projected peak {self._of_device}{show_bytes(self.projected)} "
+            f"(of which reserved {show_bytes(self.reserved)})"
             + (f" of a budget of {show_bytes(self.budget)}" if self.budget else "")
             + f"; whole-image autograd would need {show_bytes(self.whole_image)}",
             "made up of " + ", ".join(f"{name} {show_bytes(size)}" for name, size in self.memory.rows() if size),
+            *self._host_lines(),
         ]
         return "\n".join(lines)

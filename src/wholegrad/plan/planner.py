@@ -21,6 +21,7 @@ from wholegrad.graph.graph import Graph, Kind, Node, Ref
 from wholegrad.plan import cost, memory
 from wholegrad.plan.check import check_elements
 from wholegrad.plan.cuttings import Choice, Cutting, Cuttings, Way
+from wholegrad.plan.devices import Apart, Host
 from wholegrad.plan.pieces import Terms
 from wholegrad.plan.plan import Placement, Plan, show_bytes
 from wholegrad.plan.rates import BUILT_IN, Rates
@@ -60,6 +61,7 @@ class Request:
     as_bytes: frozenset[Ref] = frozenset()  # outputs of which masks are stored where a kernel can
     raw: frozenset[Ref] = frozenset()  # images whose pixels are 8-bit fractions of 255
     rates: Rates = BUILT_IN  # of the machine
+    apart: Apart | None = None  # the device with memory of its own on which tiles run; budget and reserved are its own
 
 
 def make_plan(graph: Graph, request: Request) -> Plan:
@@ -126,6 +128,7 @@ class Planner:
             sink_held=request.sink_held,
             as_bytes=request.as_bytes,
             raw=request.raw,
+            apart=request.apart,
         )
         self.cuttings = Cuttings(graph, terms, request.placement, request.boundary_dtype)
         fixed = frozenset(request.sinks) | (request.boundaries or frozenset())
@@ -141,6 +144,7 @@ class Planner:
         found = self._best(room)
         if found is not None:
             return self._assembled(*found, budget)
+        self._blame_host()
         assert budget is not None, "without a limit something fits"
         smallest = self.smallest()
         raise BudgetError(
@@ -149,6 +153,26 @@ class Planner:
             f"the smallest that would do is {show_bytes(smallest)} ({smallest} bytes)",
             smallest,
         )
+
+    def _blame_host(self) -> None:
+        """Say so if it is the host's memory that is too small for a plan on a device.
+
+        Raises:
+            BudgetError: it is.
+        """
+        apart = self.request.apart
+        if apart is None or apart.host_budget is None:
+            return
+        cuttings = [each for boundaries in self.search.starts for each in self.cuttings.of(boundaries)]
+        needs = [each.host_peak(each.smallest) for each in cuttings if each.smallest is not None]
+        needed = apart.host_reserved + min(needs, default=0) + MARGIN
+        if needed > apart.host_budget:
+            raise BudgetError(
+                f"host budget {show_bytes(apart.host_budget)}",
+                f"is too small for tiles on {apart.name}",
+                f"the smallest that would do is about {show_bytes(needed)} ({needed} bytes)",
+                needed,
+            )
 
     @no_collection()
     def smallest(self) -> int:
@@ -195,6 +219,9 @@ class Planner:
         parts = tuple(part for part, _ in made)
         macs = sum(part.forward_macs for part in parts if not part.fused)
         macs += sum(part.again_macs for part in parts) if request.backward else 0.0
+        apart, host = request.apart, None
+        if apart is not None:
+            host = Host(apart.host_budget, apart.host_reserved, apart.host_reserved + cutting.host_peak(choice))
         return Plan(
             graph=graph,
             segments=parts,
@@ -210,5 +237,7 @@ class Planner:
             spill_dir=request.spill_dir,
             on_disk=cutting.on_disk(choice.way.places),
             boundary_dtype=request.boundary_dtype,
+            apart=apart,
+            host=host,
             _grids={k: grid for k, (_, grid) in enumerate(made)},
         )

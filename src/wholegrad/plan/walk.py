@@ -7,7 +7,7 @@ tile, so a step is a few maps that come and go, and its bytes are sums of column
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from itertools import chain
 
 import numpy as np
@@ -52,16 +52,20 @@ class Upkeep:
 
 
 class Walk:
-    """One segment's tiles, run as ``how`` says."""
+    """One segment's tiles, run as ``how`` says.
 
-    def __init__(self, upkeep: Upkeep, segment: Segment, how: Inlined) -> None:
-        self.upkeep, self.segment, self.how = upkeep, segment, how
+    Args:
+        slack: of a device with memory of its own, where what a reader reads lies elsewhere; None for the host.
+    """
+
+    def __init__(self, upkeep: Upkeep, segment: Segment, how: Inlined, slack: float | None = None) -> None:
+        self.upkeep, self.segment, self.how, self.apart = upkeep, segment, how, slack is not None
         graph = upkeep.graph
         self.nodes = list(dict.fromkeys([*how.nodes, *(ref.node for ref in segment.maps)]))  # what runs comes first
         place = self.place = {index: k for k, index in enumerate(self.nodes)}
         self.readers = [[place[ref.node] for ref in how.reads(graph, i) if ref.node in place] for i in how.nodes]
         alien = any(upkeep.library[i] and i not in how.convolutions for i in how.nodes)
-        self.slack = LIBRARY_SLACK if alien else SLACK
+        self.slack = slack or (LIBRARY_SLACK if alien else SLACK)
         self.first: list[int] = []  # where the first operand of what runs is; where it runs itself if that is nowhere
         times: list[tuple[int, int, int, int]] = []
         for k, index in enumerate(how.nodes):
@@ -80,10 +84,28 @@ class Walk:
         Args:
             areas: pixels of the largest box of each of ``nodes``.
         """
-        tiles = _Tiles(self, areas * np.array(self._pixels())[:, None])
+        tiles = self._sized(areas)
         found = tiles.forward() + tiles.made(), tiles.backward() + tiles.pulled()
-        forward, backward = (((tiles.raw + each) * self.slack).astype(np.int64) for each in found)
+        forward, backward = (((tiles.raw * (not self.apart) + each) * self.slack).astype(np.int64) for each in found)
         return forward, backward
+
+    def handed_on(self, areas: Bytes) -> Bytes:
+        """What each tile hands on, in either sweep."""
+        tiles = self._sized(areas)
+        most: Bytes = np.maximum(tiles.made(), tiles.pulled())
+        return most
+
+    def arriving(self, areas: Bytes, raw: Set[Ref]) -> Bytes:
+        """Bytes of images and targets that each tile reads, on their way to a device; ``raw`` ones go as bytes."""
+        graph, total = self.upkeep.graph, np.zeros(areas.shape[1], np.int64)
+        for ref in self.segment.maps:
+            if graph.nodes[ref.node].kind in READERS:
+                pixel = self.upkeep.pixel[ref.node] // (self.upkeep.item[ref.node] if ref in raw else 1)
+                total += areas[self.place[ref.node]] * pixel
+        return total
+
+    def _sized(self, areas: Bytes) -> _Tiles:
+        return _Tiles(self, areas * np.array(self._pixels())[:, None])
 
     def _pixels(self) -> list[int]:
         """Bytes of a pixel of what exists of each of ``nodes``."""

@@ -20,26 +20,25 @@ from typing import TypeVar
 import torch
 
 from wholegrad import clock
-from wholegrad.errors import NumericsError
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import READERS, Graph, Kind, Node, Ref, Spec
-from wholegrad.graph.inline import Inlined, inline
+from wholegrad.graph.inline import Inlined, inline, plain
 from wholegrad.graph.layout import crop, full_box
 from wholegrad.graph.recall import Recall, recall, recallable
 from wholegrad.graph.rules import State
 from wholegrad.graph.rules.reduction import wide
-from wholegrad.graph.segment import Segment, reduction_rule
-from wholegrad.plan.plan import Placement, Plan
-from wholegrad.plan.storage import dtype_name, stored_bytes
+from wholegrad.graph.segment import Segment
+from wholegrad.plan.plan import Plan
 from wholegrad.plan.tiles import Tile
 from wholegrad.run import process
-from wholegrad.run.blocks import blocks_of
+from wholegrad.run.ahead import Ahead
+from wholegrad.run.boundaries import Boundaries
+from wholegrad.run.device import Device
 from wholegrad.run.sink import Sink
 from wholegrad.run.small import SmallValues, levels
 from wholegrad.run.sources import Source, raw_images
-from wholegrad.run.spill_store import DiskStore, ask_ahead, owners_cuts, spill_of
-from wholegrad.run.store import HostStore, MapStore, overflows
 from wholegrad.run.strips import Strips
+from wholegrad.run.sums import Sums
 from wholegrad.run.tile import Pull, partials, pull_back, run_tile
 from wholegrad.run.workers import announced, in_order
 
@@ -76,6 +75,7 @@ class Executor:
         sinks: for each output map that is not kept, what takes its boxes.
         progress: called after each tile.
         seed: of the step, for random ops.
+        device: where tiles run; None for the CPU.
     """
 
     def __init__(
@@ -86,22 +86,22 @@ class Executor:
         sinks: Mapping[Ref, Sink] | None = None,
         progress: ProgressFn | None = None,
         seed: int = 0,
+        device: Device | None = None,
     ) -> None:
         self.plan = plan
         self.graph: Graph = plan.graph
         self.seed = seed
-        self.small = SmallValues(plan.graph, tensors, seed)
+        self.device = device or Device()
+        self.small = SmallValues(plan.graph, tensors, seed, self.device.torch)
         self.sources = sources
         self.sinks = dict(sinks or {})
         self.progress = progress
-        self.blocks = blocks_of(plan)
-        self.maps: dict[Ref, MapStore] = {}
-        self.map_grads: dict[Ref, MapStore] = {}
-        self.totals: dict[int, State] = {}
+        self.kept = Boundaries(plan, self.device)
+        self.sums = Sums(plan.graph, later=self.device.apart)
+        self.ahead = Ahead(plan.graph, sources, self.device) if self.device.apart else None
         self.level = levels(plan)
-        self.done, self.ceiling = 0, process.Ceiling(plan.projected)
+        self.done, self.ceiling = 0, process.Ceiling(plan.host_peak)
         self.total = self._count_tiles()
-        self.spill = spill_of(plan)
 
     def _count_tiles(self) -> int:
         runs = 2 if self.plan.backward else 1
@@ -109,12 +109,9 @@ class Executor:
 
     def close(self) -> None:
         """Give all boundaries back."""
-        for store in (*self.maps.values(), *self.map_grads.values()):
-            store.close()
-        self.maps.clear()
-        self.map_grads.clear()
-        if self.spill is not None:
-            self.spill.close()
+        if self.ahead is not None:
+            self.ahead.close()
+        self.kept.close()
 
     def _tick(self, phase: str) -> None:
         self.done += 1
@@ -137,16 +134,19 @@ class Executor:
     def _drop_unread(self, done: int) -> None:
         """Close boundaries that no later segment reads."""
         later = {ref for part in self.plan.segments[done + 1 :] for ref in part.segment.maps}
-        for ref in [ref for ref in self.maps if ref not in later]:
-            self.maps.pop(ref).close()
+        self._close([ref for ref in self.kept.maps if ref not in later])
+
+    def _close(self, refs: list[Ref]) -> None:
+        for ref in refs:
+            self.kept.maps.pop(ref).close()
 
     def _forward_segment(self, i: int) -> None:
         segment = self.plan.segments[i].segment
         later = {ref for part in self.plan.segments[i + 1 :] for ref in part.segment.maps}
         kept = [ref for ref in segment.outputs if ref not in self.sinks or ref in later]
-        sizes = {ref: stored_bytes(self.graph.spec(ref), self.plan.boundary_dtype) for ref in kept}
-        self._make_room(self.plan.segments[i].working.forward, sizes)
-        self.maps.update({ref: self._new_store(ref, self.plan.stored_dtype(ref), zero=False) for ref in kept})
+        self._make_room(self.plan.segments[i].working.forward, self.kept.sizes(kept))
+        for ref in kept:
+            self.kept.add_map(ref)
         how = self._how(self.graph, segment)
         sunk = {ref: self.sinks[ref] for ref in segment.outputs if ref in self.sinks}
         strips = None
@@ -159,20 +159,29 @@ class Executor:
         def work(tile: Tile) -> tuple[dict[Ref, torch.Tensor], dict[Ref, torch.Tensor], dict[int, State]]:
             with torch.no_grad():
                 fetch, small = self._fetch, self.small.leaf
-                run = run_tile(self.graph, segment, tile, fetch, small, False, self.seed, how, strips=strips)
-                outputs = {ref: run.owned[ref] for ref in kept if ref in run.owned}
+                runs = self.graph, segment, tile, fetch, small, False, self.seed, how
+                run = run_tile(*runs, strips=strips, device=self.device.torch)
+                outputs = {ref: self.kept.brought(ref, run.owned[ref]) for ref in kept if ref in run.owned}
                 made = {ref: sink.made(run.owned[ref]) for ref, sink in sunk.items() if ref in run.owned}
+                made = {ref: self.device.fetched(value) for ref, value in made.items()}
                 return outputs, made, partials(self.graph, segment, run)
 
-        soon = partial(ask_ahead, again=Recall(self.graph, segment, {}), maps=self.maps, grads={})
+        soon = partial(self._soon, Recall(self.graph, segment, {}), False)
         for tile, (outputs, made, parts) in self._tiles(i, work, soon, clock.FORWARD):
             for ref, value in outputs.items():
                 self._keep(ref, tile.owned[ref], value)
             for ref, value in made.items():
                 self._hand_on(ref, tile.owned[ref], value)
-            self._merge(parts, tile)
+            self.sums.merge(parts, tile)
             self._tick("forward")
-        self._finish(segment.reductions)
+        self.small.values.update(self.sums.finish(segment.reductions))
+
+    def _soon(self, again: Recall, grads: bool, tile: Tile) -> None:
+        """Ask for what a tile will read."""
+        if self.kept.spill is not None:
+            self.kept.ask_ahead(again, grads, tile)
+        if self.ahead is not None:
+            self.ahead.ask(again, tile)
 
     def _tiles(
         self, i: int, work: Callable[[Tile], Result], soon: Callable[[Tile], None], sweep: str
@@ -186,87 +195,25 @@ class Executor:
             with clock.span("between ops", sweep):
                 return work(tile)
 
-        if self.spill is None:
+        spill = self.kept.spill
+        if spill is None and self.ahead is None:
             yield from in_order(tiles, len(tiles), counted, self.plan.workers)
         else:
             yield from in_order(announced(tiles, soon), len(tiles), counted, self.plan.workers)
-            self.spill.forget()
+            if spill is not None:
+                spill.forget()
 
     def _make_room(self, working: int, new: Mapping[Ref, int]) -> None:
-        """Return free memory to the system where a segment might else pass the projected peak (rule 7).
-
-        What earlier tiles and boundaries left is quick to use again, but need not be of the sizes that are wanted now.
-
-        Args:
-            working: what the segment's tiles may take.
-            new: bytes of maps that are kept from now on.
-        """
-        sizes = [size for ref, size in new.items() if self._placement(ref) is not Placement.DISK]
-        room = self.plan.projected - working - (self.spill.limit - self.spill.held if self.spill else 0)
-        if process.resident() + self.blocks.missing(sizes) > room:
-            process.release_memory()
-        if process.resident() + self.blocks.missing(sizes) > room - working // 2:  # free blocks are the first to go
-            self.blocks.clear()
+        """Of the host's memory, for a segment whose tiles take ``working`` bytes where they run."""
+        self.kept.make_room(0 if self.device.apart else working, new)
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
-        if overflows(value, self.maps[ref].dtype):
-            self._too_large(ref, box, value)
-        with clock.span("writing", "boundary", self.graph.nodes[ref.node].path) as span:
-            span.moved(value)
-            self.maps[ref].write(box, value)
+        self.kept.keep(ref, box, value)
 
     def _hand_on(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
         with clock.span("writing", "output", self.graph.nodes[ref.node].path) as span:
             span.moved(value)
             self.sinks[ref].take(box, value)
-
-    def _merge(self, found: Mapping[int, State], tile: Tile) -> None:
-        """Merge a tile's partial results into the totals, in tile order."""
-        for index, part in found.items():
-            node, rule = self.graph.nodes[index], reduction_rule(self.graph, index)
-            if rule.sums and not all(torch.isfinite(value).all() for value in part if value.is_floating_point()):
-                self._not_finite(index, tile)
-            spec, box = self.graph.spec(node.operands[0]), tile.owned[node.operands[0]]
-            with clock.span("merging", "sums"):
-                self.totals[index] = rule.merge(node, spec, self.totals.get(index), part, box)
-
-    def _not_finite(self, index: int, tile: Tile) -> None:
-        node = self.graph.nodes[index]
-        box = tile.owned[node.operands[0]]
-        raise NumericsError(
-            node.place,
-            f"is not finite on rows {box.y0} to {box.y1}, columns {box.x0} to {box.x1}",
-            "lower the learning rate, or look for NaN in weights and pixels there",
-        )
-
-    def _too_large(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
-        dtype = self.maps[ref].dtype
-        largest = value.detach().nan_to_num(0, 0, 0).abs().max().item()
-        raise NumericsError(
-            f"boundary {self.graph.nodes[ref.node].place}",
-            f"reaches {largest:.5g} on rows {box.y0} to {box.y1}, columns {box.x0} to {box.x1}, more than "
-            f"{dtype_name(dtype)}, in which it is stored, can hold ({torch.finfo(dtype).max:.5g})",
-            "use bfloat16 (up to 3.4e+38) or no boundary_dtype",
-        )
-
-    def _finish(self, reductions: tuple[int, ...]) -> None:
-        for index in reductions:
-            node = self.graph.nodes[index]
-            outputs = reduction_rule(self.graph, index).finish(
-                node, self.graph.spec(node.operands[0]), self.totals[index]
-            )
-            self.small.values.update(zip(node.refs, outputs, strict=True))
-
-    def _placement(self, ref: Ref) -> Placement:
-        return self.plan.placements.get(ref, Placement.HOST)
-
-    def _new_store(self, ref: Ref, dtype: torch.dtype, zero: bool) -> MapStore:
-        spec = self.graph.spec(ref)
-        if self._placement(ref) is Placement.DISK:
-            assert self.spill is not None
-            what = f"{'gradient of ' if zero else ''}boundary {self.graph.nodes[ref.node].place}"
-            return DiskStore(spec, self.spill, owners_cuts(self.plan, ref), what, dtype)
-        return HostStore(spec, self.blocks, zero, dtype)
 
     def _fetch(self, ref: Ref, box: Box, raw: bool = False) -> torch.Tensor:
         node = self.graph.nodes[ref.node]
@@ -278,12 +225,14 @@ class Executor:
 
     def _read(self, node: Node, ref: Ref, box: Box, raw: bool) -> torch.Tensor:
         if node.kind in READERS:
+            if self.ahead is not None:
+                return self.ahead.take(ref, box)
             source = self.sources[node.name]
             return source.read_raw(box) if raw else source.read(box)
         if node.kind is Kind.SPREAD:
             layout = node.outputs[0].layout
             return crop(self.small.leaf(node.operands[0]), layout, full_box(layout), box).clone()
-        return self.maps[ref].look(box)
+        return self.kept.maps[ref].look(box)
 
     def updates(self) -> dict[str, torch.Tensor]:
         """What the buffers that the model writes hold after the step, by name, in their own dtype."""
@@ -323,16 +272,17 @@ class Executor:
             if self.graph.nodes[index].needs_grad
         }
         reached = {index: given for index, given in found.items() if any(grad is not None for grad in given)}
-        return Pull(self._map_grad, {i: self.totals[i] for i in reached if i in self.totals}, reached)
+        totals = self.sums.totals
+        return Pull(self.kept.grad, {i: totals[i] for i in reached if i in totals}, reached)
 
     def _backward_segment(self, i: int) -> None:
         segment = self.plan.segments[i].segment
         pull = self._pull(segment.reductions, self.small.grads)
-        if pull.grads or any(ref in self.map_grads for ref in segment.outputs):
-            again = recall(self.graph, segment, self.maps.keys())
+        if pull.grads or any(ref in self.kept.grads for ref in segment.outputs):
+            again = recall(self.graph, segment, self.kept.maps.keys())
             how = self._how(again.graph, again.segment)
-            self._make_room(self.plan.segments[i].working.backward, self._new_grads(segment))
-            soon = partial(ask_ahead, again=again, maps=self.maps, grads=self.map_grads)
+            self._make_room(self.plan.segments[i].working.backward, self.kept.new_grads(segment))
+            soon = partial(self._soon, again, True)
             for _, pulled in self._tiles(i, partial(self._pull_tile, again, how, pull, False), soon, clock.BACKWARD):
                 self._add_grads(pulled)
                 self._tick("backward")
@@ -341,6 +291,8 @@ class Executor:
     def _how(self, graph: Graph, segment: Segment) -> Inlined:
         """What of a segment is computed where it is read."""
         with clock.span("preparing", "what is read as it is computed"):
+            if self.device.apart:
+                return plain(segment)
             return inline(graph, segment, raw_images(graph, self.sources), not self.plan.backward)
 
     def _pull_tile(self, again: Recall, how: Inlined, pull: Pull, fused: bool, tile: Tile) -> _Pulled:
@@ -350,9 +302,14 @@ class Executor:
             return self._fetch(again.original(ref), box, raw)
 
         graph, segment, tile = again.graph, again.segment, replace(tile, boxes=again.boxes(tile.boxes))
-        run = run_tile(graph, segment, tile, fetch, self.small.leaf, True, self.seed, how, pull.grads)
+        leaf, where = self.small.leaf, self.device.torch
+        run = run_tile(graph, segment, tile, fetch, leaf, True, self.seed, how, pull.grads, device=where)
         parts = partials(graph, segment, run) if fused else {}
-        return _Pulled(parts, pull_back(graph, segment, run, pull, tile), run.boxes)
+        grads = pull_back(graph, segment, run, pull, tile)
+        if self.device.apart:
+            kept = [ref for ref in grads if ref in run.boxes and graph.nodes[ref.node].kind is not Kind.SPREAD]
+            grads |= {ref: self.kept.brought(ref, grads[ref]) for ref in kept}
+        return _Pulled(parts, grads, run.boxes)
 
     def _add_grads(self, pulled: _Pulled) -> None:
         for ref, grad in pulled.grads.items():
@@ -360,54 +317,33 @@ class Executor:
             if node.kind is Kind.SPREAD:
                 self.small.add_grad_on(node.operands[0], node.outputs[0].layout, pulled.boxes[ref], grad)
             elif ref in pulled.boxes:
-                with clock.span("writing", "boundary's gradient", node.path) as span:
-                    span.moved(grad, grad, grad)  # read twice, written once
-                    self._grad_store(ref).add(pulled.boxes[ref], grad)
+                self.kept.add_grad(ref, pulled.boxes[ref], grad)
             else:
                 with clock.span("merging", "gradients"):
                     self.small.add_grad(ref, grad)
 
-    def _map_grad(self, ref: Ref, box: Box) -> torch.Tensor | None:
-        if ref not in self.map_grads:
-            return None
-        with clock.span("reading", "boundary's gradient", self.graph.nodes[ref.node].path) as span:
-            grad = self.map_grads[ref].read(box)
-            span.moved(grad, grad)
-        return grad
-
-    def _new_grads(self, segment: Segment) -> dict[Ref, int]:
-        """The boundaries that get a gradient when ``segment`` is pulled back, and had none, and its bytes."""
-        fresh = [ref for ref in segment.maps if ref in self.maps and ref not in self.map_grads]
-        return {ref: self.graph.spec(ref).nbytes for ref in fresh if self.graph.nodes[ref.node].needs_grad}
-
-    def _grad_store(self, ref: Ref) -> MapStore:
-        if ref not in self.map_grads:
-            self.map_grads[ref] = self._new_store(ref, self.graph.spec(ref).dtype, zero=True)
-        return self.map_grads[ref]
-
     def _after_backward(self, i: int) -> None:
         """Close what no remaining segment needs: gradients of this one's outputs, maps that only it and later read."""
         for ref in self.plan.segments[i].segment.outputs:
-            if ref in self.map_grads:
-                self.map_grads.pop(ref).close()
+            if ref in self.kept.grads:
+                self.kept.grads.pop(ref).close()
         earlier = [part.segment for part in self.plan.segments[:i]]
         needed = {ref for segment in earlier for ref in segment.maps}
-        needed.update(ref for segment in earlier for ref in recallable(self.graph, segment, self.maps.keys()))
-        for ref in [ref for ref in self.maps if ref not in needed]:
-            self.maps.pop(ref).close()
+        needed.update(ref for segment in earlier for ref in recallable(self.graph, segment, self.kept.maps.keys()))
+        self._close([ref for ref in self.kept.maps if ref not in needed])
 
     def _fused_segment(self, i: int) -> None:
         segment = self.plan.segments[i].segment
         pull = self._pull(segment.reductions, self._grads_known_before(i))
         again = recall(self.graph, segment, frozenset())
         how = self._how(again.graph, again.segment)
-        self._make_room(self.plan.segments[i].working.backward, self._new_grads(segment))
-        soon = partial(ask_ahead, again=again, maps=self.maps, grads=self.map_grads)
+        self._make_room(self.plan.segments[i].working.backward, self.kept.new_grads(segment))
+        soon = partial(self._soon, again, True)
         for tile, pulled in self._tiles(i, partial(self._pull_tile, again, how, pull, True), soon, clock.FUSED):
-            self._merge(pulled.parts, tile)
+            self.sums.merge(pulled.parts, tile)
             self._add_grads(pulled)
             self._tick("fused")
-        self._finish(segment.reductions)
+        self.small.values.update(self.sums.finish(segment.reductions))
         self._after_backward(i)
 
     def _grads_known_before(self, i: int) -> dict[Ref, torch.Tensor]:
@@ -417,7 +353,7 @@ class Executor:
         """
         assert self.graph.loss is not None
         mine = [ref for k in self.plan.segments[i].segment.reductions for ref in self.graph.nodes[k].refs]
-        trial = self.small.supposing({ref: unknown_value(self.graph.spec(ref)) for ref in mine})
+        trial = self.small.supposing({ref: unknown_value(self.graph.spec(ref), self.device.torch) for ref in mine})
         grads: dict[Ref, torch.Tensor] = {self.graph.loss: torch.ones_like(trial.values[self.graph.loss])}
         for index in self._small_after(i + 1):
             for ref, grad in trial.pull_back(index, grads).items():
@@ -425,8 +361,8 @@ class Executor:
         return {ref: grads[ref] for ref in mine if ref in grads}
 
 
-def unknown_value(spec: Spec) -> torch.Tensor:
+def unknown_value(spec: Spec, device: torch.device | None = None) -> torch.Tensor:
     """What stands for a value that is not known yet: NaN, so that any use shows; zero where the dtype has no NaN."""
-    dtype = spec.dtype if spec.dtype.is_complex else wide(spec.dtype)
+    dtype = spec.dtype if spec.dtype.is_complex else wide(spec.dtype, device)
     known = not dtype.is_floating_point and not dtype.is_complex
-    return torch.full(spec.shape, 0 if known else float("nan"), dtype=dtype)
+    return torch.full(spec.shape, 0 if known else float("nan"), dtype=dtype, device=device)

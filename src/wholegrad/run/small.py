@@ -17,6 +17,7 @@ from wholegrad import clock
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Graph, Kind, Node, Ref
 from wholegrad.graph.layout import Layout, on_box, unflattened
+from wholegrad.graph.rules.base import CPU
 from wholegrad.graph.rules.fill import FILLS, filled
 from wholegrad.graph.rules.random import drawn
 from wholegrad.graph.rules.reduction import wide
@@ -33,17 +34,20 @@ class SmallValues:
         graph: the captured graph.
         tensors: parameters, buffers and small targets by the name that the graph has for them.
         seed: of the step, for random ops.
+        device: where values are held and computed; None for the CPU.
     """
 
-    def __init__(self, graph: Graph, tensors: Mapping[str, torch.Tensor], seed: int = 0) -> None:
-        self.graph = graph
+    def __init__(
+        self, graph: Graph, tensors: Mapping[str, torch.Tensor], seed: int = 0, device: torch.device | None = None
+    ) -> None:
+        self.graph, self.device = graph, device or CPU
         self.seed = seed
         self.values: dict[Ref, torch.Tensor] = {}
         self.grads: dict[Ref, torch.Tensor] = {}
         for node in graph.of_kind(Kind.PARAMETER, Kind.BUFFER, Kind.VALUE):
-            self.values[Ref(node.index)] = tensors[node.name].detach()
+            self.values[Ref(node.index)] = tensors[node.name].detach().to(self.device)
         for node in graph.of_kind(Kind.CONSTANT):
-            self.values[Ref(node.index)] = graph.constants[node.name]
+            self.values[Ref(node.index)] = graph.constants[node.name].to(self.device)
 
     @clock.timed("small values", "forward")
     def settle(self) -> None:
@@ -57,7 +61,8 @@ class SmallValues:
     def supposing(self, values: Mapping[Ref, torch.Tensor]) -> SmallValues:
         """A copy in which ``values`` hold, and what follows from them."""
         other = SmallValues.__new__(SmallValues)
-        other.graph, other.seed, other.values, other.grads = self.graph, self.seed, {**self.values, **values}, {}
+        other.graph, other.seed, other.device = self.graph, self.seed, self.device
+        other.values, other.grads = {**self.values, **values}, {}
         other.settle()
         return other
 
@@ -66,7 +71,7 @@ class SmallValues:
         if not tensor.is_floating_point():
             return tensor
         spec = self.graph.spec(ref)
-        return tensor.to(torch.float64 if spec.wide else spec.dtype)
+        return tensor.to(wide(spec.dtype, self.device) if spec.wide else spec.dtype)
 
     def _is_wide(self, node: Node) -> bool:
         """Whether a node runs in float64: all that it reads and writes is small."""
@@ -76,10 +81,11 @@ class SmallValues:
     def _run(self, node: Node, values: Mapping[Ref, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         spec = node.outputs[0]
         if node.op in FILLS:
-            outputs: tuple[torch.Tensor, ...] = (filled(node, spec, WHOLE, self.seed),)
+            outputs: tuple[torch.Tensor, ...] = (filled(node, spec, WHOLE, self.seed, self.device),)
         elif node.draw >= 0:
             args = [values.get(arg, arg) if isinstance(arg, Ref) else arg for arg in node.args]
-            outputs = (drawn(node.op, args, node.kwargs, spec.dtype, self.seed, node.draw, spec.layout, WHOLE),)
+            drawing = (node.op, args, node.kwargs, spec.dtype, self.seed, node.draw, spec.layout, WHOLE, self.device)
+            outputs = (drawn(*drawing),)
         elif node.op is aten.copy.default:  # the functional form has no derivative
             outputs = (values[node.operands[-1]].to(spec.dtype).expand(spec.shape),)
         elif node.op in (
@@ -88,9 +94,9 @@ class SmallValues:
         ):  # strides may differ from those that were traced
             outputs = (values[node.operands[0]].reshape(spec.shape),)
         elif self._is_wide(node):
-            outputs = _widened_node(node).call(lambda ref: widened(values[ref]))
+            outputs = _widened_node(node, self.device).call(lambda ref: widened(values[ref]), self.device)
         else:
-            outputs = node.call(lambda ref: values[ref].to(self.graph.spec(ref).dtype))
+            outputs = node.call(lambda ref: values[ref].to(self.graph.spec(ref).dtype), self.device)
         return tuple(self._held(ref, out) for ref, out in zip(node.refs, outputs, strict=True))
 
     def leaf(self, ref: Ref) -> torch.Tensor:
@@ -108,12 +114,14 @@ class SmallValues:
     def add_grad_on(self, ref: Ref, layout: Layout, box: Box, grad: torch.Tensor) -> None:
         """Add to the gradient of a small value that runs along the image, on a box of it."""
         if ref not in self.grads:
-            self.grads[ref] = torch.zeros(self.graph.spec(ref).shape, dtype=self._grad_dtype(ref))
+            shape = self.graph.spec(ref).shape
+            self.grads[ref] = torch.zeros(shape, dtype=self._grad_dtype(ref), device=self.device)
         on_box(self.grads[ref], layout, box).add_(unflattened(grad.detach(), layout, box))
 
     def _grad_dtype(self, ref: Ref) -> torch.dtype:
         parameter = self.graph.nodes[ref.node].kind is Kind.PARAMETER
-        return torch.float64 if parameter or self.graph.spec(ref).wide else self.graph.spec(ref).dtype
+        spec = self.graph.spec(ref)
+        return wide(torch.float64, self.device) if parameter or spec.wide else spec.dtype
 
     def _differentiable(self, ref: Ref) -> bool:
         """Whether a value may have a gradient; the positions that a sort returns beside its values have none."""
@@ -143,16 +151,16 @@ class SmallValues:
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """A floating-point tensor in float64, others as they are."""
-    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+    """A floating-point tensor in float64 (or the widest that its device has), others as they are."""
+    return tensor.to(wide(tensor.dtype, tensor.device)) if tensor.is_floating_point() else tensor
 
 
-def _widened_node(node: Node) -> Node:
+def _widened_node(node: Node, device: torch.device) -> Node:
     """The node with float64 in place of a floating-point dtype that its arguments name."""
 
     def widen(value: Any) -> Any:
         floats = isinstance(value, torch.dtype) and value.is_floating_point
-        return wide(value) if floats else value
+        return wide(value, device) if floats else value
 
     kwargs = {key: widen(value) for key, value in node.kwargs.items()}
     args = tuple(widen(value) for value in node.args)

@@ -7,7 +7,7 @@ that dtype; a target is handed over as it is stored. A map of shape ``(C, H, W)`
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -102,6 +102,36 @@ class Source:
         if self.raw:
             tile.div_(255)
         return tile if self.rank == 4 else tile.squeeze(1)
+
+    def staged(self, box: Box, empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]) -> torch.Tensor:
+        """The elements on ``box`` channel by channel: bytes if :attr:`raw`, else as :meth:`read` gives them.
+
+        Args:
+            empty: the memory that they are read into, from its shape and dtype.
+        """
+        dtype = torch.uint8 if self.raw else self.out_dtype
+        tile = empty((len(self.readers), self.readers[0].shape[0], box.height, box.width), dtype)
+        self._fill(tile, box)
+        return tile if self.rank == 4 else tile.squeeze(1)
+
+    def lying_on(self, device: torch.device) -> list[torch.Tensor] | None:
+        """The stored maps, if they are tensors of this device; None if not."""
+        held = [getattr(reader, "tensor", None) for reader in self.readers]
+        found = [tensor for tensor in held if isinstance(tensor, torch.Tensor) and tensor.device == device]
+        return found if len(found) == len(held) else None
+
+    def cut_out(self, held: Sequence[torch.Tensor], box: Box) -> torch.Tensor:
+        """What :meth:`staged` gives, of maps that lie on a device, there; perhaps a part of them itself."""
+        rows, cols = box.slices()
+        tile = (
+            torch.stack([tensor[:, rows, cols] for tensor in held]) if len(held) > 1 else held[0][None, :, rows, cols]
+        )
+        tile = tile if self.raw else tile.to(self.out_dtype)
+        return tile if self.rank == 4 else tile.squeeze(1)
+
+    def of_staged(self, staged: torch.Tensor) -> torch.Tensor:
+        """What the model sees of what :meth:`staged` gave, wherever that is by now."""
+        return staged.to(self.out_dtype).div_(255) if self.raw else staged
 
     def _fill(self, tile: torch.Tensor, box: Box) -> None:
         for i, reader in enumerate(self.readers):

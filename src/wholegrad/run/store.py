@@ -1,7 +1,8 @@
 """Where boundary maps live between segments, written and read by box: in memory here, or on disk (``spill_store``).
 
-Both keep pixels interleaved, ``(N, H, W, C)``, so that a tile comes back in the layout that convolutions prefer. Memory
-comes from :mod:`wholegrad.run.blocks`.
+Where tiles run on a device with memory of its own, "in memory" may be either one's (:class:`DeviceStore`,
+:class:`AwayStore`). All keep pixels interleaved, ``(N, H, W, C)``, so that a tile comes back in the layout that
+convolutions prefer. The host's memory comes from :mod:`wholegrad.run.blocks`.
 
 A map may be stored in a narrower dtype than the graph's: it is rounded once, when written, and every read of it, in the
 forward sweep and in the backward, gives the same rounded values in the graph's dtype.
@@ -17,6 +18,7 @@ import torch
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Spec
 from wholegrad.run.blocks import Blocks
+from wholegrad.run.device import Device
 
 
 class MapStore(ABC):
@@ -104,7 +106,7 @@ class HostStore(MapStore):
 
     def read(self, box: Box) -> torch.Tensor:
         stored = self._box(box)
-        return self._tile(torch.empty(stored.shape, dtype=self.read_dtype).copy_(stored))
+        return self._tile(torch.empty(stored.shape, dtype=self.read_dtype, device=stored.device).copy_(stored))
 
     def look(self, box: Box) -> torch.Tensor:
         return self._tile(self._box(box)) if self.dtype == self.read_dtype else self.read(box)
@@ -119,3 +121,43 @@ class HostStore(MapStore):
         if self._map is not None:
             self._map = None
             self._blocks.give(self._block)
+
+
+class DeviceStore(HostStore):
+    """A map in a device's memory, which its allocator hands out."""
+
+    def __init__(self, spec: Spec, device: Device, zero: bool = True, dtype: torch.dtype | None = None) -> None:
+        MapStore.__init__(self, spec, dtype)
+        make = torch.zeros if zero else torch.empty
+        self._map = make(self.stored, dtype=self.dtype, device=device.torch)
+
+    def close(self) -> None:
+        self._map = None
+
+
+class AwayStore(MapStore):
+    """A map in the host's memory or on disk, read by tiles of a device.
+
+    What is written and added comes in host memory: the thread that computed it has fetched it.
+    """
+
+    def __init__(self, spec: Spec, device: Device, store: MapStore) -> None:
+        super().__init__(spec, store.dtype)
+        self._device, self._store = device, store
+
+    def read(self, box: Box) -> torch.Tensor:
+        shape = (self.stored[0], box.height, box.width, self.stored[3])
+        staged = self._tile(self._device.staging(shape, self.read_dtype))
+        return self._device.arrived(self._device.send(staged.copy_(self._store.look(box))))
+
+    def write(self, box: Box, tile: torch.Tensor) -> None:
+        self._store.write(box, tile)
+
+    def add(self, box: Box, tile: torch.Tensor) -> None:
+        self._store.add(box, tile)
+
+    def ahead(self, box: Box) -> None:
+        self._store.ahead(box)
+
+    def close(self) -> None:
+        self._store.close()

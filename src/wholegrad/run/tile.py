@@ -16,6 +16,7 @@ from wholegrad.graph.layout import Role, crop
 from wholegrad.graph.programs import Reading, planar_layout
 from wholegrad.graph.rules import MapRule, State, rule_for, thin
 from wholegrad.graph.rules import Tile as Place
+from wholegrad.graph.rules.base import CPU
 from wholegrad.graph.rules.cropping import cropped
 from wholegrad.graph.rules.reduction import wide
 from wholegrad.graph.segment import Segment, reduction_rule
@@ -62,6 +63,7 @@ def run_tile(
     how: Inlined | None = None,
     shares: Shares = NO_SHARES,
     strips: Strips | None = None,
+    device: torch.device = CPU,
 ) -> TileRun:
     """Run the nodes of ``segment`` on ``tile``.
 
@@ -73,20 +75,28 @@ def run_tile(
         how: which nodes run, and which are computed where they are read.
         shares: the gradients of each reduction's outputs, as far as they are known.
         strips: what runs the strip of ``how``, if it has one.
+        device: where ``fetch`` and ``small`` give what they give.
     """
-    return _TileRunner(graph, segment, tile, how or inline(graph, segment), seed, grad, strips).run(
-        fetch, small, shares
-    )
+    how = how or inline(graph, segment)
+    return _TileRunner(graph, segment, tile, how, seed, grad, strips, device).run(fetch, small, shares)
 
 
 class _TileRunner:
     """Runs one tile; ``env`` has the values that are still needed, ``raw`` images as bytes."""
 
     def __init__(
-        self, graph: Graph, segment: Segment, tile: Tile, how: Inlined, seed: int, grad: bool, strips: Strips | None
+        self,
+        graph: Graph,
+        segment: Segment,
+        tile: Tile,
+        how: Inlined,
+        seed: int,
+        grad: bool,
+        strips: Strips | None,
+        device: torch.device,
     ) -> None:
         self.graph, self.segment, self.tile, self.how, self.seed, self.grad = graph, segment, tile, how, seed, grad
-        self.strips = strips
+        self.strips, self.device = strips, device
         self.result = TileRun()
         self.env: dict[Ref, torch.Tensor] = {}
         self.raw: dict[Ref, torch.Tensor] = {}
@@ -174,7 +184,7 @@ class _TileRunner:
         tensors += [self._value(ref, want) for ref, want in zip(node.operands[first:], wanted[first:], strict=True)]
         rule = rule_for(node.op)
         assert isinstance(rule, MapRule)
-        return rule.run(node, tensors, Place(box, wanted, specs, node.outputs, self.seed))
+        return rule.run(node, tensors, Place(box, wanted, specs, node.outputs, self.seed, self.device))
 
     def _sum(self, index: int, reading: Reading, grads: tuple[torch.Tensor | None, ...]) -> None:
         """Sum a reduction's terms while they are computed, with their gradients where the sum's is known."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from wholegrad.errors import ShapeError, SlideError
 from wholegrad.graph.geometry import Box
@@ -23,16 +24,19 @@ from wholegrad.slide.reader import MapReader
 
 
 def as_reader(obj: Any, *, name: str = "image") -> MapReader:
-    """A reader of an array ``(C, H, W)`` or ``(H, W)``, of a CPU tensor, or a MapReader as it is.
+    """A reader of an array ``(C, H, W)`` or ``(H, W)``, of a tensor, or a MapReader as it is.
 
-    An array is anything with ``shape``, ``dtype`` and ``__getitem__``: NumPy, memmap, Zarr, HDF5.
+    An array is anything with ``shape``, ``dtype`` and ``__getitem__``: NumPy, memmap, Zarr, HDF5. A tensor on another
+    device stays there; tiles that run on that device read it where it lies.
 
     Raises:
-        ShapeError: another rank, an empty array, or a tensor on another device or of a dtype that NumPy lacks.
+        ShapeError: another rank, an empty array, or a tensor without values or of a dtype that NumPy lacks.
     """
     if isinstance(obj, MapReader):
         return obj
-    if type(obj).__module__.partition(".")[0] == "torch":
+    if isinstance(getattr(obj, "device", None), torch.device):
+        if obj.device.type not in ("cpu", "meta"):
+            return DeviceReader(obj, name=name)
         obj = _tensor_as_array(obj, name)
     if not all(hasattr(obj, part) for part in ("shape", "dtype", "__getitem__")):
         raise ShapeError(name, f"is a {type(obj).__name__}, not an image", "give an array, tensor or opened slide")
@@ -43,13 +47,32 @@ def as_reader(obj: Any, *, name: str = "image") -> MapReader:
 
 def _tensor_as_array(tensor: Any, name: str) -> npt.NDArray[Any]:
     if tensor.device.type != "cpu":
-        raise ShapeError(name, f"is a tensor on {tensor.device}", "give it with .cpu(); boxes move to the device later")
+        raise ShapeError(name, f"is a tensor on {tensor.device}, without values", "give one that has some")
     try:
         array: npt.NDArray[Any] = tensor.detach().numpy()
     except TypeError:
         remedy = "give it with .float(), which changes no value: a model in that dtype gets it so"
         raise ShapeError(name, f"is a tensor of {tensor.dtype}, which NumPy does not have", remedy) from None
     return array
+
+
+class DeviceReader:
+    """A tensor ``(C, H, W)`` in a device's memory; ``tensor`` is what tiles that run there read."""
+
+    concurrent = True
+    cache_bytes = 0
+
+    def __init__(self, tensor: torch.Tensor, *, name: str) -> None:
+        self.shape = _three(tuple(tensor.shape), name)
+        self.tensor = tensor.detach().reshape(self.shape)
+        self.dtype = _tensor_as_array(torch.empty(0, dtype=tensor.dtype), name).dtype
+        self.name = name
+
+    def read(self, box: Box) -> npt.NDArray[np.generic]:
+        """The pixels of ``box``, copied to the host's memory."""
+        check_box(self.name, self.shape, box)
+        rows, cols = box.slices()
+        return self.tensor[:, rows, cols].to("cpu").numpy()
 
 
 def _three(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:

@@ -14,7 +14,10 @@ from wholegrad.train.split import Entry, entries, from_json, to_json
 from wholegrad.train.state import write_whole
 from wholegrad.train.tables import Config
 
-FREE = ("train.out", "train.checkpoint_minutes", "train.panels", "train.budget", "train.threads", "train.on_error")
+FREE = (
+    "train.out", "train.checkpoint_minutes", "train.panels", "train.budget", "train.host_budget", "train.threads",
+    "train.on_error",
+)  # fmt: skip
 
 
 class Folder:

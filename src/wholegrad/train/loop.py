@@ -22,7 +22,7 @@ from torch import nn
 import wholegrad as wg
 from wholegrad.errors import NumericsError, SlideError, WholegradError
 from wholegrad.losses import LOSSES, Loss, dice_from_counts
-from wholegrad.run.budget import is_automatic, limit_note
+from wholegrad.run.budget import limit_note
 from wholegrad.run.process import peak_resident, resident
 from wholegrad.run.profile import Profile
 from wholegrad.train.cases import Case, Readers, open_cases
@@ -153,7 +153,7 @@ class Run:
         if not config.train.threads:
             torch.set_num_threads(conditions.threads)
         self.plans = Plans(config.train, conditions)
-        if not is_automatic(config.train.budget) and (said := limit_note(conditions.budget)):
+        if self.plans.of_process and (said := limit_note(conditions.budget)):
             self.watch.on_note(said)
         kept = self._load() if resume and folder.checkpoint.exists() else 0
         if self.total <= self.step:
@@ -311,7 +311,7 @@ class Run:
                 )
         except NumericsError as error:
             raise self._ruined(name, f"{error.where} {error.cause}") from error
-        return float(loss), dice_from_counts(values["counts"]), plan.projected
+        return float(loss), dice_from_counts(values["counts"]), plan.host_peak
 
     def _ruined(self, slide: str, cause: str) -> NumericsError:
         """The refusal of an update that would ruin the weights; those before it are written first."""
@@ -361,8 +361,8 @@ class Run:
             self.watch.on_note(f"{case.name} is skipped: {error}")
 
         skip = leave_out if self.config.train.on_error == "skip" else None
-        rates = self.plans.conditions.rates
-        scores = evaluate(self.model, cases, self.plans.budget, self._progress(interrupt), on_case, skip, rates)
+        more = {"rates": self.plans.conditions.rates, **self.plans.where}
+        scores = evaluate(self.model, cases, self.plans.budget, self._progress(interrupt), on_case, skip, **more)
         if errors and not scores:
             raise errors[0]
         return scores
@@ -381,14 +381,14 @@ class Run:
         """A mask and a picture of each test slide, if the configuration wants them."""
         if not self.config.train.panels:
             return []
-        folder, progress = self.config.out / "predictions", self._progress(interrupt)
+        folder, progress, where = self.config.out / "predictions", self._progress(interrupt), self.plans.where
         self.model.eval()
         of_name = {score.name: score for score in scores}
         drawn = []
         for case in (case for case in self.test_cases if case.name in of_name):
             said = caption(of_name[case.name], self.step)
             try:
-                drawn.append(report_case(self.model, case, folder, said, self.plans.budget, progress))
+                drawn.append(report_case(self.model, case, folder, said, self.plans.budget, progress, **where))
             except SlideError as error:  # it was there when it was scored
                 if self.config.train.on_error == "stop":
                     raise

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 import wholegrad as wg
+from wholegrad.api import DeviceLike
 from wholegrad.errors import SlideError
 from wholegrad.losses import dice_counts
 from wholegrad.metrics.counts import Counts
@@ -42,12 +44,14 @@ def evaluate(
     on_case: Callable[[Score], None] | None = None,
     on_error: Callable[[Case, SlideError], None] | None = None,
     rates: Rates | None = None,
+    device: DeviceLike = None,
+    host_budget: str | int | None = None,
 ) -> list[Score]:
     """The score of ``model`` on each whole slide; its mode (train or eval) is put back afterwards.
 
     Args:
         budget: as for :func:`wholegrad.measure`, or a function of the slide's readers.
-        rates: as for :func:`wholegrad.measure`.
+        rates, device, host_budget: as for :func:`wholegrad.measure`.
         on_error: told of a slide that cannot be read, which is then left out; without it the error ends everything.
 
     Raises:
@@ -61,9 +65,8 @@ def evaluate(
             try:
                 with case.open() as readers:
                     allowed = budget(readers) if callable(budget) else budget
-                    values = wg.measure(
-                        model, *readers, metrics=METRICS, budget=allowed, progress=progress, rates=rates
-                    )
+                    options: dict[str, Any] = {"rates": rates, "device": device, "host_budget": host_budget}
+                    values = wg.measure(model, *readers, metrics=METRICS, budget=allowed, progress=progress, **options)
             except SlideError as error:
                 if on_error is None:
                     raise

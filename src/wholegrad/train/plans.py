@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import wholegrad as wg
+from wholegrad.asked import room_there
 from wholegrad.errors import BudgetError, ConfigError
 from wholegrad.losses import Loss
 from wholegrad.plan.memory import LIBRARIES
@@ -28,6 +29,7 @@ from wholegrad.plan.rates import BUILT_IN, Rates
 from wholegrad.plan.storage import NARROW
 from wholegrad.run.budget import budget_bytes, is_automatic
 from wholegrad.run.calibrate import rates
+from wholegrad.run.device import Device, open_device
 from wholegrad.run.pressure import Governor, Look
 from wholegrad.run.process import has_run, resident
 from wholegrad.train.cases import Readers
@@ -49,7 +51,7 @@ class Conditions:
     """What a run decided at its start.
 
     Attributes:
-        budget: bytes of the process's peak.
+        budget: bytes of the process's peak; of a device with memory of its own, those beyond what is held there.
         held: bytes that the process held, and libraries will.
         threads: of PyTorch.
         rates: of the machine, for predicted times, on which plans depend.
@@ -64,7 +66,9 @@ class Conditions:
     def now(train: TrainConfig) -> Conditions:
         """Of a run that starts."""
         held = resident() + LIBRARIES // (4 if has_run() else 1)
-        return Conditions(budget_bytes(train.budget), held, torch.get_num_threads(), rates())
+        device = device_of_run(train)
+        budget = budget_bytes(train.budget) if device is None or not device.apart else room_there(device, train.budget)
+        return Conditions(budget, held, torch.get_num_threads(), rates())
 
     def room(self, cache_bytes: int) -> int:
         """Bytes for a plan beside readers that keep so many, in whole steps; less than one step where it is tight."""
@@ -89,13 +93,28 @@ class Conditions:
             raise ConfigError(str(path), "is not what a run saved", "restore it, or start the run anew") from None
 
 
+def device_of_run(train: TrainConfig) -> Device | None:
+    """Where tiles run; None for the CPU.
+
+    Raises:
+        PlanError: there is no such device.
+    """
+    how = {"tf32": train.tf32, "deterministic": train.deterministic}
+    return None if train.device is None else open_device(train.device, **how)
+
+
 class Plans:
     """Plans by size of image and readers' memory; each is made once, since capture and planning take seconds."""
 
     def __init__(self, train: TrainConfig, conditions: Conditions) -> None:
         self.train, self.conditions = train, conditions
         self.made: dict[tuple[tuple[int, ...], int], wg.Plan] = {}
-        self.governor = Governor(conditions.budget) if is_automatic(train.budget) else None
+        self.device = device_of_run(train)
+        self.apart = self.device is not None and self.device.apart
+        self.where: dict[str, Any] = {"device": self.device, "host_budget": train.host_budget}
+        automatic = is_automatic(train.budget)
+        self.of_process = not automatic and not self.apart  # whether the budget is the process's, by its name
+        self.governor = Governor(conditions.budget) if automatic and not self.apart else None
         self._looked = 0.0
 
     def react(self, step: int) -> Replan | None:
@@ -127,6 +146,8 @@ class Plans:
 
     def budget(self, readers: Readers) -> int:
         """What to hand to ``plan`` or ``measure`` for these readers."""
+        if self.apart:
+            return Room(self.conditions.budget)
         held = resident() + LIBRARIES // (4 if has_run() else 1)
         caches = readers.slide.cache_bytes + readers.mask.cache_bytes
         room = self.conditions.room(caches)
@@ -145,7 +166,10 @@ class Plans:
         dtype = NARROW.get(self.train.boundary_dtype or "")
         slide, mask = readers
         options: dict[str, Any] = {"metrics": METRICS, "boundary_dtype": dtype, "strategy": self.train.strategy}
-        options["rates"] = self.conditions.rates
+        options |= {"rates": self.conditions.rates, **self.where}
+        if self.apart:
+            self.made[key] = wg.plan(model, loss_fn, slide, mask, budget=self.budget(readers), **options)
+            return self.made[key], True
         try:
             made = wg.plan(model, loss_fn, slide, mask, budget=self.budget(readers), **options)
         except BudgetError as error:  # tight: without the allowance for growth

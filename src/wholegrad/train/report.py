@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +28,12 @@ def report_case(
     caption: str = "",
     budget: str | int | Callable[[Readers], int] | None = None,
     progress: Callable[[wg.Progress], None] | None = None,
+    **where: Any,
 ) -> Path:
     """Predict a whole slide to ``folder/NAME.tif`` and draw ``folder/NAME.png``; returns the picture's path.
+
+    Args:
+        where: ``device`` and ``host_budget`` as for :func:`wholegrad.predict`.
 
     Raises:
         BudgetError: the slide does not fit the budget.
@@ -38,7 +43,7 @@ def report_case(
     out = folder / f"{case.name}.tif"
     with case.open() as (slide, mask):
         allowed = budget(Readers(slide, mask)) if callable(budget) else budget
-        wg.predict(model, slide, out=out, budget=allowed, progress=progress)
+        wg.predict(model, slide, out=out, budget=allowed, progress=progress, **where)
         picture(out.with_suffix(".png"), slide, mask, out, case.name, caption)
     return out.with_suffix(".png")
 

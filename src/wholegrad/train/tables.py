@@ -150,6 +150,9 @@ class ScheduleConfig(_Named):
 class TrainConfig(_Table):
     """Steps or epochs, not both; a step is one slide; ``weights`` are of background and tissue.
 
+    ``device`` is where tiles run (the weights stay in the host's memory); if it has memory of its own, ``budget`` is
+    for that, and ``host_budget`` the process's. ``tf32`` and ``deterministic`` as for
+    :func:`wholegrad.open_device`.
     ``boundary_dtype`` stores boundaries rounded to it, as :func:`wholegrad.plan` does; left out, as they are.
     ``strategy`` is how activations are held, as for :func:`wholegrad.plan`.
     ``accumulate`` slides make one update, by the mean of their gradients. ``clip`` is the largest norm of a gradient.
@@ -169,6 +172,10 @@ class TrainConfig(_Table):
     loss: Literal["bce", "dice", "bce+dice", "focal"] = "bce+dice"
     weights: tuple[float, float] = (1.0, 1.0)
     budget: str | int | None = None
+    device: str | None = None
+    host_budget: str | int | None = None
+    tf32: bool = False
+    deterministic: bool = False
     boundary_dtype: Literal["bfloat16", "float16"] | None = None
     strategy: Literal["auto", "in-core", "recompute", "offload", "stream"] = "auto"
     seed: int = Field(default=0, ge=0)

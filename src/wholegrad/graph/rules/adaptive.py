@@ -63,7 +63,7 @@ class AdaptiveAverage(Adaptive):
         if source.rows % target.rows == 0 and source.cols % target.cols == 0:
             kernel = [source.rows // target.rows, source.cols // target.cols]
             return (aten.avg_pool2d(x, kernel, kernel),)
-        rows, cols = (averaging(*axis, x.dtype) for axis in self.axes(node, tile))
+        rows, cols = (averaging(*axis, x.dtype, x.device) for axis in self.axes(node, tile))
         z = (x if x.dim() == 4 else x.unsqueeze(0)).permute(0, 2, 3, 1)
         n, height, width, channels = z.shape
         z = torch.matmul(rows, z.reshape(n, height, width * channels))
@@ -72,11 +72,11 @@ class AdaptiveAverage(Adaptive):
         return (z if x.dim() == 4 else z.squeeze(0),)
 
 
-def averaging(starts: Ints, ends: Ints, have: Interval, dtype: torch.dtype) -> torch.Tensor:
+def averaging(starts: Ints, ends: Ints, have: Interval, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The matrix ``(bins, inputs)`` that averages ``have`` over bins."""
     i = np.arange(have.lo, have.hi)
     inside = (i >= starts[:, None]) & (i < ends[:, None])
-    return torch.from_numpy(inside / (ends - starts)[:, None]).to(dtype)
+    return torch.from_numpy(inside / (ends - starts)[:, None]).to(dtype).to(device)
 
 
 class AdaptiveMax(Adaptive):
@@ -88,8 +88,9 @@ class AdaptiveMax(Adaptive):
         have = boxes(tile, 0)
         x = taken(taken(x, rows - have.y0, x.dim() - 2), cols - have.x0, x.dim() - 1)
         found, local = aten.max_pool2d_with_indices(x, [kernel_h, kernel_w], [kernel_h, kernel_w])
-        of_row = torch.from_numpy(rows * tile.specs[0].cols)[torch.div(local, len(cols), rounding_mode="floor")]
-        return found, of_row + torch.from_numpy(cols)[local % len(cols)]
+        first, across = (torch.from_numpy(each).to(x.device) for each in (rows * tile.specs[0].cols, cols))
+        of_row = first[torch.div(local, len(cols), rounding_mode="floor")]
+        return found, of_row + across[local % len(cols)]
 
 
 def slots(starts: Ints, ends: Ints) -> tuple[Ints, int]:

@@ -23,6 +23,10 @@ def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, A
     return found
 
 
+CPU = torch.device("cpu")
+NO_DOUBLE = {"mps"}  # types of devices that have no float64
+
+
 @dataclass(frozen=True)
 class LayoutRequest:
     """What a rule sees when a node is captured.
@@ -63,6 +67,7 @@ class Tile:
     specs: tuple[Spec, ...]
     outputs: tuple[Spec, ...]
     seed: int = 0  # of the step, for random ops
+    device: torch.device = CPU  # where tensors lie, for what is made from nothing
 
 
 class Rule:

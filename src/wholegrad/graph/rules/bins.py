@@ -14,6 +14,7 @@ from wholegrad.graph.graph import Node, Spec
 from wholegrad.graph.layout import Layout, plain
 from wholegrad.graph.rules.adaptive import AdaptiveAverage, AdaptiveMax, averaging, bins
 from wholegrad.graph.rules.base import LayoutRequest, MapRule, ReductionRule, State, register
+from wholegrad.graph.rules.reduction import wide
 
 aten = torch.ops.aten
 FEW_BINS = 1024
@@ -34,11 +35,12 @@ class Binned(ReductionRule, MapRule):
         return (tile,)
 
 
-def _matrices(node: Node, spec: Spec, box: Box, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shares ``(bins, inputs)`` of the tile's rows and columns in the averages."""
+def _matrices(node: Node, spec: Spec, box: Box, tile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shares ``(bins, inputs)`` of the tile's rows and columns in the averages, in the widest dtype."""
     count = node.outputs[0].shape[-2:]
     axes = [(spec.rows, count[0], box.rows), (spec.cols, count[1], box.cols)]
-    rows, cols = (averaging(*bins(Interval(0, k), size, k), have, dtype) for size, k, have in axes)
+    like = wide(tile.dtype, tile.device), tile.device
+    rows, cols = (averaging(*bins(Interval(0, k), size, k), have, *like) for size, k, have in axes)
     return rows, cols
 
 
@@ -47,8 +49,8 @@ class BinnedAverage(Binned, AdaptiveAverage):
     """``_adaptive_avg_pool2d``."""
 
     def merge(self, node: Node, spec: Spec, total: State | None, part: State, box: Box) -> State:
-        rows, cols = _matrices(node, spec, box, torch.float64)
-        found = rows @ part[0].to(torch.float64) @ cols.T
+        rows, cols = _matrices(node, spec, box, part[0])
+        found = rows @ part[0].to(rows.dtype) @ cols.T
         return (found if total is None else total[0] + found,)
 
     def pull(
@@ -56,8 +58,8 @@ class BinnedAverage(Binned, AdaptiveAverage):
     ) -> torch.Tensor:
         grad = grads[0]
         assert grad is not None
-        rows, cols = _matrices(node, spec, box, torch.float64)
-        return (rows.T @ grad.to(torch.float64) @ cols).to(tile.dtype)
+        rows, cols = _matrices(node, spec, box, tile)
+        return (rows.T @ grad.to(rows.dtype) @ cols).to(tile.dtype)
 
 
 def _found(elements: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,8 +82,8 @@ class BinnedMax(Binned, AdaptiveMax):
     def merge(self, node: Node, spec: Spec, total: State | None, part: State, box: Box) -> State:
         shape = node.outputs[0].shape
         if total is None:
-            best = torch.full(shape, -torch.inf, dtype=part[0].dtype)
-            total = best, torch.full(shape, spec.rows * spec.cols, dtype=torch.int64)
+            best = torch.full(shape, -torch.inf, dtype=part[0].dtype, device=part[0].device)
+            total = best, torch.full_like(best, spec.rows * spec.cols, dtype=torch.int64)
         best, where = total
         row_bins = list(zip(*bins(Interval(0, shape[-2]), spec.rows, shape[-2]), strict=True))
         col_bins = list(zip(*bins(Interval(0, shape[-1]), spec.cols, shape[-1]), strict=True))
@@ -109,5 +111,5 @@ class BinnedMax(Binned, AdaptiveMax):
         inside = (y >= 0) & (y < box.height) & (x >= 0) & (x < box.width)
         flat = torch.where(inside, y * box.width + x, 0)
         given = torch.where(inside, grad.flatten(-2), 0).to(tile.dtype)
-        result = torch.zeros(*tile.shape[:-2], box.area, dtype=tile.dtype)
+        result = tile.new_zeros(*tile.shape[:-2], box.area)
         return result.scatter_add_(-1, flat, given).reshape(tile.shape)

@@ -17,11 +17,13 @@ from torch.nn import functional as F
 from wholegrad import clock
 from wholegrad.graph.rules import thin
 from wholegrad.graph.rules.cropping import cropped
-from wholegrad.kernels.choice import serves
+from wholegrad.graph.rules.reduction import wide
+from wholegrad.kernels.choice import serves, triton_serves
 from wholegrad.kernels.thin import Mixed
 
 aten = torch.ops.aten
 BAND_PIXELS = 1 << 13  # of the map on which windows sit, in one band
+DEVICE_BAND_PIXELS = 1 << 22  # the same on an accelerator, where small ops are lost time; not measured
 
 
 class Settings(NamedTuple):
@@ -38,11 +40,19 @@ class Settings(NamedTuple):
 def interleaved(x: torch.Tensor) -> torch.Tensor:
     """``x`` of shape ``(N, C, H, W)`` with channels last in memory, and strides that say so even where C is 1.
 
-    One planar operand makes PyTorch run a thin convolution's backward planar, several times slower.
+    One planar operand makes PyTorch run a thin convolution's backward planar, several times slower. On an accelerator a
+    map stays as it lies.
     """
+    if x.device.type != "cpu":
+        return x
     x = x.contiguous(memory_format=torch.channels_last)
     n, c, h, w = x.shape
     return x.as_strided((n, c, h, w), (h * w * c, 1, w * c, c)) if c == 1 else x
+
+
+def _rows_of_band(x: torch.Tensor) -> int:
+    most = BAND_PIXELS if x.device.type == "cpu" else DEVICE_BAND_PIXELS
+    return max(1, most // (x.shape[0] * x.shape[3]))
 
 
 def weight_gradient(sat: torch.Tensor, read: torch.Tensor, weight: torch.Tensor, settings: Settings) -> torch.Tensor:
@@ -53,11 +63,11 @@ def weight_gradient(sat: torch.Tensor, read: torch.Tensor, weight: torch.Tensor,
         read: ``(N, I, H, W)``, the map that windows read: the input (transposed: the output's gradient).
     """
     height, kernel = sat.shape[2], weight.shape[2]
-    band = max(1, BAND_PIXELS // (sat.shape[0] * sat.shape[3]))
+    band = _rows_of_band(sat)
     plain = settings._replace(transposed=False)
     if band >= height:
         return _weight_gradient(sat, read, weight, plain)
-    total = torch.zeros(weight.shape, dtype=torch.float64)
+    total = torch.zeros(weight.shape, dtype=wide(weight.dtype, weight.device), device=weight.device)
     stride, pad, reach = settings.stride[0], settings.padding[0], settings.dilation[0] * (kernel - 1) + 1
     for top in range(0, height, band):
         end = min(top + band, height)
@@ -80,7 +90,9 @@ def _weight_gradient(sat: torch.Tensor, read: torch.Tensor, weight: torch.Tensor
 
 def _channel_sums(grad: torch.Tensor) -> torch.Tensor:
     """Sums of ``(N, C, H, W)`` over all but channels: bands in their own precision, which is fast, bands in float64."""
-    band = max(1, BAND_PIXELS // (grad.shape[0] * grad.shape[3]))
+    if grad.device.type != "cpu":
+        return grad.sum((0, 2, 3), dtype=wide(grad.dtype, grad.device))
+    band = _rows_of_band(grad)
     dtype = torch.promote_types(grad.dtype, torch.float32)
     total = torch.zeros(grad.shape[1], dtype=torch.float64)
     for rows in torch.split(grad, band, 2):
@@ -90,7 +102,7 @@ def _channel_sums(grad: torch.Tensor) -> torch.Tensor:
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: Settings) -> torch.Tensor:
     """``aten.convolution``, a strided transposed one as the input gradient that it is: oneDNN's own is slower."""
-    if not settings.transposed or max(settings.stride) == 1 or x.dtype != torch.float32:
+    if not settings.transposed or max(settings.stride) == 1 or x.dtype != torch.float32 or x.device.type != "cpu":
         result: torch.Tensor = aten.convolution(x, weight, bias, *settings)
         return result
     size = [
@@ -164,6 +176,8 @@ def convolve(
         known: the output, if it need not be computed.
     """
     steps, gaps = _pair(stride), _pair(dilation)
+    if not isinstance(x, Mixed) and triton_serves(x, weight, groups):
+        return _in_triton(x, weight, bias, (steps, padding, gaps), transposed)
     if isinstance(x, Mixed) or serves(x, weight, steps, groups):
         size = None
         if transposed:
@@ -189,6 +203,62 @@ def convolve(
     if not (top == bottom >= 0 and left == right >= 0):
         x, around = padded(x, padding), (0, 0)
     return _convolve(x, weight, bias, Settings(steps, around, gaps, False, (0, 0), groups), known)
+
+
+class TritonConvolve(torch.autograd.Function):
+    """``apply(x, weight, bias, window, size)``, bias possibly None; transposed to ``size`` pixels if that is given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        window: Any,
+        size: tuple[int, int] | None,
+    ) -> torch.Tensor:
+        from wholegrad.kernels import triton_thin as kernels
+
+        ctx.save_for_backward(x, weight)
+        ctx.window, ctx.size = window, size
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if size is None:
+            return kernels.forward(x, weight, bias, window)
+        return kernels.input_gradient(x, weight, size, window, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        from wholegrad.kernels import triton_thin as kernels
+
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = None, None, None
+        plain = ctx.size is None
+        if ctx.needs_input_grad[0] and plain:
+            of_x = kernels.input_gradient(grad, weight, (x.shape[2], x.shape[3]), ctx.window)
+        elif ctx.needs_input_grad[0]:
+            of_x = kernels.forward(grad, weight, None, ctx.window)
+        if ctx.needs_input_grad[1]:
+            sat, read = (grad, x) if plain else (x, grad)
+            of_weight = kernels.weight_gradient(sat, read, (weight.shape[2], weight.shape[3]), ctx.window)
+            of_weight = of_weight.to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            of_bias = _channel_sums(grad).to(ctx.bias_dtype)
+        return of_x, of_weight, of_bias, None, None
+
+
+def _in_triton(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, window: tuple[Any, ...], transposed: bool
+) -> torch.Tensor:
+    """:func:`convolve` by Triton's kernels; what of a transposed output no window reaches is computed as zero."""
+    from wholegrad.kernels.triton_thin import Window
+
+    steps, padding, gaps = window
+    size = None
+    if transposed:
+        reached = [(x.shape[2 + i] - 1) * steps[i] + gaps[i] * (weight.shape[2 + i] - 1) + 1 for i in (0, 1)]
+        size = (reached[0] - padding[0] - padding[1], reached[1] - padding[2] - padding[3])
+    found: torch.Tensor = TritonConvolve.apply(x, weight, bias, Window(*window), size)  # type: ignore[no-untyped-call]
+    return found
 
 
 def padded(x: torch.Tensor, edges: tuple[int, int, int, int]) -> torch.Tensor:

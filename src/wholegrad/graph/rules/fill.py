@@ -13,7 +13,7 @@ import torch
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Node, Spec
 from wholegrad.graph.layout import tile_shape
-from wholegrad.graph.rules.base import MapRule, Tile, bind, register
+from wholegrad.graph.rules.base import CPU, MapRule, Tile, bind, register
 from wholegrad.graph.rules.random import drawn
 
 aten = torch.ops.aten
@@ -33,11 +33,11 @@ def normal_form(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shape: t
     return aten.full.default, (list(shape), value), {}
 
 
-def filled(node: Node, spec: Spec, box: Box, seed: int) -> torch.Tensor:
+def filled(node: Node, spec: Spec, box: Box, seed: int, device: torch.device = CPU) -> torch.Tensor:
     """What the call makes, on a box."""
     if node.op in _RANDOM:
-        return drawn(node.op, node.args, node.kwargs, spec.dtype, seed, node.draw, spec.layout, box)
-    return torch.full(tile_shape(spec.layout, box), node.args[1], dtype=spec.dtype)
+        return drawn(node.op, node.args, node.kwargs, spec.dtype, seed, node.draw, spec.layout, box, device)
+    return torch.full(tile_shape(spec.layout, box), node.args[1], dtype=spec.dtype, device=device)
 
 
 @register(aten.full.default, *_RANDOM)
@@ -45,4 +45,4 @@ class Fill(MapRule):
     """A map without operands. The capture, which knows what it meets, gives it its layout."""
 
     def run(self, node: Node, tensors: Sequence[torch.Tensor], tile: Tile) -> tuple[torch.Tensor, ...]:
-        return (filled(node, node.outputs[0], tile.box, tile.seed),)
+        return (filled(node, node.outputs[0], tile.box, tile.seed, tile.device),)

@@ -213,7 +213,7 @@ class Smooth(Upsample):
 def blended(x: torch.Tensor, taps: Ints, weights: Floats, dim: int) -> torch.Tensor:
     """The sum over taps of ``x`` there times its weight, along ``dim`` of ``(N, C, H, W)``."""
     shape = [-1 if i == dim else 1 for i in range(x.dim())]
-    by = torch.from_numpy(weights).to(x.dtype)
+    by = torch.from_numpy(weights).to(x.dtype).to(x.device)
     result = taken(x, taps[0], dim) * by[0].view(shape)
     for tap, weight in zip(taps[1:], by[1:], strict=True):
         result = torch.addcmul(result, taken(x, tap, dim), weight.view(shape))

@@ -128,7 +128,7 @@ class AveragePool(Pooling):
         found = owned(found, tile)
         if divisor is not None or full:
             return (found,)
-        return (found / torch.outer(torch.tensor(high), torch.tensor(wide)).to(found.dtype),)
+        return (found / torch.outer(torch.tensor(high), torch.tensor(wide)).to(found.dtype).to(found.device),)
 
 
 def counts(out: Interval, along: Along, size: int, with_pad: bool) -> list[int]:

@@ -15,7 +15,7 @@ from wholegrad.graph import draws
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Node
 from wholegrad.graph.layout import Layout
-from wholegrad.graph.rules.base import Tile, bind, register
+from wholegrad.graph.rules.base import CPU, NO_DOUBLE, Tile, bind, register
 from wholegrad.graph.rules.pointwise import Pointwise
 
 aten = torch.ops.aten
@@ -49,23 +49,25 @@ def drawn(
     call: int,
     layout: Layout,
     box: Box,
+    device: torch.device = CPU,
 ) -> torch.Tensor:
     """What random op number ``call`` gives on ``box`` of a tensor with this layout."""
     op = FUNCTIONAL.get(op, op)
     bound = bind(op, args, kwargs)
+    where = CPU if device.type in NO_DOUBLE else device
     if op in (aten.randn_like.default, aten.randn.default, aten.normal_functional.default):
-        numbers = draws.normal(seed, call, layout, box)
+        numbers = draws.normal(seed, call, layout, box, where)
         if op is aten.normal_functional.default:
             numbers = numbers * bound["std"] + bound["mean"]
-        return numbers.to(dtype)
-    numbers = draws.uniform(seed, call, layout, box)
+        return numbers.to(dtype).to(device)
+    numbers = draws.uniform(seed, call, layout, box, where)
     if op is aten.uniform.default:
         numbers = numbers * (bound["to"] - bound["from"]) + bound["from"]
-    elif op is aten.bernoulli.default:
-        numbers = numbers < bound["self"]
-    elif op in (aten.bernoulli.p, aten.bernoulli.Tensor):
-        numbers = numbers < (0.5 if bound["p"] is None else bound["p"])  # bernoulli_'s default, which is left out
-    return numbers.to(dtype)
+    elif op in (aten.bernoulli.default, aten.bernoulli.p, aten.bernoulli.Tensor):
+        chance = bound["self" if op is aten.bernoulli.default else "p"]
+        chance = 0.5 if chance is None else chance  # bernoulli_'s default, which is left out
+        numbers = numbers < (chance.to(where) if isinstance(chance, torch.Tensor) else chance)
+    return numbers.to(dtype).to(device)
 
 
 @register(*(op for op in NUMBERS if op not in (aten.rand.default, aten.randn.default)))
@@ -75,4 +77,5 @@ class Random(Pointwise):
     def run(self, node: Node, tensors: Sequence[torch.Tensor], tile: Tile) -> tuple[torch.Tensor, ...]:
         spec, table = node.outputs[0], dict(zip(node.operands, tensors, strict=True))
         args = [table.get(arg, arg) if not isinstance(arg, list | float | int) else arg for arg in node.args]
-        return (drawn(node.op, args, node.kwargs, spec.dtype, tile.seed, node.draw, spec.layout, tile.box),)
+        return (drawn(node.op, args, node.kwargs, spec.dtype, tile.seed, node.draw, spec.layout, tile.box,
+                      tile.device),)  # fmt: skip

@@ -20,7 +20,17 @@ import torch
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Node, Spec
 from wholegrad.graph.layout import Axis, Layout, crop, full_box, on_box, plain, spatial_dims, unflattened
-from wholegrad.graph.rules.base import LayoutRequest, MapRule, ReductionRule, State, Tile, bind, checked, register
+from wholegrad.graph.rules.base import (
+    NO_DOUBLE,
+    LayoutRequest,
+    MapRule,
+    ReductionRule,
+    State,
+    Tile,
+    bind,
+    checked,
+    register,
+)
 
 aten = torch.ops.aten
 
@@ -37,8 +47,10 @@ def node_dims(node: Node, rank: int) -> list[int]:
     return dims_of(bind(node.op, node.args, node.kwargs), rank)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums are held in: float64 for floats, int64 for the rest."""
+def wide(dtype: torch.dtype, device: torch.device | None = None) -> torch.dtype:
+    """What sums are held in: float64 for floats (float32 on a device that has no float64), int64 for the rest."""
+    if device is not None and device.type in NO_DOUBLE and dtype.is_floating_point:
+        return torch.float32
     return torch.float64 if dtype.is_floating_point else torch.int64
 
 
@@ -73,7 +85,7 @@ class SumOrMean(OverDims):
     """Sum or mean."""
 
     def partial(self, node: Node, tile: torch.Tensor) -> State:
-        total = tile.sum(node_dims(node, tile.dim()), keepdim=True, dtype=wide(node.outputs[0].dtype))
+        total = tile.sum(node_dims(node, tile.dim()), keepdim=True, dtype=wide(node.outputs[0].dtype, tile.device))
         return (total.reshape(node.outputs[0].shape),)
 
     def _count(self, node: Node, spec: Spec) -> int:
@@ -177,7 +189,7 @@ class Gather(ReductionRule):
         return (tile,)
 
     def merge(self, node: Node, spec: Spec, total: State | None, part: State, box: Box) -> State:
-        whole = torch.zeros(spec.shape, dtype=spec.dtype) if total is None else total[0]
+        whole = part[0].new_zeros(spec.shape, dtype=spec.dtype) if total is None else total[0]
         on_box(whole, spec.layout, box).copy_(unflattened(part[0], spec.layout, box))
         return (whole,)
 

@@ -246,7 +246,7 @@ def taken(x: torch.Tensor, index: npt.NDArray[np.int64], dim: int) -> torch.Tens
     step = int(index[1] - index[0]) if len(index) > 1 else 1
     if step > 0 and bool((np.diff(index) == step).all()):
         return x[(slice(None),) * dim + (slice(int(index[0]), int(index[-1]) + 1, step),)]
-    position = torch.from_numpy(index)
+    position = torch.from_numpy(index).to(x.device)
     if x.dim() == 4 and x.stride(1) == 1:
         return x.permute(0, 2, 3, 1).index_select(dim - 1, position).permute(0, 3, 1, 2)
     return x.index_select(dim, position)

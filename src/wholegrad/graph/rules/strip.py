@@ -73,7 +73,7 @@ class Strip(ReductionRule):
         return (tile,)
 
     def merge(self, node: Node, spec: Spec, total: State | None, part: State, box: Box) -> State:
-        whole = torch.zeros(node.outputs[0].shape, dtype=spec.dtype) if total is None else total[0]
+        whole = part[0].new_zeros(node.outputs[0].shape, dtype=spec.dtype) if total is None else total[0]
         if (found := self._parts(node, box)) is not None:
             whole[found[0]] = part[0][found[1]]
         return (whole,)

@@ -70,6 +70,6 @@ class MaxUnpool(MapRule):
 
 def _near(found: torch.Tensor, inputs: Interval, step: int, dim: int) -> bool:
     """Whether each input's index along ``dim`` lies where it may write."""
-    at = torch.arange(inputs.lo, inputs.hi) * step
+    at = torch.arange(inputs.lo, inputs.hi, device=found.device) * step
     away = found - (at.unsqueeze(-1) if dim == -2 else at)
     return bool(away.min() >= -step) and bool(away.max() < 2 * step)

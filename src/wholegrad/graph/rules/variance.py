@@ -19,7 +19,7 @@ import torch
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Node, Spec
 from wholegrad.graph.rules.base import State, bind, register
-from wholegrad.graph.rules.reduction import OverDims, node_dims, unsqueezed
+from wholegrad.graph.rules.reduction import OverDims, node_dims, unsqueezed, wide
 from wholegrad.kernels import pointwise
 from wholegrad.kernels.expression import EACH, MAP, Leaf, Program, Step
 from wholegrad.kernels.host import host
@@ -28,6 +28,7 @@ from wholegrad.kernels.thin import REAL, Mixed
 
 aten = torch.ops.aten
 BAND = 1 << 17  # elements that are looked at at once: they stay in the cache, and temporaries stay small
+DEVICE_BAND = 1 << 25  # the same on an accelerator, where small ops are lost time; not measured
 
 
 def _summed(band: torch.Tensor, dims: list[int]) -> torch.Tensor:
@@ -35,6 +36,8 @@ def _summed(band: torch.Tensor, dims: list[int]) -> torch.Tensor:
 
     PyTorch sums in cascades, so that over a band they lose next to nothing.
     """
+    if band.device.type != "cpu":
+        return band.sum(dims, keepdim=True, dtype=wide(band.dtype, band.device))
     half = band.dtype in (torch.bfloat16, torch.float16)
     return band.sum(dims, keepdim=True, dtype=torch.float32 if half else None).double()
 
@@ -46,7 +49,7 @@ def _state(band: torch.Tensor, dims: list[int]) -> State:
     apart = band - near
     rest = _summed(apart, dims) / count
     m2 = _summed(apart * apart, dims) - count * rest * rest
-    return torch.tensor(float(count), dtype=torch.float64), near + rest, m2
+    return rest.new_full((), count), near + rest, m2
 
 
 def _merged(a: State, b: State) -> State:
@@ -103,8 +106,9 @@ class Variance(OverDims):
         if _one_pass(tile, dims):
             return _passed(tile, node.outputs[0].shape)
         along = max(dims, key=lambda dim: tile.shape[dim])
+        most = BAND if tile.device.type == "cpu" else DEVICE_BAND
         bands: tuple[torch.Tensor, ...] = torch.split(
-            tile, max(1, BAND * tile.shape[along] // max(tile.numel(), 1)), along
+            tile, max(1, most * tile.shape[along] // max(tile.numel(), 1)), along
         )
         total = _state(bands[0], dims)
         for band in bands[1:]:

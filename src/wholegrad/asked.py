@@ -1,0 +1,98 @@
+"""What is asked of the planner: budgets in bytes, of the host and of a device, and what each holds already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from wholegrad.errors import PlanError
+from wholegrad.given import Given
+from wholegrad.graph.graph import Graph, Ref
+from wholegrad.plan import devices, memory
+from wholegrad.plan.devices import Apart
+from wholegrad.plan.memory import Reserved
+from wholegrad.plan.plan import Plan, Room, show_bytes
+from wholegrad.plan.planner import Request
+from wholegrad.plan.rates import Rates
+from wholegrad.run import calibrate, process
+from wholegrad.run.blocks import drop_blocks
+from wholegrad.run.budget import budget_bytes, is_automatic
+from wholegrad.run.device import Device
+from wholegrad.run.sources import raw_images
+from wholegrad.run.workers import default_workers
+
+SHARE = 0.9  # of what a device has free, for a budget where nobody names one
+
+
+def request_of(
+    graph: Graph,
+    inputs: Given,
+    tensors: Mapping[str, torch.Tensor],
+    budget: str | int | None,
+    backward: bool,
+    *,
+    sinks: tuple[Ref, ...] = (),
+    rates: Rates | None = None,
+    device: Device | None = None,
+    host_budget: str | int | None = None,
+) -> Request:
+    """A request for a plan of ``graph``.
+
+    Args:
+        tensors: parameters and buffers by name.
+        budget: of the memory in which tiles run.
+        host_budget: of the whole process, where tiles run on a device with memory of its own.
+
+    Raises:
+        PlanError: a budget cannot be read, or is of a host that has the only one.
+    """
+    drop_blocks()
+    raw = raw_images(graph, inputs.sources)
+    if device is None or not device.apart:
+        if host_budget is not None:
+            raise PlanError("host_budget", "is for tiles on a device with memory of its own", "give budget")
+        still_to_load = memory.libraries(graph) // (4 if process.has_run() else 1)
+        held = Reserved(process.resident(), still_to_load, inputs.cache_bytes)
+        limit = int(held) + budget if isinstance(budget, Room) else budget_bytes(budget)
+        return Request(limit, held, backward, default_workers(), sinks, raw=raw, rates=rates or calibrate.rates())
+    sent = sum(tensor.nbytes for tensor in tensors.values() if tensor.device != device.torch)
+    limit, held_there = _of_device(device, budget)
+    still_to_load = 0 if process.has_run() else devices.RUNTIME
+    on_host = int(Reserved(process.resident(), still_to_load, inputs.cache_bytes))
+    apart = Apart(device.name, device.options.at_once, device.most_bytes, budget_bytes(host_budget), on_host)
+    reserved = Reserved(held_there + sent, devices.WORKSPACE)
+    return Request(limit, reserved, backward, apart.at_once, sinks, raw=raw, rates=devices.ASSUMED, apart=apart)
+
+
+def room_there(device: Device, budget: str | int | None) -> int:
+    """Bytes of a device's budget beyond what is held there.
+
+    Raises:
+        PlanError: the budget cannot be read, or is held already.
+    """
+    limit, held = _of_device(device, budget)
+    if limit <= held:
+        held_text = f"{show_bytes(held)} are held on {device.name} already"
+        raise PlanError(f"budget {show_bytes(limit)}", held_text, "give a larger one")
+    return limit - held
+
+
+def _of_device(device: Device, budget: str | int | None) -> tuple[int, int]:
+    """Bytes of a device's budget, and what it holds; of none or ``"auto"`` a share of what is free there."""
+    room = device.room()
+    if isinstance(budget, Room):
+        return room.held + budget, room.held
+    if is_automatic(budget):
+        return room.held + int(SHARE * room.free), room.held
+    return budget_bytes(budget), room.held
+
+
+def check_device(made: Plan, device: Device) -> None:
+    """Whether a plan may run there.
+
+    Raises:
+        PlanError: it was made for another device.
+    """
+    if made.device != device.name:
+        raise PlanError("plan", f"was made for {made.device}", f"plan again for {device.name}")

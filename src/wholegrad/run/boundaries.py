@@ -1,0 +1,145 @@
+"""The boundaries of one step and their gradients: made where the plan says, read and written by box."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from wholegrad import clock
+from wholegrad.errors import NumericsError
+from wholegrad.graph.geometry import Box
+from wholegrad.graph.graph import Ref
+from wholegrad.graph.recall import Recall
+from wholegrad.graph.segment import Segment
+from wholegrad.plan.plan import Placement, Plan
+from wholegrad.plan.storage import dtype_name, stored_bytes
+from wholegrad.plan.tiles import Tile
+from wholegrad.run import process
+from wholegrad.run.blocks import blocks_of
+from wholegrad.run.device import Device
+from wholegrad.run.spill_store import DiskStore, ask_ahead, owners_cuts, spill_of
+from wholegrad.run.store import AwayStore, DeviceStore, HostStore, MapStore, overflows
+
+
+class Boundaries:
+    """Stores of one step.
+
+    Attributes:
+        maps: the boundaries that there are.
+        grads: their gradients.
+        spill: what those on disk share, if any are there.
+    """
+
+    def __init__(self, plan: Plan, device: Device) -> None:
+        self.plan, self.graph, self.device = plan, plan.graph, device
+        self.blocks = blocks_of(plan)
+        self.maps: dict[Ref, MapStore] = {}
+        self.grads: dict[Ref, MapStore] = {}
+        self.spill = spill_of(plan)
+
+    def close(self) -> None:
+        """Give all of them back."""
+        for store in (*self.maps.values(), *self.grads.values()):
+            store.close()
+        self.maps.clear()
+        self.grads.clear()
+        if self.spill is not None:
+            self.spill.close()
+
+    def placement(self, ref: Ref) -> Placement:
+        """Where a boundary lives."""
+        return self.plan.placements.get(ref, Placement.DEVICE if self.device.apart else Placement.HOST)
+
+    def add_map(self, ref: Ref) -> None:
+        """Make the store of a boundary that is about to be computed."""
+        self.maps[ref] = self._new(ref, self.plan.stored_dtype(ref), zero=False)
+
+    def gradient(self, ref: Ref) -> MapStore:
+        """The gradient of a boundary, zeros at first."""
+        if ref not in self.grads:
+            self.grads[ref] = self._new(ref, self.graph.spec(ref).dtype, zero=True)
+        return self.grads[ref]
+
+    def _new(self, ref: Ref, dtype: torch.dtype, zero: bool) -> MapStore:
+        spec, place = self.graph.spec(ref), self.placement(ref)
+        if place is Placement.DEVICE:
+            return DeviceStore(spec, self.device, zero, dtype)
+        if place is Placement.DISK:
+            assert self.spill is not None
+            what = f"{'gradient of ' if zero else ''}boundary {self.graph.nodes[ref.node].place}"
+            found: MapStore = DiskStore(spec, self.spill, owners_cuts(self.plan, ref), what, dtype)
+        else:
+            found = HostStore(spec, self.blocks, zero, dtype)
+        return AwayStore(spec, self.device, found) if self.device.apart else found
+
+    def brought(self, ref: Ref, value: torch.Tensor) -> torch.Tensor:
+        """A tile of a boundary, or of its gradient, in the memory in which that lives; for the thread that made it."""
+        away = self.device.apart and self.placement(ref) is not Placement.DEVICE
+        return self.device.fetched(value) if away else value
+
+    def keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
+        """Write what a tile owns of a boundary.
+
+        Raises:
+            NumericsError: it is too large for the dtype in which the boundary is stored.
+        """
+        if overflows(value, self.maps[ref].dtype):
+            self._too_large(ref, box, value)
+        with clock.span("writing", "boundary", self.graph.nodes[ref.node].path) as span:
+            span.moved(value)
+            self.maps[ref].write(box, value)
+
+    def add_grad(self, ref: Ref, box: Box, grad: torch.Tensor) -> None:
+        """Add to the gradient of a boundary."""
+        with clock.span("writing", "boundary's gradient", self.graph.nodes[ref.node].path) as span:
+            span.moved(grad, grad, grad)  # read twice, written once
+            self.gradient(ref).add(box, grad)
+
+    def grad(self, ref: Ref, box: Box) -> torch.Tensor | None:
+        """The gradient of a boundary on a box; None if none reached it."""
+        if ref not in self.grads:
+            return None
+        with clock.span("reading", "boundary's gradient", self.graph.nodes[ref.node].path) as span:
+            grad = self.grads[ref].read(box)
+            span.moved(grad, grad)
+        return grad
+
+    def ask_ahead(self, again: Recall, grads: bool, tile: Tile) -> None:
+        """Have what a tile will read, and add to, brought from disk."""
+        ask_ahead(tile, again, self.maps, self.grads if grads else {})
+
+    def new_grads(self, segment: Segment) -> dict[Ref, int]:
+        """The boundaries that get a gradient when ``segment`` is pulled back, and had none, and its bytes."""
+        fresh = [ref for ref in segment.maps if ref in self.maps and ref not in self.grads]
+        return {ref: self.graph.spec(ref).nbytes for ref in fresh if self.graph.nodes[ref.node].needs_grad}
+
+    def sizes(self, refs: Iterable[Ref]) -> dict[Ref, int]:
+        """Bytes of boundaries as they are stored."""
+        return {ref: stored_bytes(self.graph.spec(ref), self.plan.boundary_dtype) for ref in refs}
+
+    def make_room(self, working: int, new: Mapping[Ref, int]) -> None:
+        """Return free memory to the system where a segment might else pass the projected peak (rule 7).
+
+        What earlier tiles and boundaries left is quick to use again, but need not be of the sizes that are wanted now.
+
+        Args:
+            working: what the segment's tiles may take of the host's memory.
+            new: bytes of maps that are kept from now on.
+        """
+        sizes = [size for ref, size in new.items() if self.placement(ref) is Placement.HOST]
+        room = self.plan.host_peak - working - (self.spill.limit - self.spill.held if self.spill else 0)
+        if process.resident() + self.blocks.missing(sizes) > room:
+            process.release_memory()
+        if process.resident() + self.blocks.missing(sizes) > room - working // 2:  # free blocks are the first to go
+            self.blocks.clear()
+
+    def _too_large(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
+        dtype = self.maps[ref].dtype
+        largest = value.detach().nan_to_num(0, 0, 0).abs().max().item()
+        raise NumericsError(
+            f"boundary {self.graph.nodes[ref.node].place}",
+            f"reaches {largest:.5g} on rows {box.y0} to {box.y1}, columns {box.x0} to {box.x1}, more than "
+            f"{dtype_name(dtype)}, in which it is stored, can hold ({torch.finfo(dtype).max:.5g})",
+            "use bfloat16 (up to 3.4e+38) or no boundary_dtype",
+        )

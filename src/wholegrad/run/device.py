@@ -1,0 +1,202 @@
+"""Where tiles run: the CPU, or an accelerator whose memory is not the host's.
+
+The executor asks a :class:`Device` for everything that crosses between the two. On the CPU nothing does. What is said
+here of an accelerator holds for any that PyTorch knows: tensors move by ``Tensor.to`` and arrive when the call returns.
+:mod:`wholegrad.run.cuda` moves them beside the arithmetic; :mod:`wholegrad.run.mps` knows Apple's limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from wholegrad.errors import PlanError
+
+CPU = torch.device("cpu")
+AUTO = "auto"
+AT_ONCE = 2  # tiles in flight on an accelerator: while results of one come back, the next one's ops are there
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an accelerator computes.
+
+    Attributes:
+        tf32: whether float32 products of matrices and convolutions may round their factors to 10 bits.
+        deterministic: whether ops whose sums come in no fixed order are refused, so that the same plan twice gives the
+            same bits (rule 6). PyTorch has no other kernel for some ops of a GPU.
+        triton: whether thin convolutions run in the project's own Triton kernels (CUDA).
+        at_once: tiles in flight.
+    """
+
+    tf32: bool = False
+    deterministic: bool = False
+    triton: bool = False
+    at_once: int = AT_ONCE
+
+
+class Room(NamedTuple):
+    """Bytes of a device: all, what this process's tensors hold, and what they could still take."""
+
+    total: int
+    held: int
+    free: int
+
+
+class Moving(NamedTuple):
+    """A tensor on its way to the device; ``mark`` is what to wait for."""
+
+    tensor: torch.Tensor
+    mark: object = None
+
+
+class Device:
+    """One device. This class is the CPU's: nothing crosses, and nothing waits.
+
+    Attributes:
+        torch: as PyTorch names it.
+        options: how it computes.
+        most_bytes: a tensor has fewer (rule 8); None without such a limit.
+    """
+
+    most_bytes: int | None = None
+
+    def __init__(self, where: torch.device = CPU, options: Options = Options()) -> None:
+        self.torch, self.options = where, options
+
+    @property
+    def name(self) -> str:
+        """``cpu``, ``cuda:0``."""
+        return str(self.torch)
+
+    @property
+    def apart(self) -> bool:
+        """Whether it has memory of its own."""
+        return self.torch.type != "cpu"
+
+    def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An empty host tensor, contiguous, from which :meth:`send` is quick."""
+        return torch.empty(shape, dtype=dtype)
+
+    def send(self, tensor: torch.Tensor) -> Moving:
+        """Start to move a host tensor here. Nobody may write into it any more."""
+        return Moving(tensor.to(self.torch))
+
+    def arrived(self, moving: Moving) -> torch.Tensor:
+        """What was sent, for ops of the calling thread."""
+        return moving.tensor
+
+    def fetched(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same values in host memory; strides are kept."""
+        return tensor.to(CPU)
+
+    def room(self) -> Room:
+        """What there is now.
+
+        Raises:
+            PlanError: nobody knows.
+        """
+        raise PlanError(f"device {self.name}", "does not say how much memory it has", "give budget=")
+
+    def peak(self) -> int:
+        """The most bytes that tensors held since :meth:`forget_peak`."""
+        return 0
+
+    def forget_peak(self) -> None:
+        """Count the peak from now on."""
+
+    def finish(self) -> None:
+        """Wait until all that was asked for is done."""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Open while a step runs: the precision and order of sums that :class:`Options` ask for."""
+        yield
+
+
+def _cuda(where: torch.device, options: Options) -> Device:
+    from wholegrad.run.cuda import CudaDevice
+
+    return CudaDevice(where, options)
+
+
+def _mps(where: torch.device, options: Options) -> Device:
+    from wholegrad.run.mps import MpsDevice
+
+    return MpsDevice(where, options)
+
+
+KINDS: dict[str, Callable[[torch.device, Options], Device]] = {"cpu": Device, "cuda": _cuda, "mps": _mps}
+
+
+def register(kind: str, make: Callable[[torch.device, Options], Device]) -> None:
+    """Let devices of this type be made by ``make``."""
+    KINDS[kind] = make
+
+
+def tensors_device(model: nn.Module) -> torch.device:
+    """Where a model's parameters are (or its buffers); the CPU if it has neither.
+
+    Raises:
+        PlanError: on several devices.
+    """
+    found = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(found) > 1:
+        names = " and ".join(sorted(map(str, found)))
+        raise PlanError("model", f"lies on {names}", "move all of it to one device, or give device=")
+    return next(iter(found), CPU)
+
+
+def device_of(model: nn.Module, device: str | torch.device | Device | None = None) -> Device:
+    """Where a step runs.
+
+    Args:
+        device: None for where the model's parameters are; ``"auto"`` for the accelerator that PyTorch finds, else the
+            CPU; a name such as ``"cuda"`` or ``"cuda:1"``; a :class:`Device` to choose options too.
+
+    Raises:
+        PlanError: there is no such device, or the project does not know how to use it.
+    """
+    if isinstance(device, Device):
+        return device
+    if device is None:
+        return open_device(tensors_device(model))
+    return open_device(device)
+
+
+def open_device(
+    device: str | torch.device,
+    *,
+    tf32: bool = False,
+    deterministic: bool = False,
+    triton: bool = False,
+    at_once: int = AT_ONCE,
+) -> Device:
+    """A device by its name, with options, for ``device=`` of every call.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or ``"auto"`` for the accelerator that PyTorch finds.
+        tf32, deterministic, triton, at_once: see :class:`Options`; nothing of them is of the CPU.
+
+    Raises:
+        PlanError: there is no such device, or the project does not know how to use it.
+    """
+    if device == AUTO:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = CPU if found is None or found.type not in KINDS else found
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        cause = f"is {device!r}, which PyTorch does not know"
+        raise PlanError("device", cause, "choose cpu, cuda, mps or auto") from None
+    if where.type not in KINDS:
+        known = ", ".join(KINDS)
+        raise PlanError("device", f"is {where}, on which tiles do not run", f"choose from {known}") from None
+    if at_once < 1:
+        raise PlanError("at_once", f"is {at_once}", "give 1 or more tiles in flight")
+    return KINDS[where.type](where, Options(tf32, deterministic, triton, at_once))

@@ -1,0 +1,132 @@
+"""What only a real GPU can show: rule 5 in float64, bits, bytes and transfers on CUDA. Skipped where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import wholegrad as wg
+from oracle import SEED, reference
+from support_cases import named_cases
+from wholegrad.losses import LOSSES
+from wholegrad.nets import unet4492
+from wholegrad.proof import random_labels
+from wholegrad.run.process import resident
+from wholegrad.verify import EXACT, Case, errors
+from zoo import Entry
+
+try:
+    from zoo_losses import LOSSES as ZOO_LOSSES
+    from zoo_networks import NETWORKS
+except ImportError:  # MONAI or transformers is not there: the rest is worth having without
+    ZOO_LOSSES, NETWORKS = [], []
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU (torch.cuda.is_available())"),
+    pytest.mark.filterwarnings("ignore:TF32 acceleration"),
+    pytest.mark.filterwarnings("ignore:.*reduce argument of torch.scatter"),
+]
+Data = tuple[torch.nn.Module, Any, Any]
+
+
+def case(height: int, width: int) -> Data:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(3, height, width, dtype=torch.float64, generator=generator)
+    return unet4492(seed=0).double(), image, random_labels((height, width), 0)
+
+
+def bytes_case(height: int, width: int) -> Data:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, height, width), dtype=np.uint8)
+    return unet4492(seed=0), pixels, random_labels((height, width), 0)
+
+
+def gpu_errors(data: Data, loss: Any, **fixed: Any) -> dict[str, float]:
+    """Relative errors of a run on the GPU against whole-image autograd on the CPU."""
+    tried = Case(data[0], loss, *data[1:], torch.float64, SEED, "cuda")
+    found = tried.run(tried.plan(**fixed), fixed.get("tile"))
+    return errors(found, reference(data[0], loss, *data[1:]).tensors)
+
+
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+@pytest.mark.parametrize("tile", [(37, 53), (500, 500)])
+def test_every_loss_is_exact(loss: str, tile: tuple[int, int]) -> None:
+    assert max(gpu_errors(case(160, 208), LOSSES[loss], tile=tile).values()) <= EXACT
+
+
+@pytest.mark.parametrize("placement", ["device", "host", "disk"])
+def test_boundaries_are_exact_wherever_they_live(placement: str) -> None:
+    names = ["down1", "down2", "middle", "up2", "fuse2", "up1", "head"]
+    found = gpu_errors(case(96, 112), LOSSES["dice"], tile=(40, 48), boundaries=names, placement=placement)
+    assert max(found.values()) <= EXACT
+
+
+@pytest.mark.parametrize("entry", [*NETWORKS, *ZOO_LOSSES], ids=str)
+def test_the_zoo_is_exact(entry: Entry) -> None:
+    height, width = entry.size
+    data = (entry.build(), entry.image(height, width), entry.target(height, width))
+    found = gpu_errors(data, entry.loss, tile=(height // 2 + 1, width // 3 + 2))
+    assert max(found.values()) <= EXACT, found
+
+
+@pytest.mark.parametrize("name", named_cases())
+def test_every_supported_op_is_exact(name: str) -> None:
+    each = named_cases()[name]
+    found = gpu_errors((each.build(), each.image(), each.target()), each.loss, tile=(9, 11))
+    assert max(found.values()) <= EXACT, found
+
+
+def test_float32_is_as_good_as_whole_image_float32_without_tf32() -> None:
+    report = wg.verify(unet4492(), LOSSES["bce+dice"], shape=(3, 400, 328), device="cuda")
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_the_same_plan_twice_gives_the_same_bits(at_once: int) -> None:
+    model, image, target = bytes_case(512, 640)
+    there = wg.open_device("cuda", deterministic=True, at_once=at_once)
+    plan = wg.plan(model, LOSSES["bce+dice"], image, target, tile=(128, 160), device=there)
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        loss = wg.backward(model, LOSSES["bce+dice"], image, target, plan=plan)
+        found.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("size", [(2000, 3000), (4096, 8192)])
+@pytest.mark.parametrize("budget", ["400MiB", "600MiB", "2GiB"])
+@pytest.mark.parametrize("boundaries", [None, ["down1", "middle", "up1"]])
+def test_tensors_stay_within_the_projected_peak(
+    size: tuple[int, int], budget: str, boundaries: list[str] | None
+) -> None:
+    model, image, target = bytes_case(*size)
+    there = wg.open_device("cuda")
+    torch.cuda.empty_cache()
+    plan = wg.plan(model, LOSSES["bce"], image, target, budget=budget, device=there, boundaries=boundaries)
+    there.forget_peak()
+    wg.backward(model, LOSSES["bce"], image, target, plan=plan)
+    assert there.peak() <= plan.projected <= (plan.budget or 0)
+    assert plan.host is not None and resident() <= plan.host.projected
+
+
+def test_a_model_on_the_gpu_runs_there() -> None:
+    model, image, target = bytes_case(256, 320)
+    model.cuda()
+    plan = wg.plan(model, LOSSES["bce"], image, target)
+    assert plan.device == "cuda:0"
+    wg.backward(model, LOSSES["bce"], image, target, plan=plan)
+    assert all(p.grad is not None and p.grad.is_cuda for p in model.parameters())
+
+
+def test_settings_are_put_back() -> None:
+    model, image, target = bytes_case(128, 160)
+    before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
+              torch.are_deterministic_algorithms_enabled())  # fmt: skip
+    there = wg.open_device("cuda", tf32=not before[0], deterministic=True)
+    wg.backward(model, LOSSES["bce"], image, target, device=there)
+    assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
+                      torch.are_deterministic_algorithms_enabled())  # fmt: skip
