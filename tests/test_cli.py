@@ -144,10 +144,10 @@ def refused_at_the_end(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_plan_prints_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--shape", "3x2000x3000", "--budget", "1.5GiB"]) == 0
+    assert main(["plan", "--shape", "3x2000x3000", "--budget", "4.5GiB"]) == 0
     said = capsys.readouterr().out
     assert "image 1 x 3 x 2000 x 3000" in said
-    assert "of a budget of 1.50 GiB" in said
+    assert "of a budget of 4.50 GiB" in said
 
 
 @pytest.mark.usefixtures("mine")

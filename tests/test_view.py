@@ -419,7 +419,7 @@ def test_labels_that_are_none_are_said_and_not_waited_for(folder: Path) -> None:
 
 
 def test_the_plans_tiles_share_out_the_slide_and_halos_hold_them(folder: Path) -> None:
-    with serving(Files(folder / "case.tif"), step=StepWish(budget="1GiB", level=1)) as one:
+    with serving(Files(folder / "case.tif"), step=StepWish(budget="8GiB", level=1)) as one:
         state = finished(one, "plan.json")
     plan = state["plan"]
     assert state["state"] == "done" and plan["image"] == [1, 3, HEIGHT // 2, WIDTH // 2]

@@ -60,7 +60,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     scene = Scene(Files(folder / "case.tif", folder / "case.mask.tif", folder / "said.tif"))
-    app = App(scene, step=StepWish(budget="1GiB"))
+    app = App(scene, step=StepWish(budget="8GiB"))
     with Server(app) as one:
         yield one
     app.close()
