@@ -44,6 +44,20 @@ def outputs(size: tuple[int, int], kernel: tuple[int, int], window: Window) -> t
 
 
 @triton.jit
+def _finish(
+    total, bias, out, sample, row, rows, col, columns,
+    OUT: tl.constexpr, OUT_PADDED: tl.constexpr, BIAS: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """Add the bias of every channel to a stretch of a row, and store it."""
+    channel = tl.arange(0, OUT_PADDED)
+    inside = channel < OUT
+    if BIAS:
+        total += tl.load(bias + channel, mask=inside, other=0.0).to(REAL)[:, None]
+    place = out + ((sample * OUT + channel[:, None]) * rows + row) * columns + col[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=inside[:, None] & (col < columns)[None, :])
+
+
+@triton.jit
 def _slide(
     x, weight, bias, out, columns, height, width, rows, top, left,
     CHANNELS: tl.constexpr, OUT: tl.constexpr, OUT_PADDED: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
@@ -66,10 +80,7 @@ def _slide(
                 value = tl.load(start + at, mask=good, other=0.0).to(REAL)
                 factor = tl.load(weight + ((channel * CHANNELS + c) * KH + i) * KW + j, mask=inside, other=0.0).to(REAL)
                 total += factor[:, None] * value[None, :]
-    if BIAS:
-        total += tl.load(bias + channel, mask=inside, other=0.0).to(REAL)[:, None]
-    place = out + ((sample * OUT + channel[:, None]) * rows + row) * columns + col[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=inside[:, None] & (col < columns)[None, :])
+    _finish(total, bias, out, sample, row, rows, col, columns, OUT, OUT_PADDED, BIAS, REAL)
 
 
 @triton.jit
@@ -101,10 +112,7 @@ def _spread(
                 value = tl.load(start + at, mask=good, other=0.0).to(REAL)
                 factor = tl.load(weight + ((c * OUT + channel) * KH + i) * KW + j, mask=inside, other=0.0).to(REAL)
                 total += factor[:, None] * value[None, :]
-    if BIAS:
-        total += tl.load(bias + channel, mask=inside, other=0.0).to(REAL)[:, None]
-    place = out + ((sample * OUT + channel[:, None]) * rows + row) * columns + col[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=inside[:, None] & (col < columns)[None, :])
+    _finish(total, bias, out, sample, row, rows, col, columns, OUT, OUT_PADDED, BIAS, REAL)
 
 
 @triton.jit
