@@ -76,3 +76,13 @@ def test_a_run_keeps_the_rates_of_its_start(tmp_path: Path) -> None:
     old = {key: value for key, value in json.loads(kept.to_json()).items() if key != "rates"}
     path.write_text(json.dumps(old))
     assert Conditions.read(path).rates == BUILT_IN
+
+
+def test_what_an_own_convolution_writes_is_part_of_its_multiply_adds() -> None:
+    image = blank(3, 2000, 2000)
+    step = torch.nn.Conv2d(3, 1, 3, padding=1), lambda output, target: (output * target).mean(), image, image[:1]
+    quick, slow = (
+        wg.plan(*step, budget="4GiB", strategy="stream", rates=replace(BUILT_IN, passed=rate, made=rate)).seconds
+        for rate in (1e-10, 1.0)
+    )
+    assert quick == slow > 0
