@@ -143,6 +143,21 @@ def node_span(by: Recorder, op: str, label: Label, size: float) -> Off:
     return Span(by, Key(stage, op, label.path), label.macs, label.wide, size, label)
 
 
+class Work(NamedTuple):
+    """What one call of a kernel counts, known before it runs."""
+
+    key: Key
+    macs: float
+    wide: bool
+    bytes: float
+
+
+def work_span(work: Work) -> Off:
+    """A span of such a call."""
+    by = recorder
+    return OFF if by is None else Span(by, work.key, work.macs, work.wide, work.bytes, None)
+
+
 DISK = "disk"  # stage of boundaries' reads and writes, most of them beside the threads that run tiles
 FORWARD, BACKWARD, FUSED = "forward", "backward", "fused"  # sweeps, as the spans of whole tiles name them
 

@@ -64,19 +64,25 @@ def find(graph: Graph, segment: Segment, how: Inlined) -> Strip | None:
     if len(segment.outputs) != 1 or segment.reductions:
         return None
     (out,) = segment.outputs
-    node, crops = graph.nodes[out.node], set[int]()
-    while node.op is aten.slice.Tensor and _crops(graph, node):
-        crops.add(node.index)
-        node = graph.nodes[node.operands[0].node]
-    if node.index not in how.convolutions or not crops <= set(how.nodes) or node.outputs[0].shape[0] != 1:
+    node, between = source(graph, out)
+    if node.index not in how.convolutions or not between <= set(how.nodes) or node.outputs[0].shape[0] != 1:
         return None
-    members = _grown(graph, how, node, crops)
+    members = _grown(graph, how, node, between)
     while members:
         edges = _edges(graph, how, members)
         if edges is not None:
-            return Strip(tuple(members), out, (frozenset(members) | crops) - {out.node}, edges)
+            return Strip(tuple(members), out, (frozenset(members) | between) - {out.node}, edges)
         members = members[1:]
     return None
+
+
+def source(graph: Graph, ref: Ref) -> tuple[Node, set[int]]:
+    """The node whose map a value is, perhaps cropped, and the nodes that crop it."""
+    node, between = graph.nodes[ref.node], set[int]()
+    while node.op is aten.slice.Tensor and _crops(graph, node):
+        between.add(node.index)
+        node = graph.nodes[node.operands[0].node]
+    return node, between
 
 
 def _crops(graph: Graph, node: Node) -> bool:

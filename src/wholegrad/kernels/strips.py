@@ -13,34 +13,21 @@ lie; :meth:`Schedule.run` adds these places up and lets one function make all ca
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from wholegrad.kernels import slide
+from wholegrad.kernels.calls import BUFFERS, GIVEN, NOWHERE, OUT, SCRATCH, Calls, Placed, Schedule
 from wholegrad.kernels.compile import function
 from wholegrad.kernels.emit import Code
 from wholegrad.kernels.expression import EACH, MAP, Program
 from wholegrad.kernels.stage import Part
-from wholegrad.kernels.thin import (
-    REAL,
-    Pair,
-    kernel_parts,
-    packed_weight,
-    scratch,
-    slide_kernel,
-    slide_plan,
-    zeros,
-)  # fmt: skip
+from wholegrad.kernels.thin import REAL, Pair, kernel_parts, packed_weight, slide_kernel, slide_plan, zeros
 
-CALL = 1 + slide.POINTERS  # 64-bit integers of a call: the function's address and its pointers
 ALIGN = 16  # elements of a buffer's row, a multiple; an odd multiple so that rows do not share cache sets
-_own = threading.local()
 
 
 class Layer(NamedTuple):
@@ -86,35 +73,14 @@ class Span(NamedTuple):
 
 
 Spans = tuple[tuple[Span, ...], ...]  # of each strip or panel: of each layer
-
-
-class Schedule:
-    """Every call for a tile, ready to be placed."""
-
-    def __init__(self, records: list[int], places: list[int], calls: int, buffers: int, memory: int) -> None:
-        self.values = np.array(records, dtype=np.int64)
-        self.places = np.array(places, dtype=np.intp)
-        self.calls, self.buffers, self.memory = calls, buffers, memory
-        self.kept: list[Any] = []  # what the calls point to
-
-    def run(self, out: torch.Tensor, given: Sequence[torch.Tensor]) -> None:
-        """Compute the last layer's map into ``out``."""
-        table = np.empty(len(self.values), dtype=np.int64)
-        own = _buffers(self.buffers)
-        fixed = (0, table.ctypes.data, scratch(self.memory), own, out.data_ptr())
-        bases = np.array([*fixed, *(tensor.data_ptr() for tensor in given)], dtype=np.int64)
-        np.add(self.values, bases[self.places], out=table)
-        _caller()((ctypes.c_int64 * 1)(self.calls), table.ctypes.data)
-
-
-NOWHERE, TABLE, SCRATCH, BUFFERS, OUT, GIVEN = range(6)  # what a number of a schedule is relative to
+Lying = tuple[int, int, int]  # a tensor's elements from channel to channel and from row to row, bytes of one
 
 
 class _Kernel(NamedTuple):
     """A layer's kernel for one residue, with its weight packed."""
 
     shape: slide.Shape
-    address: int
+    call: Callable[..., None]
     weight: torch.Tensor
 
 
@@ -149,10 +115,10 @@ class Writer:
                 kernel_parts(layer.parts), None, self.store if number == len(self.layers) - 1 else None,
             )  # fmt: skip
             found = slide_kernel(shape)
-            self._kernels[key] = _Kernel(shape, _address(found.call), packed_weight(weight, found.block))
+            self._kernels[key] = _Kernel(shape, found.call, packed_weight(weight, found.block))
         return self._kernels[key]
 
-    def schedule(self, rows: Spans, cols: Spans, out: Pair, given: Sequence[tuple[int, int, int]]) -> Schedule:
+    def schedule(self, rows: Spans, cols: Spans, out: Pair, given: Sequence[Lying]) -> Schedule:
         """The calls that compute a tile.
 
         Args:
@@ -163,7 +129,7 @@ class Writer:
         return _Scheduling(self, rows, cols, out, given).run()
 
 
-class _Buffer(NamedTuple):
+class Buffer(NamedTuple):
     """Where a layer's rows are: bytes after the start of all buffers, elements to the next channel and row."""
 
     start: int
@@ -171,24 +137,23 @@ class _Buffer(NamedTuple):
     row: int
 
 
+def pitch(wide: int) -> int:
+    """Elements from row to row of a buffer for so many columns."""
+    vectors = -(-wide // ALIGN)
+    return (vectors + 1 - vectors % 2) * ALIGN
+
+
 class _Scheduling:
-    def __init__(
-        self, writer: Writer, rows: Spans, cols: Spans, out: Pair, given: Sequence[tuple[int, int, int]]
-    ) -> None:
+    def __init__(self, writer: Writer, rows: Spans, cols: Spans, out: Pair, given: Sequence[Lying]) -> None:
         self.writer, self.rows, self.cols, self.out, self.given = writer, rows, cols, out, given
         self.item = writer.dtype.itemsize
-        self.calls: list[list[tuple[int, int]]] = []  # (place, number)
-        self.tables: list[tuple[int, int]] = []
-        self.known: dict[tuple[tuple[int, int], ...], int] = {}
-        self.kept: list[Any] = []
-        self.memory = 64
-        self.buffers: list[_Buffer] = []
+        self.calls = Calls()
+        self.buffers: list[Buffer] = []
         end = 0
         for number, layer in enumerate(writer.layers[:-1]):
             high = max(strip[number].kept + strip[number].fresh for strip in rows)
-            wide = -(-max(panel[number].fresh for panel in cols) // ALIGN)
-            wide = (wide + 1 - wide % 2) * ALIGN
-            self.buffers.append(_Buffer(end, high * wide, wide))
+            wide = pitch(max(panel[number].fresh for panel in cols))
+            self.buffers.append(Buffer(end, high * wide, wide))
             end += layer.outputs * high * wide * self.item
         self.end = end
 
@@ -207,21 +172,8 @@ class _Scheduling:
                         self._call(number, span, panel[number], to)
                 top += strip[last].fresh
             left += panel[last].fresh
-        start = CALL * len(self.calls)
-        flat = [each for call in self.calls for each in call]
-        flat = [(place, number + 8 * start) if place == TABLE else (place, number) for place, number in flat]
-        flat += self.tables
-        found = Schedule([n for _, n in flat], [p for p, _ in flat], len(self.calls), self.end, self.memory)
-        found.kept = [*self.kept, self.writer]
-        return found
-
-    def _add(self, address: int, pointers: Sequence[tuple[int, int]]) -> None:
-        blank = [(NOWHERE, 0)] * (slide.POINTERS - len(pointers))
-        self.calls.append([(NOWHERE, address), *pointers, *blank])
-
-    def _fixed(self, array: Any) -> tuple[int, int]:
-        self.kept.append(array)
-        return NOWHERE, ctypes.addressof(array)
+        self.calls.kept.append(self.writer)
+        return self.calls.schedule(self.end)
 
     def _move(self, number: int, span: Span) -> None:
         """Rows that are needed again go to the top of a layer's buffer."""
@@ -229,7 +181,7 @@ class _Scheduling:
         row, channel = to.row * self.item, to.channel * self.item
         sizes = (ctypes.c_int64 * 3)(self.writer.layers[number].outputs, channel, span.kept * row)
         places = [(BUFFERS, to.start + span.shift * row), (BUFFERS, to.start)]
-        self._add(_address(_mover()), [self._fixed(sizes), *places])
+        self.calls.add(_mover(), [self.calls.fixed(sizes), *places])
 
     def _call(self, number: int, row: Span, col: Span, result: tuple[int, int]) -> None:
         layer, last = self.writer.layers[number], number == len(self.writer.layers) - 1
@@ -238,56 +190,46 @@ class _Scheduling:
         kernel = self.writer.kernel(number, residue)
         steps = self.out if last else self.buffers[number][1:]
         plan = slide_plan(kernel.shape, (row.read, col.read), (row.fresh, col.fresh), lead, steps)
-        self.memory = max(self.memory, plan.bytes)
-        self.kept.append(plan)
+        self.calls.memory = max(self.calls.memory, plan.bytes)
         to = result
         if not last:
             buffer = self.buffers[number]
             to = (BUFFERS, buffer.start + row.kept * buffer.row * self.item)
         pointers = [
-            (NOWHERE, ctypes.addressof(plan.sizes)), self._leaves(layer, row, col),
+            self.calls.fixed(plan.sizes), self._leaves(layer, row, col),
             (NOWHERE, kernel.weight.data_ptr()), (NOWHERE, self.writer._biases[number].data_ptr()),
             to, (NOWHERE, 0), (SCRATCH, plan.starts[0]), (SCRATCH, 0),
         ]  # fmt: skip
-        self._add(kernel.address, pointers)
+        self.calls.add(kernel.call, pointers)
 
-    def _leaves(self, layer: Layer, row: Span, col: Span) -> tuple[int, int]:
-        """A table of what a call reads; equal ones are kept once."""
-        found: list[tuple[int, int]] = []
-        maps = iter(zip(row.offsets, col.offsets, strict=True))
-        leaves = [leaf for part in layer.parts for leaf in part.program.leaves]
-        for leaf, source in zip(leaves, layer.sources, strict=True):
-            if leaf.kind != MAP:
-                found += [(GIVEN + source, 0), (NOWHERE, int(leaf.kind == EACH)), (NOWHERE, 0)]
-                continue
-            y, x = next(maps)
-            if source < 0:
-                buffer = self.buffers[~source]
-                place, channel, pitch, item = BUFFERS, buffer.channel, buffer.row, self.item
-                start = buffer.start
-            else:
-                (channel, pitch, item), place, start = self.given[source], GIVEN + source, 0
-            found += [(place, start + (y * pitch + x) * item), (NOWHERE, channel), (NOWHERE, pitch)]
-        key = tuple(found)
-        if key not in self.known:
-            self.known[key] = 8 * len(self.tables)
-            self.tables += found
-        return TABLE, self.known[key]
+    def _leaves(self, layer: Layer, row: Span, col: Span) -> Placed:
+        return self.calls.table(leaf_entries(layer, row, col, self.given, self.buffers, self.item))
 
 
-def _address(call: Callable[..., None]) -> int:
-    return ctypes.cast(call, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+def leaf_entries(
+    layer: Layer, row: Span, col: Span, given: Sequence[Lying], buffers: Sequence[Buffer], item: int
+) -> list[Placed]:
+    """Where what a layer reads lies, as kernels are told: three numbers for each leaf.
 
-
-@cache
-def _caller() -> Callable[..., None]:
-    """``calls(count, records)``: makes all calls, one after the other."""
-    code = Code("double", 1)
-    with code.loop(0, code.integer("%count", 0)) as each:
-        record = code.at("%records", code.mul(each.index, CALL), "i64")
-        address, *pointers = (code.set(f"inttoptr i64 {code.integer(record, k)} to ptr") for k in range(CALL))
-        code.do(f"call void {address}({', '.join(f'ptr {pointer}' for pointer in pointers)})")
-    return function(code.function("calls", "ptr %count, ptr %records"), "calls", 2)
+    Args:
+        given: how the tensors given lie.
+        buffers: of the layers, whose elements have ``item`` bytes.
+    """
+    found: list[Placed] = []
+    maps = iter(zip(row.offsets, col.offsets, strict=True))
+    leaves = [leaf for part in layer.parts for leaf in part.program.leaves]
+    for leaf, source in zip(leaves, layer.sources, strict=True):
+        if leaf.kind != MAP:
+            found += [(GIVEN + source, 0), (NOWHERE, int(leaf.kind == EACH)), (NOWHERE, 0)]
+            continue
+        y, x = next(maps)
+        if source < 0:
+            start, channel, pitch = buffers[~source]
+            place, size = BUFFERS, item
+        else:
+            (channel, pitch, size), place, start = given[source], GIVEN + source, 0
+        found += [(place, start + (y * pitch + x) * size), (NOWHERE, channel), (NOWHERE, pitch)]
+    return found
 
 
 @cache
@@ -302,11 +244,3 @@ def _mover() -> Callable[..., None]:
     unused = ", ".join(f"ptr %unused{k}" for k in range(slide.POINTERS - 3))
     text = "declare ptr @memmove(ptr, ptr, i64)\n" + code.function("move", f"ptr %sizes, ptr %from, ptr %to, {unused}")
     return function(text, "move", slide.POINTERS)
-
-
-def _buffers(size: int) -> int:
-    """The address of ``size`` bytes of this thread's own, at a multiple of 64, kept from tile to tile."""
-    memory: npt.NDArray[np.uint8] | None = getattr(_own, "memory", None)
-    if memory is None or memory.nbytes < size + 64:
-        memory = _own.memory = np.empty(size + 64, dtype=np.uint8)
-    return -(-int(memory.ctypes.data) // 64) * 64
