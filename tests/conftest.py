@@ -77,7 +77,7 @@ def write_case() -> Callable[..., None]:
 def fresh_kernels() -> Iterator[Callable[[], None]]:
     """Kernels are written anew in the test, which changes how, and again after it; call it to forget them once more."""
     kept: tuple[Any, ...] = (
-        thin.slide_kernel, thin.slide_plan, thin._correlate_kernel, thin._correlate_plan, pointwise._kernel
+        thin.slide_kernel, thin.slide_plan, thin.correlate_kernel, thin.correlate_plan, pointwise.kernel
     )  # fmt: skip
 
     def forget() -> None:

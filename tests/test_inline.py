@@ -26,6 +26,7 @@ from wholegrad.kernels.emit import Code, Value
 from wholegrad.kernels.expression import evaluate
 from wholegrad.kernels.host import host
 from wholegrad.kernels.stage import Line
+from wholegrad.kernels.tail import _Scheduling
 from wholegrad.losses import LOSSES, dice_counts
 from wholegrad.nets import unet4492
 from wholegrad.run import tile as tiling
@@ -409,10 +410,16 @@ def unmasked(self: Line, place: Value, mask: str = "") -> str:
 
 
 FILL, SLIDE, PIECES, SHORT = stage.fill, thin._slide, _Inliner._pieces, Code.lanes_within
+BLOCK_SLIDE = _Scheduling._slide
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "a part out of its place": (stage, "fill", misplaced),
     "padding is computed too": (Line, "read", unmasked),
     "no derivative of what is read": (thin, "_slide", lambda *args: SLIDE(*args[:-1], None)),
+    "no derivative of what a block reads": (
+        _Scheduling, "_slide", lambda self, shape, *args, **label: BLOCK_SLIDE(
+            self, shape._replace(factor=None), *args[:5], **label
+        ),
+    ),
     "parts in another order": (_Inliner, "_pieces", lambda self, ref: PIECES(self, ref)[::-1]),
     "a lane too few": (Code, "lanes_within", lambda self, low, high: SHORT(self, low, self.sub(high, 1))),
     "a leaky ReLU that leaks double": (
@@ -432,6 +439,8 @@ def test_the_oracle_notices(name: str, monkeypatch: pytest.MonkeyPatch, fresh_ke
     assert_exact(Net(forward).double(), squares, pixels(), None, tile=TILE)
     fresh_kernels()
     where, attribute, mutant = MUTANTS[name]
+    if where is thin:
+        monkeypatch.setattr("wholegrad.graph.inline.find_tail", lambda *args: None)
     monkeypatch.setattr(where, attribute, mutant)
     found = errors(Net(forward).double(), squares, pixels(), None, tile=TILE)
     assert max(found.values()) > 1e-3

@@ -192,7 +192,7 @@ def test_threads_get_the_same_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     """They meet at the first call, which compiles, and use scratch memory side by side."""
     monkeypatch.setenv("WHOLEGRAD_CACHE", str(tmp_path))
     thin.slide_kernel.cache_clear()
-    thin._correlate_kernel.cache_clear()
+    thin.correlate_kernel.cache_clear()
     compiling._loaded.clear()
     cases = [Window(3, 3, (8, 8), (4, 4), (1, 1), (2, 2, 2, 2), (64 + 4 * i, 200), 1) for i in range(8)]
     inputs = [tensors(case, torch.float32) for case in cases]
@@ -211,7 +211,7 @@ def test_machine_code_is_kept_and_checked(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     def afresh() -> dict[str, torch.Tensor]:
         thin.slide_kernel.cache_clear()
-        thin._correlate_kernel.cache_clear()
+        thin.correlate_kernel.cache_clear()
         compiling._loaded.clear()
         return by_kernels(window, *given_)
 

@@ -21,6 +21,8 @@ from wholegrad.graph.rules.base import bind
 from wholegrad.graph.rules.reduction import SumOrMean
 from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.graph.strips import Strip, find
+from wholegrad.graph.tails import Tail
+from wholegrad.graph.tails import find as find_tail
 from wholegrad.kernels.choice import THIN, suits
 from wholegrad.kernels.expression import IDENTITY, Leaf
 from wholegrad.kernels.host import host
@@ -41,6 +43,7 @@ class Inlined:
         sums: of reductions by index: what computes their terms.
         raw: images that are read as the bytes that they are; those in ``floats`` are wanted as floats too.
         strip: convolutions that run together where ``nodes`` has the strip's output, if any.
+        tail: convolutions that run together with sums, which are not in ``sums``, after all of ``nodes``.
     """
 
     nodes: tuple[int, ...]
@@ -50,6 +53,12 @@ class Inlined:
     raw: frozenset[Ref]
     floats: frozenset[Ref]
     strip: Strip | None = None
+    tail: Tail | None = None
+
+    @property
+    def summed(self) -> frozenset[int]:
+        """The reductions whose terms no map holds."""
+        return frozenset(self.sums) | (frozenset() if self.tail is None else frozenset(self.tail.sums))
 
     def runs(self, index: int) -> tuple[int, ...]:
         """The nodes that run where this one of ``nodes`` does."""
@@ -79,6 +88,7 @@ def inline(
     raw: frozenset[Ref] = frozenset(),
     strips: bool = False,
     as_bytes: frozenset[Ref] = frozenset(),
+    tails: bool = False,
 ) -> Inlined:
     """Decide it for one segment; :class:`Inliner` for many.
 
@@ -86,8 +96,9 @@ def inline(
         raw: the images whose pixels are 8-bit fractions of 255.
         strips: whether convolutions may run strip by strip: where no gradient is wanted.
         as_bytes: outputs that a strip may store as bytes.
+        tails: whether convolutions and sums may run block by block: where tiles are pulled back.
     """
-    return Inliner(graph, raw).inline(segment, strips, as_bytes)
+    return Inliner(graph, raw).inline(segment, strips, as_bytes, tails)
 
 
 class Way(Enum):
@@ -115,14 +126,31 @@ class Inliner:
                 known[index] = _way(self.graph, self.graph.nodes[index])
         return {index: known[index] for index in nodes}
 
-    def inline(self, segment: Segment, strips: bool = False, as_bytes: frozenset[Ref] = frozenset()) -> Inlined:
+    def inline(
+        self,
+        segment: Segment,
+        strips: bool = False,
+        as_bytes: frozenset[Ref] = frozenset(),
+        tails: bool = False,
+    ) -> Inlined:
         """:func:`inline`"""
         how = _Inliner(self, segment).run()
+        if tails:
+            return with_tail(self.graph, segment, how)
         found = find(self.graph, segment, how) if strips else None
         if found is None:
             return how
         found = replace(found, as_bytes=found.out in as_bytes)
         return replace(how, nodes=tuple(i for i in how.nodes if i not in found.inside), strip=found)
+
+
+def with_tail(graph: Graph, segment: Segment, how: Inlined) -> Inlined:
+    """The same with a tail, if the segment has one."""
+    tail = find_tail(graph, segment, how)
+    if tail is None:
+        return how
+    sums = {index: reading for index, reading in how.sums.items() if index not in tail.sums}
+    return replace(how, nodes=tuple(i for i in how.nodes if i not in tail.inside), sums=sums, tail=tail)
 
 
 def _way(graph: Graph, node: Node) -> Way:

@@ -123,10 +123,15 @@ def write(shape: Shape, machine: Host) -> str:
 
 @cache
 @clock.timed("preparing", "machine code")
-def _kernel(shape: Shape) -> Callable[..., None]:
+def kernel(shape: Shape) -> Callable[..., None]:
     machine = host()
     assert machine is not None
     return function(write(shape, machine), "walk", POINTERS)
+
+
+def sizes(channels: int, height: int, width: int) -> ctypes.Array[ctypes.c_int64]:
+    """What a kernel is told of the maps' size."""
+    return (ctypes.c_int64 * len(SIZES))(channels, height, width)
 
 
 class Walked(NamedTuple):
@@ -210,14 +215,14 @@ def _walk(x: Mixed, dtype: torch.dtype, shape: Shape, grad: torch.Tensor | None)
     count, many = shape.total + len(shape.summed), lanes(shape.real)
     sums = torch.zeros((n, count, -(-c // many) * many, 1) if along else (n, c, count, many), dtype=torch.float64)
     table = PixelTable if along else Table
-    call, given = _kernel(shape), table(x.parts[0].program.leaves, x.leaves)
+    call, given = kernel(shape), table(x.parts[0].program.leaves, x.leaves)
     made = table((Leaf(),) * len(outputs), outputs)
     by = None if shape.grad is None or grad is None else table((shape.grad,), (grad,))
-    sizes = (ctypes.c_int64 * 3)(c, h, w)
+    told = sizes(c, h, w)
     if n * c * h * w:
         for i in range(n):
             factor = None if by is None else by.of(i)
-            call(sizes, given.of(i), made.of(i), factor, sums[i].data_ptr())
+            call(told, given.of(i), made.of(i), factor, sums[i].data_ptr())
     added = list(sums[:, :, :c, 0].permute(1, 0, 2) if along else sums.sum(-1).permute(2, 0, 1))
     value = outputs.pop(0) if shape.value else None
     total = added.pop(0) if shape.total else None

@@ -156,11 +156,11 @@ def weight_gradient(
         inputs, outputs, kernel, stride, dilation, REAL[dtype], kernel_parts(x.parts), kernel_parts(grad.parts),
         "" if sums is None else sums.of,
     )  # fmt: skip
-    kernel_found = _correlate_kernel(shape)
+    kernel_found = correlate_kernel(shape)
     totals = torch.zeros((outputs, inputs, *kernel, kernel_found.lanes), dtype=torch.float64)
     added = torch.zeros((max(outputs, inputs), kernel_found.lanes), dtype=torch.float64)
     if prod(grad.shape) and prod(x.shape):
-        plan = _correlate_plan(shape, x.shape[2:], grad.shape[2:], padding)
+        plan = correlate_plan(shape, x.shape[2:], grad.shape[2:], padding)
         memory = scratch(plan.bytes)
         of_x, of_grad = x.table, grad.table
         for n in range(x.shape[0]):
@@ -272,7 +272,7 @@ def slide_kernel(shape: slide.Shape) -> _SlideKernel:
 
 @cache
 @clock.timed("preparing", "machine code")
-def _correlate_kernel(shape: correlate.Shape) -> _CorrelateKernel:
+def correlate_kernel(shape: correlate.Shape) -> _CorrelateKernel:
     machine = _machine()
     call = function(correlate.write(shape, machine), "correlate", correlate.POINTERS)
     return _CorrelateKernel(call, machine.lanes(shape.real))
@@ -329,8 +329,8 @@ def slide_plan(shape: slide.Shape, given: Pair, size: Pair, lead: Pair, steps: P
 
 
 @lru_cache(maxsize=4096)
-def _correlate_plan(shape: correlate.Shape, given: Pair, size: Pair, padding: Padding) -> _Plan:
-    lanes, (rows, cols) = _correlate_kernel(shape).lanes, shape.axes()
+def correlate_plan(shape: correlate.Shape, given: Pair, size: Pair, padding: Padding) -> _Plan:
+    lanes, (rows, cols) = correlate_kernel(shape).lanes, shape.axes()
     item = 4 if shape.real == "float" else 8
     high, wide = size
     # What no window reads is left out: a product of zero and infinity is not zero.

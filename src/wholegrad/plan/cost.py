@@ -29,6 +29,7 @@ from wholegrad.plan.extents import Extent
 from wholegrad.plan.rates import Rates
 from wholegrad.plan.tiles import AxisTiles
 
+BLOCKS = 0.8  # of what kernels take by themselves: those that run block by block (``benchmarks/gigapixel_step``)
 ADDED, READ = 1.7, 0.7  # of what writing takes: adding to a boundary's gradient, and reading that
 LARGE = 1 << 25  # bytes of a tensor from which on glibc takes fresh pages for each
 
@@ -130,7 +131,7 @@ class Bill:
     def __init__(self, prices: Prices, segment: Segment, how: Inlined) -> None:
         self.graph, self.segment, self.how, self.rates = prices.graph, segment, how, prices.rates
         graph, rates = self.graph, self.rates
-        summed = [graph.nodes[i].operands[0].node for i in segment.reductions if i not in how.sums]
+        summed = [graph.nodes[i].operands[0].node for i in segment.reductions if i not in how.summed]
         self.nodes = sorted({*segment.nodes, *(ref.node for ref in segment.maps), *summed})
         self.place = {index: k for k, index in enumerate(self.nodes)}
         self._columns: list[list[float]] = [[0.0] * len(self.nodes) for _ in range(5)]  # lists: filled one by one
@@ -151,6 +152,11 @@ class Bill:
             backward[at] += price.backward
             fresh[at] += price.fresh
             pixel[at] = price.pixel
+        if how.tail is not None:
+            for index, again in zip(how.tail.nodes, how.tail.again, strict=True):
+                ahead, back = prices.multiplied(index, True, False)
+                forward[self.place[index]] += ahead * again * BLOCKS
+                backward[self.place[index]] += back * again * BLOCKS
         for index in summed:
             size, at = graph.nodes[index].outputs[0].pixel_bytes, self.place[index]
             forward[at] += rates.summed * size

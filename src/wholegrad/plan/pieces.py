@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wholegrad.graph.graph import Graph, Ref, Spec
-from wholegrad.graph.inline import Inlined, Inliner, plain
+from wholegrad.graph.inline import Inlined, Inliner, plain, with_tail
 from wholegrad.graph.layout import Role
 from wholegrad.graph.segment import Segment
 from wholegrad.plan import cost, devices, memory
@@ -116,12 +116,27 @@ class Piece:
         return self.ground.inliner.inline(self.segment, not self.terms.backward, self.terms.as_bytes)
 
     @cached_property
+    def _pulled(self) -> Inlined:
+        """How tiles run that are pulled back."""
+        if self.terms.apart is not None or not self.terms.backward:
+            return self._how
+        return with_tail(self.graph, self.segment, self._how)
+
+    @cached_property
     def _bill(self) -> cost.Bill:
         return cost.Bill(self.ground.prices, self.segment, self._how)
 
     @cached_property
+    def _bill_pulled(self) -> cost.Bill:
+        return cost.Bill(self.ground.prices, self.segment, self._pulled)
+
+    @cached_property
     def _walk(self) -> Walk:
         return Walk(self.ground.upkeep, self.segment, self._how, devices.SLACK if self.terms.apart else None)
+
+    @cached_property
+    def _walk_pulled(self) -> Walk:
+        return Walk(self.ground.upkeep, self.segment, self._pulled, devices.SLACK if self.terms.apart else None)
 
     @cached_property
     def coarse(self) -> list[Option]:
@@ -208,7 +223,8 @@ class Piece:
     def _options(self, tiles: _Tiles) -> list[Option]:
         rows, cols, workers = tiles.rows, tiles.cols, self.terms.workers
         found = self._bill.seconds(rows, cols)
-        ahead, back = found.forward.tolist(), found.backward.tolist()
+        pulled = found if self._pulled is self._how else self._bill_pulled.seconds(rows, cols)
+        ahead, back = found.forward.tolist(), pulled.backward.tolist()
         fixed, width = self.terms.tile is not None, self.graph.spec(self.segment.base).cols
         narrowest, gigantic = tiles.wide[0], self._gigantic(rows, cols).tolist()
         options = []
@@ -236,8 +252,10 @@ class Piece:
 
         One after another for each height with each width.
         """
-        terms, areas = self.terms, self._areas(rows, cols)
+        terms, areas = self.terms, self._areas(self._walk, rows, cols)
         found = self._walk.bytes(areas)
+        if self._pulled is not self._how:
+            found = found[0], self._walk_pulled.bytes(self._areas(self._walk_pulled, rows, cols))[1]
         side = np.minimum(np.outer(rows.counts, cols.counts).ravel(), terms.workers)
         if terms.apart is None:
             beside = self._band(rows, cols)
@@ -246,9 +264,9 @@ class Piece:
         forward, backward = ((side * each + beside).tolist() for each in found)
         return forward, backward
 
-    def _areas(self, rows: Extent, cols: Extent) -> npt.NDArray[np.int64]:
+    def _areas(self, walk: Walk, rows: Extent, cols: Extent) -> npt.NDArray[np.int64]:
         """Pixels of the largest box of each node of the walk, for each height with each width."""
-        chosen = [self._bill.place[index] for index in self._walk.nodes]
+        chosen = [self._bill.place[index] for index in walk.nodes]
         areas = rows.largest[chosen, :, None] * cols.largest[chosen, None, :]
         found: npt.NDArray[np.int64] = areas.reshape(len(chosen), -1).astype(np.int64)
         return found
@@ -271,7 +289,7 @@ class Piece:
     def staging(self, tile: Tile) -> int:
         """Bytes of the host's memory through which a device's tiles come and go."""
         tiles = self._tiles([tile[0]], [tile[1]])
-        areas = self._areas(tiles.rows, tiles.cols)
+        areas = self._areas(self._walk, tiles.rows, tiles.cols)
         read = self._in_flight(tiles.rows, tiles.cols) * self._walk.arriving(areas, self.terms.raw)
         through = read + (self.terms.workers + 1) * self._walk.handed_on(areas)
         return int(devices.PINNED * int(through[0])) + int(self._band(tiles.rows, tiles.cols)[0])

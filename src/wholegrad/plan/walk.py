@@ -21,6 +21,7 @@ from wholegrad.graph.rules.random import is_random
 from wholegrad.graph.segment import Segment
 from wholegrad.plan.memory import DOUBLE, LIBRARY_SLACK, SLACK, by_library
 
+BLOCKS = 1 << 20  # bytes that a thread takes beside the maps of a block: calls written down, totals, what is staged
 Bytes = npt.NDArray[np.int64]  # a row for each map or step, a column for each tile
 
 
@@ -64,6 +65,9 @@ class Walk:
         self.nodes = list(dict.fromkeys([*how.nodes, *(ref.node for ref in segment.maps)]))  # what runs comes first
         place = self.place = {index: k for k, index in enumerate(self.nodes)}
         self.readers = [[place[ref.node] for ref in how.reads(graph, i) if ref.node in place] for i in how.nodes]
+        self.late = [ref for reading in how.sums.values() for ref in reading.leaves]  # read after all that runs
+        self.late += [] if how.tail is None else how.tail.leaves(how)
+        self.beside = 0 if how.tail is None else how.tail.bytes + BLOCKS
         alien = any(upkeep.library[i] and i not in how.convolutions for i in how.nodes)
         self.slack = slack or (LIBRARY_SLACK if alien else SLACK)
         self.first: list[int] = []  # where the first operand of what runs is; where it runs itself if that is nowhere
@@ -85,7 +89,7 @@ class Walk:
             areas: pixels of the largest box of each of ``nodes``.
         """
         tiles = self._sized(areas)
-        found = tiles.forward() + tiles.made(), tiles.backward() + tiles.pulled()
+        found = tiles.forward() + tiles.made(), tiles.backward() + tiles.pulled() + self.beside
         forward, backward = (((tiles.raw * (not self.apart) + each) * self.slack).astype(np.int64) for each in found)
         return forward, backward
 
@@ -165,9 +169,8 @@ class _Tiles:
         """Peak of a walk that frees every value after its last reader."""
         walk = self.walk
         last = {k: step for step, read in enumerate(walk.readers) for k in read}
-        for reading in walk.how.sums.values():
-            for ref in reading.leaves:
-                last.pop(walk.place.get(ref.node, -1), None)
+        for ref in walk.late:
+            last.pop(walk.place.get(ref.node, -1), None)
         dead = [[k for k in dict.fromkeys(read) if last.get(k) == step] for step, read in enumerate(walk.readers)]
         freed = self._each(dead)
         live = self.inputs + self.ran.cumsum(0) - (freed.cumsum(0) - freed)
@@ -176,7 +179,7 @@ class _Tiles:
 
     def _widest(self) -> Bytes:
         """Pixels of the largest map that a reduction sums: room for one temporary in float64."""
-        walk, graph, sums = self.walk, self.walk.upkeep.graph, self.walk.how.sums
+        walk, graph, sums = self.walk, self.walk.upkeep.graph, self.walk.how.summed
         found = [graph.nodes[i].operands[0] for i in walk.segment.reductions if i not in sums]
         pixels = [self.sizes[walk.place[ref.node]] // graph.spec(ref).dtype.itemsize for ref in found]
         widest: Bytes = np.max([np.zeros_like(self.inputs), *pixels], 0)
@@ -191,7 +194,7 @@ class _Tiles:
         live = self.inputs + ran.sum(0) - ran[back].sum(0) + kept.sum(0)
         peak = live + np.maximum(DOUBLE * self._widest(), self.drawing.max(0, initial=0))
         there = {walk.place[ref.node] for ref in walk.segment.owned(walk.upkeep.graph) if ref.node in walk.place}
-        leaves = (walk.place.get(ref.node) for reading in walk.how.sums.values() for ref in reading.leaves)
+        leaves = (walk.place.get(ref.node) for ref in walk.late)
         there.update(k for k in leaves if k is not None and grad[k])
         grads = self.sizes[list(there)].sum(0)
         come: list[list[int]] = []

@@ -39,6 +39,7 @@ from wholegrad.run.small import SmallValues, levels
 from wholegrad.run.sources import Source, raw_images
 from wholegrad.run.strips import Strips
 from wholegrad.run.sums import Sums
+from wholegrad.run.tail import Blocks, shares_of
 from wholegrad.run.tile import Pull, partials, pull_back, run_tile
 from wholegrad.run.workers import announced, in_order
 
@@ -280,22 +281,33 @@ class Executor:
         pull = self._pull(segment.reductions, self.small.grads)
         if pull.grads or any(ref in self.kept.grads for ref in segment.outputs):
             again = recall(self.graph, segment, self.kept.maps.keys())
-            how = self._how(again.graph, again.segment)
+            how = self._how(again.graph, again.segment, True)
             self._make_room(self.plan.segments[i].working.backward, self.kept.new_grads(segment))
-            soon = partial(self._soon, again, True)
-            for _, pulled in self._tiles(i, partial(self._pull_tile, again, how, pull, False), soon, clock.BACKWARD):
+            soon, work = partial(self._soon, again, True), self._pulling(again, how, pull, False)
+            for _, pulled in self._tiles(i, work, soon, clock.BACKWARD):
                 self._add_grads(pulled)
                 self._tick("backward")
         self._after_backward(i)
 
-    def _how(self, graph: Graph, segment: Segment) -> Inlined:
-        """What of a segment is computed where it is read."""
+    def _how(self, graph: Graph, segment: Segment, pulled: bool = False) -> Inlined:
+        """What of a segment is computed where it is read; ``pulled`` where tiles are pulled back."""
         with clock.span("preparing", "what is read as it is computed"):
             if self.device.apart:
                 return plain(segment)
-            return inline(graph, segment, raw_images(graph, self.sources), not self.plan.backward)
+            raw = raw_images(graph, self.sources)
+            return inline(graph, segment, raw, not self.plan.backward, tails=pulled)
 
-    def _pull_tile(self, again: Recall, how: Inlined, pull: Pull, fused: bool, tile: Tile) -> _Pulled:
+    def _pulling(self, again: Recall, how: Inlined, pull: Pull, fused: bool) -> Callable[[Tile], _Pulled]:
+        """What runs a tile forward and pulls it back."""
+        blocks = None
+        if how.tail is not None:
+            shares = shares_of(again.graph, how.tail, pull.grads)
+            blocks = Blocks(again.graph, how, self.small.leaf, shares, not fused)
+        return partial(self._pull_tile, again, how, pull, fused, blocks)
+
+    def _pull_tile(
+        self, again: Recall, how: Inlined, pull: Pull, fused: bool, blocks: Blocks | None, tile: Tile
+    ) -> _Pulled:
         """Run a tile forward and pull it back; touches nothing that other tiles see."""
 
         def fetch(ref: Ref, box: Box, raw: bool = False) -> torch.Tensor:
@@ -303,7 +315,8 @@ class Executor:
 
         graph, segment, tile = again.graph, again.segment, replace(tile, boxes=again.boxes(tile.boxes))
         leaf, where = self.small.leaf, self.device.torch
-        run = run_tile(graph, segment, tile, fetch, leaf, True, self.seed, how, pull.grads, device=where)
+        runs = graph, segment, tile, fetch, leaf, True, self.seed, how, pull.grads
+        run = run_tile(*runs, device=where, blocks=blocks)
         parts = partials(graph, segment, run) if fused else {}
         grads = pull_back(graph, segment, run, pull, tile)
         if self.device.apart:
@@ -336,10 +349,10 @@ class Executor:
         segment = self.plan.segments[i].segment
         pull = self._pull(segment.reductions, self._grads_known_before(i))
         again = recall(self.graph, segment, frozenset())
-        how = self._how(again.graph, again.segment)
+        how = self._how(again.graph, again.segment, True)
         self._make_room(self.plan.segments[i].working.backward, self.kept.new_grads(segment))
-        soon = partial(self._soon, again, True)
-        for tile, pulled in self._tiles(i, partial(self._pull_tile, again, how, pull, True), soon, clock.FUSED):
+        soon, work = partial(self._soon, again, True), self._pulling(again, how, pull, True)
+        for tile, pulled in self._tiles(i, work, soon, clock.FUSED):
             self.sums.merge(pulled.parts, tile)
             self._add_grads(pulled)
             self._tick("fused")

@@ -20,12 +20,14 @@ from wholegrad.graph.rules.base import CPU
 from wholegrad.graph.rules.cropping import cropped
 from wholegrad.graph.rules.reduction import wide
 from wholegrad.graph.segment import Segment, reduction_rule
+from wholegrad.graph.tails import Tail
 from wholegrad.kernels import pointwise
 from wholegrad.kernels.choice import THIN
 from wholegrad.kernels.thin import REAL, Mixed
 from wholegrad.plan.tiles import Tile
 from wholegrad.run.spans import node_span, op_name
 from wholegrad.run.strips import Strips
+from wholegrad.run.tail import Blocks
 
 
 @dataclass
@@ -64,6 +66,7 @@ def run_tile(
     shares: Shares = NO_SHARES,
     strips: Strips | None = None,
     device: torch.device = CPU,
+    blocks: Blocks | None = None,
 ) -> TileRun:
     """Run the nodes of ``segment`` on ``tile``.
 
@@ -76,9 +79,11 @@ def run_tile(
         shares: the gradients of each reduction's outputs, as far as they are known.
         strips: what runs the strip of ``how``, if it has one.
         device: where ``fetch`` and ``small`` give what they give.
+        blocks: what runs the tail of ``how``, if it has one.
     """
     how = how or inline(graph, segment)
-    return _TileRunner(graph, segment, tile, how, seed, grad, strips, device).run(fetch, small, shares)
+    runner = _TileRunner(graph, segment, tile, how, seed, grad, strips, device, blocks)
+    return runner.run(fetch, small, shares)
 
 
 class _TileRunner:
@@ -94,13 +99,15 @@ class _TileRunner:
         grad: bool,
         strips: Strips | None,
         device: torch.device,
+        blocks: Blocks | None,
     ) -> None:
         self.graph, self.segment, self.tile, self.how, self.seed, self.grad = graph, segment, tile, how, seed, grad
-        self.strips, self.device = strips, device
+        self.strips, self.device, self.blocks = strips, device, blocks
         self.result = TileRun()
         self.env: dict[Ref, torch.Tensor] = {}
         self.raw: dict[Ref, torch.Tensor] = {}
-        self.wanted = {*segment.outputs, *(graph.nodes[i].operands[0] for i in segment.reductions if i not in how.sums)}
+        mapped = (graph.nodes[i].operands[0] for i in segment.reductions if i not in how.summed)
+        self.wanted = {*segment.outputs, *mapped}
 
     def run(self, fetch: Fetch, small: Callable[[Ref], torch.Tensor], shares: Shares) -> TileRun:
         self._read(fetch, small)
@@ -123,6 +130,8 @@ class _TileRunner:
                     self.env.pop(ref, None)
         for index, reading in self.how.sums.items():
             self._sum(index, reading, shares.get(index, ()))
+        if self.how.tail is not None:
+            self._tail(self.how.tail)
         return self.result
 
     def _read(self, fetch: Fetch, small: Callable[[Ref], torch.Tensor]) -> None:
@@ -157,7 +166,10 @@ class _TileRunner:
 
     def _last_readers(self) -> dict[Ref, int]:
         last = {ref: i for i in self.how.nodes if i in self.tile.boxes for ref in self.how.reads(self.graph, i)}
-        return last | {ref: -1 for each in self.how.sums.values() for ref in each.leaves}
+        kept = [ref for each in self.how.sums.values() for ref in each.leaves]
+        if (tail := self.how.tail) is not None:
+            kept += [*tail.leaves(self.how), *(ref for i in tail.nodes for ref in self.graph.nodes[i].operands[1:])]
+        return last | dict.fromkeys(kept, -1)
 
     def _value(self, ref: Ref, want: Box | None, raw: bool = False) -> torch.Tensor:
         """A value on a box of it; small ones whole."""
@@ -209,6 +221,18 @@ class _TileRunner:
             total = found.total.sum().to(wide(node.outputs[0].dtype))
             self.result.parts[index] = (total.reshape(node.outputs[0].shape),)
         self.result.roots += [(x.leaves[i], grad) for i, grad in found.grads.items() if x.leaves[i].requires_grad]
+
+    def _tail(self, tail: Tail) -> None:
+        """Convolutions and sums that run together, forward and back."""
+        box = self.tile.owned.get(self.graph.nodes[next(iter(tail.sums))].operands[0])
+        if box is None:
+            return
+        assert self.blocks is not None
+        with torch.no_grad():
+            left = self.blocks.run(box, self.tile.boxes, lambda ref: self._value(ref, None, ref in self.how.raw))
+        self.result.parts |= {index: (total,) for index, total in left.sums.items()}
+        if self.grad:
+            self.result.roots += left.roots
 
 
 def _cropped(tile: torch.Tensor, spec: Spec, have: Box, want: Box) -> torch.Tensor:
