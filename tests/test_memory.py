@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,40 @@ def test_so_it_does_for_norms_pools_attention_and_classifiers(files: Path, name:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["peak"] <= found["projected"] <= found["budget"]
+
+
+HEAPS = """
+import contextlib, ctypes, sys, tempfile, threading
+from pathlib import Path
+from wholegrad.run import process
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+
+def work(together):
+    block = libc.malloc(ctypes.c_size_t(100_000))
+    together.wait()
+    libc.free(ctypes.c_void_p(block))
+
+with process.reuse_memory() if sys.argv[1] == "running" else contextlib.nullcontext():
+    together = threading.Barrier(4)
+    threads = [threading.Thread(target=work, args=(together,)) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    with tempfile.NamedTemporaryFile() as file:
+        stream = ctypes.c_void_p(libc.fopen(file.name.encode(), b"w"))
+        libc.malloc_info(0, stream)
+        libc.fclose(stream)
+        print(Path(file.name).read_text().count("<heap nr="))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="heaps are glibc's")
+def test_threads_share_one_heap_while_a_step_runs() -> None:
+    def heaps(when: str) -> int:
+        done = subprocess.run([sys.executable, "-c", HEAPS, when], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert heaps("running") == 1 < heaps("before")
