@@ -2,6 +2,7 @@
 
 from wholegrad.api import backward, measure, plan
 from wholegrad.errors import WholegradError
+from wholegrad.export import export
 from wholegrad.plan.plan import Plan
 from wholegrad.predict import predict
 from wholegrad.run.device import Device, open_device
@@ -20,6 +21,7 @@ __all__ = [
     "WholegradError",
     "backward",
     "copy_slide",
+    "export",
     "measure",
     "open_device",
     "open_mask",

@@ -1,0 +1,113 @@
+"""Runs what was exported beside the network itself: whole, at several sizes and batches, and by tiles as the card says.
+
+The measure is rounding's own: float64 arithmetic on the same weights is the truth, and the file may be off by a few
+times what PyTorch's own float32 run is.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from wholegrad.errors import WholegradError
+from wholegrad.export.formats import Array, Run
+from wholegrad.export.tiles import run_tiled
+
+TIMES, ROUNDINGS = 4.0, 64  # of PyTorch's own error, and of the largest output, that the file may be off by
+MOST = 1 << 22  # pixels of an image to try tiles on
+
+
+class MismatchError(WholegradError):
+    """What was exported does not compute what the network does."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The largest differences from float64: of the file, and of PyTorch's own run in the network's dtype."""
+
+    file: float
+    torch: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.file <= self.allowed
+
+
+class Truth:
+    """A network in its own dtype and in float64."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, channels: int) -> None:
+        self.model, self.dtype, self.channels = model, dtype, channels
+        self.exact = copy.deepcopy(model).double()
+
+    def image(self, batch: int, height: int, width: int) -> torch.Tensor:
+        """Pixels in [0, 1], the same at every call of this size."""
+        generator = torch.Generator().manual_seed(height * 65537 + width)
+        return torch.rand(batch, self.channels, height, width, generator=generator, dtype=torch.float64).to(self.dtype)
+
+    @torch.no_grad()
+    def compare(self, image: torch.Tensor, found: Array) -> Compared:
+        """What the file made of an image with what the network makes of it."""
+        own, exact = self.model(image), self._exact(image)
+        if found.shape != tuple(own.shape):
+            return Compared(float("inf"), 0.0, 0.0)
+        largest = float(exact.abs().max()) if exact.numel() else 0.0
+        theirs = _apart(torch.from_numpy(np.asarray(found)), exact)
+        ours = _apart(own, exact)
+        return Compared(theirs, ours, TIMES * ours + ROUNDINGS * torch.finfo(own.dtype).eps * largest)
+
+    def _exact(self, image: torch.Tensor) -> torch.Tensor:
+        """In float64; the network's own dtype where its code knows no other."""
+        try:
+            out: torch.Tensor = self.exact(image.double())
+        except RuntimeError:
+            out = self.model(image)
+        return out.double()
+
+
+def _apart(found: torch.Tensor, exact: torch.Tensor) -> float:
+    gap = (found.double() - exact).abs()
+    return float("inf") if not torch.isfinite(gap).all() else float(gap.max()) if gap.numel() else 0.0
+
+
+def agrees(truth: Truth, run: Run, batch: int, height: int, width: int) -> Compared | None:
+    """How far the file is from the network on one image; None if it refuses that size."""
+    image = truth.image(batch, height, width)
+    try:
+        found = run(image.numpy())
+    except Exception:  # each runtime has its own
+        return None
+    return truth.compare(image, found)
+
+
+def by_tiles(truth: Truth, run: Run, card: dict[str, Any], multiple: tuple[int, int]) -> Compared | None:
+    """The same by tiles on two strips, one long in each direction; None if an image would be too large to try."""
+    found = []
+    for axis in (0, 1):
+        sizes = [_short(card, k, multiple[k]) if k != axis else _long(card, k, multiple[k]) for k in (0, 1)]
+        if sizes[0] * sizes[1] > MOST:
+            return None
+        image = truth.image(1, *sizes)
+        tile = max(max(card["tiling"]["stride"]), 32)
+        found.append(truth.compare(image, run_tiled(run, image.numpy(), card, tile)))
+    return max(found, key=lambda each: each.file / max(each.allowed, 1e-300))
+
+
+def _long(card: dict[str, Any], k: int, multiple: int) -> int:
+    """Pixels along which a tile lies whose halo ends before the image does, on both sides; and a bit of a tile more."""
+    stride, halo = (int(card["tiling"][each][k]) for each in ("stride", "halo"))
+    size = 2 * halo + 4 * max(stride, 32) + stride // 2 + 1
+    return -(-size // multiple) * multiple
+
+
+def _short(card: dict[str, Any], k: int, multiple: int) -> int:
+    """A few strides, and enough that the network has something to give."""
+    stride, before, after = (int(card["tiling"][each][k]) for each in ("stride", "before", "after"))
+    size = max(64, before + after + 4 * stride)
+    return -(-size // multiple) * multiple
