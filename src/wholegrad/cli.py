@@ -17,7 +17,8 @@ import wholegrad as wg
 from wholegrad.commands.common import NOTES, Parser
 
 COMMANDS = (
-    "demo", "segment", "train", "evaluate", "predict", "view", "plan", "verify", "explore", "synth", "cache"
+    "demo", "segment", "train", "evaluate", "predict", "view", "plan", "verify", "explore", "synth", "cache", "export",
+    "doctor", "completion",
 )  # fmt: skip
 ABOUT = "Train convolutional networks end to end on gigapixel images, exactly, in the memory that there is."
 
@@ -27,6 +28,7 @@ def build_parser(command: str | None = None) -> Parser:
     parser = Parser(prog="wholegrad", description=ABOUT, epilog="wholegrad COMMAND --help shows examples.")
     parser.add_argument("--version", action="version", version=f"wholegrad {wg.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.set_defaults(whole=build_parser)  # for a command that tells of all
     for name in (command,) if command in COMMANDS else COMMANDS:
         import_module(f"wholegrad.commands.{name}").add(commands)
     return parser

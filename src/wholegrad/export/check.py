@@ -87,27 +87,24 @@ def agrees(truth: Truth, run: Run, batch: int, height: int, width: int) -> Compa
 
 
 def by_tiles(truth: Truth, run: Run, card: dict[str, Any], multiple: tuple[int, int]) -> Compared | None:
-    """The same by tiles on two strips, one long in each direction; None if an image would be too large to try."""
+    """The same by tiles on two strips, one cut in each direction; None if an image would be too large to try."""
     found = []
-    for axis in (0, 1):
-        sizes = [_short(card, k, multiple[k]) if k != axis else _long(card, k, multiple[k]) for k in (0, 1)]
-        if sizes[0] * sizes[1] > MOST:
+    for cut in (0, 1):
+        size, tile = zip(*(_sizes(card, axis, axis == cut, multiple[axis]) for axis in (0, 1)), strict=True)
+        if size[0] * size[1] > MOST:
             return None
-        image = truth.image(1, *sizes)
-        tile = max(max(card["tiling"]["stride"]), 32)
+        image = truth.image(1, *size)
         found.append(truth.compare(image, run_tiled(run, image.numpy(), card, tile)))
     return max(found, key=lambda each: each.file / max(each.allowed, 1e-300))
 
 
-def _long(card: dict[str, Any], k: int, multiple: int) -> int:
-    """Pixels along which a tile lies whose halo ends before the image does, on both sides; and a bit of a tile more."""
-    stride, halo = (int(card["tiling"][each][k]) for each in ("stride", "halo"))
-    size = 2 * halo + 4 * max(stride, 32) + stride // 2 + 1
-    return -(-size // multiple) * multiple
+def _sizes(card: dict[str, Any], axis: int, cut: bool, multiple: int) -> tuple[int, int]:
+    """Pixels of the image and of what a tile owns along one axis.
 
-
-def _short(card: dict[str, Any], k: int, multiple: int) -> int:
-    """A few strides, and enough that the network has something to give."""
-    stride, before, after = (int(card["tiling"][each][k]) for each in ("stride", "before", "after"))
-    size = max(64, before + after + 4 * stride)
-    return -(-size // multiple) * multiple
+    Where it is cut, tiles lie there whose halos end before the image does, on both sides, and there is a bit of a tile
+    more at the end.
+    """
+    stride, halo, before, after = (int(card["tiling"][each][axis]) for each in ("stride", "halo", "before", "after"))
+    own = max(halo, stride, 32) if cut else 1 << 20
+    size = 2 * halo + 3 * own + stride // 2 + 1 if cut else max(64, before + after + 4 * stride)
+    return -(-size // multiple) * multiple, own

@@ -135,9 +135,14 @@ def _multiple(
     tried = [(1, 1), stride] if stride is not None else [(m, m) for m in UNKNOWN]
     for rows, cols in tried:
         sizes = [(size[0] + k * rows, size[1] + j * cols) for k, j in ((UNEVEN, 3), (2, UNEVEN), (0, 0))]
-        found = [agrees(truth, run, 1, *each) for each in sizes]
-        if all(each is not None and each.ok for each in found):
-            return (rows, cols), max((each for each in found if each is not None), key=lambda each: each.file)
+        found: list[Compared] = []
+        for each in sizes:
+            one = agrees(truth, run, 1, *each)
+            if one is None or not one.ok:
+                break
+            found.append(one)
+        else:
+            return (rows, cols), max(found, key=lambda each: each.file)
     same = _demanded(card, agrees(truth, run, 1, *size), "the size that it was exported with")
     cause = f"runs at one size alone once exported (off by {same.file:.1e} there)"
     raise MismatchError(card.network, cause, "let no code of it fix sizes, or choose another ending")

@@ -98,7 +98,7 @@ def export(
     dtype = model_dtype(model)
     network = Exported(copy.deepcopy(model).to(CPU).eval(), kind).requires_grad_(False)
     truth = Truth(network, dtype, channels or _channels(model))
-    found = _reach(network, truth.channels, dtype)
+    found = _reach(network.model, truth.channels, dtype)
     size = _size(found)
     with quiet():
         card = _card(model, found, truth, size, form, kind, {

@@ -46,17 +46,19 @@ def parts(size: int, tile: int, stride: int, halo: int, scale: Fraction) -> Iter
         yield Part(read, end, int((start - read) / scale), keep, int(at))
 
 
-def run_tiled(run: Run, image: Array, card: Mapping[str, Any], tile: int) -> Array:
+def run_tiled(run: Run, image: Array, card: Mapping[str, Any], tile: tuple[int, int]) -> Array:
     """The output for an image ``(N, C, H, W)``, tile by tile.
 
     Args:
         card: as its JSON file has it, or the parts ``tiling`` and ``output`` of it.
-        tile: pixels of the edge of a tile, without halo.
+        tile: rows and columns that a tile owns, without halo; rounded up to multiples of the stride.
     """
     tiling, scale = card["tiling"], card["output"]["scale"]
     axes = [
-        list(parts(size, tile, stride, halo, Fraction(step).limit_denominator(1 << 12)))
-        for size, stride, halo, step in zip(image.shape[2:], tiling["stride"], tiling["halo"], scale, strict=True)
+        list(parts(size, own, stride, halo, Fraction(step).limit_denominator(1 << 12)))
+        for size, own, stride, halo, step in zip(
+            image.shape[2:], tile, tiling["stride"], tiling["halo"], scale, strict=True
+        )
     ]
     bands = []
     for row in axes[0]:

@@ -126,6 +126,7 @@ def _axis(graph: Graph, role: Role) -> AxisReach:
 def _steps(graph: Graph, role: Role) -> dict[int, Fraction]:
     """Image pixels under one pixel of every map that the first output is made from."""
     steps: dict[int, Fraction] = {}
+    whole = extent_of(graph.image.outputs[0], role)
     for index in sorted(graph.ancestors([graph.outputs[0].node])):
         node = graph.nodes[index]
         if node.kind is Kind.IMAGE:
@@ -146,6 +147,8 @@ def _steps(graph: Graph, role: Role) -> dict[int, Fraction]:
                 raise _EndlessError(node, "joins maps that lie differently on the image")
             if found:
                 steps[index] = found.pop()
+                if abs(extent_of(node.outputs[0], role) * steps[index] - whole) > whole / 4:
+                    raise _EndlessError(node, "is of a size of its own, whatever the image's")
     return steps
 
 

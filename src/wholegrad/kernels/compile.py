@@ -92,7 +92,19 @@ def _read(key: str) -> bytes | None:
         data = (cache_folder() / key).read_bytes()
     except (OSError, RuntimeError):
         return None
-    return data[_DIGEST:] if hashlib.sha256(data[_DIGEST:]).digest() == data[:_DIGEST] else None
+    return data[_DIGEST:] if _agrees(data) else None
+
+
+def _agrees(data: bytes) -> bool:
+    return hashlib.sha256(data[_DIGEST:]).digest() == data[:_DIGEST]
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of the cache folder is a kernel as it was written."""
+    try:
+        return _agrees(path.read_bytes())
+    except OSError:
+        return False
 
 
 def _write(key: str, code: bytes) -> None:

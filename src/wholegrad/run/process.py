@@ -81,8 +81,12 @@ def machine() -> str:
     if info.exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].partition(":")[2].strip() if lines else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {total_memory() / 2**30:.2f} GiB"
+    return f"{name}, {usable_cores()} cores, {total_memory() / 2**30:.2f} GiB"
+
+
+def usable_cores() -> int:
+    """Logical processors that this process may run on."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
 
 
 def available() -> int:
