@@ -27,7 +27,7 @@ RUN useradd --create-home --uid 1000 wholegrad \
     && chmod 1777 /cache
 ENV WHOLEGRAD_CACHE=/cache
 VOLUME /cache
-USER wholegrad
+USER 1000
 WORKDIR /data
 RUN wholegrad doctor --quick
 

@@ -15,13 +15,19 @@ export WHOLEGRAD_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: demo test support lint format clean
+.PHONY: demo test wheel support lint format clean
 
 demo: $(STAMP)
 	$(BIN)/wholegrad demo --out out/demo
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# Wheel and sdist in dist/; files in them are as old as the last commit, so that the same sources give the same bytes.
+wheel: $(STAMP)
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 1700000000)} \
+	$(BIN)/python -m build --no-isolation --outdir dist .
 
 # Measures every row of docs/support.md and writes it.
 support: $(STAMP)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import nn
 
 from wholegrad.api import backward, plan
 from wholegrad.doctor.finding import Finding, Findings, State
 from wholegrad.losses import bce_loss
-from wholegrad.nets import unet4492
 
 SIZE, TILE = (112, 144), (48, 64)  # pixels
 EXACT = 1e-12  # of the largest element of a gradient, in float64
 
 
 def look_at_step() -> Findings:
-    """The published network's gradients on a small image."""
-    model = unet4492(seed=0).double()
+    """Gradients of a small network, down and up again, on a small image."""
     generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(0.1), nn.ConvTranspose2d(4, 1, 4, 2, 1)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
     image = torch.rand(3, *SIZE, generator=generator, dtype=torch.float64)
     target = (torch.rand(1, *SIZE, generator=generator) > 0.5).to(torch.uint8)
     bce_loss(model(image[None]), target[None]).backward()  # type: ignore[no-untyped-call]
