@@ -133,9 +133,7 @@ def _refuse(model: nn.Module, kind: Kind, threshold: float, form: Format, check:
     if not isinstance(threshold, int | float) or not 0 < threshold < 1:
         raise ConfigError("threshold", f"is {threshold!r}", "choose a probability between 0 and 1")
     if model_dtype(model) not in (torch.float32, torch.float64):
-        raise ConfigError(
-            "model", f"computes in {model_dtype(model)}", "export it in float32: call model.float() first"
-        )
+        raise ConfigError("model", f"computes in {model_dtype(model)}", "call model.float() first")
     for package in form.needs:
         if importlib.util.find_spec(package) is None and (check or package != "onnxruntime"):
             remedy = f"{EXTRA}, or leave out the check" if package == "onnxruntime" else EXTRA

@@ -38,17 +38,15 @@ class AxisReach:
         scale: image pixels under one output pixel.
         stride: image pixels; a tile starts at a multiple of it, and ends there or where the image does.
         before, after: image pixels that an output pixel depends on beyond those under itself, at most.
+        halo: image pixels to read around a tile on either side, a multiple of the stride. It may be less than what
+            ``before`` comes to: the first pixel of a tile's first stride need not be the one that reaches most.
     """
 
     scale: Fraction
     stride: int
     before: int
     after: int
-
-    @property
-    def halo(self) -> int:
-        """Pixels to read around a tile on either side: a multiple of the stride."""
-        return -(-max(self.before, self.after, 0) // self.stride) * self.stride
+    halo: int
 
 
 @dataclass(frozen=True)
@@ -113,14 +111,15 @@ def _axis(graph: Graph, role: Role) -> AxisReach:
     if not segments or first + period > size:
         raise _EndlessError(graph.nodes[out.node], "is too small a map")
     whole = extent_of(graph.image.outputs[0], role)
-    before, after = [], []
+    before, after, around = [], [], 0
     for o in range(first, first + period):
         need = spans(graph, segments[0], role, {out: Interval(o, o + 1)})[graph.image.index]
         if need.lo <= 0 or need.hi >= whole:
             raise _TooSmallError
         before.append(floor(o * scale) - need.lo)
         after.append(need.hi - ceil((o + 1) * scale))
-    return AxisReach(scale, stride, max(before), max(after))
+        around = max(around, int(first * scale) - need.lo, need.hi - int((first + period) * scale))
+    return AxisReach(scale, stride, max(before), max(after), -(-around // stride) * stride)
 
 
 def _steps(graph: Graph, role: Role) -> dict[int, Fraction]:
