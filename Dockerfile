@@ -21,7 +21,7 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_P
 RUN python -m pip install --extra-index-url https://download.pytorch.org/whl/${TORCH} -c constraints.txt .
 
 # Nothing runs as root. Compiled kernels are kept in /cache, which is a volume so that they outlast a container.
-RUN useradd --create-home --uid 1000 wholegrad \
+RUN useradd --create-home --user-group --uid 1000 wholegrad \
     && mkdir -p /data /cache \
     && chown wholegrad:wholegrad /data /cache \
     && chmod 1777 /cache

@@ -134,9 +134,8 @@ def copy(names: list[str], to: Path, into: bool) -> None:
 def as_scratch(command: str, root: Path, privileged: bool) -> str:
     """The line for the scratch root: users are its own, and python is the tests' until there is an environment."""
     if privileged:
-        command = command.replace("useradd ", f"useradd --prefix {root} ").replace(
-            "chown wholegrad:wholegrad", "chown 1000:1000"
-        )
+        command = command.replace("useradd ", f"useradd --prefix {root} ")
+        command = command.replace("chown wholegrad:wholegrad", "chown 1000:1000")  # whom only the scratch root knows
     else:
         command = re.sub(r"useradd [^&]*&&", "", command)
         command = re.sub(r"&&\s*chown [^&]*(?=&&|$)", "", command)

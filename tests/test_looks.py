@@ -19,6 +19,7 @@ from torch import nn
 
 import wholegrad as wg
 from wholegrad.errors import PlanError
+from wholegrad.looks import _installed as installed
 from wholegrad.looks import difference, looks
 
 GAIN = 1.0
@@ -189,3 +190,10 @@ def test_endless_structures_end() -> None:
     for _ in range(3 * sys.getrecursionlimit()):
         chain = [chain]
     assert looks(ring=ring, chain=chain) == looks(ring=ring, chain=chain)
+
+
+def test_code_of_libraries_is_told_by_where_it_lies() -> None:
+    """PyTorch may lie outside of this environment's own packages; a user's folder is no library."""
+    for file in (torch.nn.functional.__file__, np.__file__, "/usr/lib/python3/dist-packages/monai/x.py"):
+        assert file is not None and installed(file)
+    assert not installed("/home/me/torch_nets/net.py") and not installed(__file__)

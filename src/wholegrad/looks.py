@@ -15,11 +15,13 @@ import dis
 import enum
 import functools
 import hashlib
+import os
 import sys
 import sysconfig
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -33,7 +35,11 @@ _PLAIN = (
     torch.memory_format, np.generic, np.dtype,
 )  # fmt: skip
 _CONTAINERS = {dict, list, tuple, set, frozenset, OrderedDict, deque}
-_LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+_LIBRARIES = (  # PyTorch may lie elsewhere than this environment's own packages: in a system's, or on PYTHONPATH
+    *(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")),
+    *(str(Path(package.__file__ or "").parent) + os.sep for package in (torch, np)),
+)
+_PACKAGES = {"site-packages", "dist-packages"}
 _SKIPPED = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__firstlineno__"}
 Looks = dict[str, Any]
 
@@ -275,4 +281,4 @@ def _of_library(name: str) -> bool:
 @functools.cache
 def _installed(file: str) -> bool:
     """Whether a file belongs to Python or an installed library."""
-    return file.startswith(("<frozen", *_LIBRARIES))
+    return file.startswith(("<frozen", *_LIBRARIES)) or not _PACKAGES.isdisjoint(Path(file).parts)
