@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -25,11 +27,10 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the script of each shell."""
     folder = tmp_path_factory.mktemp("completion")
     for shell in ("bash", "zsh", "fish"):
-        with pytest.MonkeyPatch.context() as patch:
-            said: list[str] = []
-            patch.setattr("builtins.print", lambda text, said=said: said.append(text))
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
             assert main(["completion", shell]) == 0
-        (folder / shell).write_text("\n".join(said) + "\n")
+        (folder / shell).write_text(said.getvalue())
     return folder
 
 

@@ -24,13 +24,16 @@ EPOCH = "1700000000"
 
 USE = r"""
 import importlib.resources, sys
+import numpy as np
 import wholegrad
 from wholegrad.cli import main
+from wholegrad.nets.tissue import tissue4492
 
 assert wholegrad.__file__.startswith(sys.prefix), wholegrad.__file__
 assert (importlib.resources.files("wholegrad.view") / "assets/index.html").read_text().startswith("<!doctype html")
-assert main(["synth", "--size", "200x300", "--seed", "1", "--out", "s.tif", "--mask", "m.tif"]) == 0
-assert main(["segment", "s.tif", "--out", "masks"]) == 0
+image = np.random.default_rng(0).integers(0, 256, (3, 75, 90), np.uint8)
+wholegrad.predict(tissue4492(), image, out="mask.npy")
+assert np.load("mask.npy").shape == (1, 75, 90)
 assert main(["doctor", "--quick", "--json"]) == 0
 try:
     main(["demo", "--help"])
@@ -148,4 +151,4 @@ def test_an_installed_wheel_works(dist: Path, tmp_path: Path) -> None:
     assert told.stdout == f"wholegrad {version()}\n", told.stderr
     done = subprocess.run([programs / "python", "-c", USE], **run)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(path.name for path in (work / "masks").iterdir()) and '"ok": true' in done.stdout
+    assert '"ok": true' in done.stdout
