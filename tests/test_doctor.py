@@ -164,6 +164,9 @@ def test_kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert named(found, "kernel").state in (State.OK, State.ABSENT)
     kernels = list(cache_folder().iterdir())
     assert named(folders.look_at_kernels(quick=True), "cache").value["kernels"] == len(kernels)
+    cache_folder().chmod(0o777)
+    assert "chmod go-w" in str(named(folders.look_at_kernels(quick=True), "cache").mend)
+    cache_folder().chmod(0o755)
     for path in kernels[:1]:
         path.write_bytes(path.read_bytes()[:-1])
         told = named(folders.look_at_kernels(quick=True), "cache")

@@ -327,7 +327,7 @@ def conv() -> nn.Module:
         (lambda: nn.ReLU().eval(), "n.pt", {}, "channels: cannot be told from the network"),
         (lambda: Branch(3, 1, 3).eval(), "n.pt", {}, "code must not look at pixel values"),
         (conv, "n.pt", {"classes": ["a", "b"]}, "classes: are 2 names for 1 labels"),
-        (conv, "no/folder/n.pt", {"check": False}, "n.pt: cannot be written (No such file or directory)"),
+        (conv, "no/n.pt", {}, "no/n.pt: has no folder to go to; make "),
         (3, "n.pt", {}, "model: is a int; give an nn.Module"),
     ],
 )

@@ -126,6 +126,9 @@ def _cache(folder: Path) -> Finding:
     if not writable:
         mend = "every process compiles its kernels anew: set WHOLEGRAD_CACHE to a folder that can be written"
         return Finding("cache", f"{text}, not writable", value, State.ADVICE, mend)
+    if os.name == "posix" and folder.stat().st_mode & 0o002:
+        mend = f"anybody could put machine code there that runs as you: chmod go-w {folder}"
+        return Finding("cache", f"{text}, writable for all", value, State.ADVICE, mend)
     if damaged:
         mend = f"they are compiled again when needed: remove them ({damaged[0].name} and others)"
         return Finding("cache", f"{text}, {len(damaged)} damaged", value, State.ADVICE, mend)

@@ -54,8 +54,8 @@ def make(
             continue
         told = card if batch > 1 else _of_one(card)
         if not check:
-            multiple = list(stride or (1, 1))
-            return Made(form.pack(built, told.to_json()), replace(told, input=told.input | {"multiple": multiple}))
+            told = replace(told, input=told.input | {"multiple": list(stride or (1, 1))})
+            return Made(form.pack(built, told.to_json()), told)
         run = form.load(form.pack(built, ""))
         try:
             told = _checked(told, form, run, truth, size, stride, batch)

@@ -95,6 +95,8 @@ def export(
     path = Path(out)
     form = _format(path)
     _refuse(model, kind, threshold, form, check)
+    if not path.parent.is_dir():
+        raise ConfigError(str(path), "has no folder to go to", f"make {path.parent} first")
     dtype = model_dtype(model)
     network = Exported(copy.deepcopy(model).to(CPU).eval(), kind).requires_grad_(False)
     truth = Truth(network, dtype, channels or _channels(model))
