@@ -15,13 +15,17 @@ export WHOLEGRAD_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: demo test support lint format clean
+.PHONY: demo test docs support lint format clean
 
 demo: $(STAMP)
 	$(BIN)/wholegrad demo --out out/demo
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# The site, warnings as errors: out/site/index.html
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Measures every row of docs/support.md and writes it.
 support: $(STAMP)
