@@ -14,10 +14,15 @@ Anything else that looks like a program is a mistake (``escaped``).
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -159,3 +164,25 @@ def _code(page: Path, block: Block) -> str:
         assert words[0] == "wholegrad", f"{page.name}:{block.line}: {words[0]}: not run; say so, with a reason"
         calls.append(f"command({words[1:]!r}, {status})")
     return "\n".join(calls)
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that one test process makes and the others wait for."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    done = folder.with_suffix(".done")
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        end = time.monotonic() + 500
+        while not done.exists() and time.monotonic() < end:
+            time.sleep(0.2)
+        assert done.exists() and done.read_text() == "", f"{name} could not be made by another test process"
+        return folder
+    try:
+        make(folder)
+    except BaseException:
+        done.write_text("failed")
+        raise
+    done.write_text("")
+    return folder

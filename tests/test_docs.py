@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from doc_pages import PAGES, ROOT, SHOWN, Block, blocks, escaped, every_command, program, unknown_words
+from doc_pages import PAGES, ROOT, SHOWN, Block, blocks, escaped, every_command, once, program, unknown_words
 from wholegrad import cli
 from wholegrad.train.config import check_config
 
@@ -75,9 +75,7 @@ def run_script(text: str, folder: Path) -> str:
 @pytest.fixture(scope="session")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that pages take for granted, small: ``case.svs``, its labels, a trained run, predictions."""
-    folder = tmp_path_factory.mktemp("stage")
-    run_script(STAGE, folder)
-    return folder
+    return once(tmp_path_factory, "stage", lambda folder: run_script(STAGE, folder))
 
 
 @pytest.mark.parametrize("page", [p for p in SHOWN if any(b.runs for b in blocks(p.read_text()))], ids=lambda p: p.name)

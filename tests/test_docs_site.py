@@ -15,21 +15,19 @@ from typing import Any
 import pytest
 
 import wholegrad as wg
+from doc_pages import ROOT, once
 from wholegrad import cli, errors, losses
 
 pytest.importorskip("material", reason="the extra 'docs' is not installed")
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs/hooks"))
-import diagrams  # noqa: E402
-import links  # noqa: E402
+import diagrams
+import links
 
 PICTURES = sorted((ROOT / "docs/pictures").iterdir())
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site; every warning is an error."""
-    folder = tmp_path_factory.mktemp("site")
+def build(folder: Path) -> None:
+    """Every warning is an error."""
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     run = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
@@ -41,7 +39,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert run.returncode == 0, run.stderr
     assert "WARNING" not in run.stderr
-    return folder
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site."""
+    return once(tmp_path_factory, "site", build)
 
 
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
@@ -88,8 +91,11 @@ def test_every_command_and_flag_is_in_the_reference(site: Path) -> None:
 
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
     anchors = links.read(site / "api.html").anchors
-    named = {f"wholegrad.{name}" for name in wg.__all__ if name != "WholegradError"}
-    named |= {f"wholegrad.errors.{name}" for name, kind in vars(errors).items() if inspect.isclass(kind)}
+    defined = {name: getattr(wg, name) for name in wg.__all__}
+    for name, kind in defined.items():
+        there = {f"{kind.__module__}.{kind.__qualname__}", f"wholegrad.{name}"} - set(sys.modules)
+        assert there & anchors, name
+    named = {f"wholegrad.errors.{name}" for name, kind in vars(errors).items() if inspect.isclass(kind)}
     named |= {f"wholegrad.losses.{name}" for name in losses.__dict__ if name.endswith("_loss")}
     assert named - anchors == set()
 

@@ -18,6 +18,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
+ITEM = re.compile(r"(-|\d+\.) ")
+PARAGRAPH = re.compile(r"[^\s|#<>`-]")
 FENCE = re.compile(r"^\s*(```|~~~)")
 TABLE = re.compile(r"^<!-- table (?P<number>\d+) of (?P<path>\S+) -->$", re.MULTILINE)
 
@@ -39,7 +41,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     there = {path.relative_to(config.docs_dir).as_posix() for path in Path(config.docs_dir).rglob("*.md")}
     late = {page for page in config.extra["expected"] if page not in there}
     named = set(_named(config.nav))
-    rest = [page for page in shown.values() if page.startswith("benchmarks/") and page not in named]
+    rest = [page for page in shown.values() if page not in named]
     config.nav = _filled(config.nav, late, rest)
     config.extra["repository"] = {"root": root, "pages": shown}
     return config
@@ -72,11 +74,17 @@ def _named(entries: Any) -> list[str]:
 
 
 def _filled(entries: Any, late: set[str], rest: list[str]) -> Any:
+    """Entries without pages in ``late``; ``folder/*`` stands for those of ``rest`` in that folder."""
     if isinstance(entries, dict):
         return {title: _filled(value, late, rest) for title, value in entries.items()}
     if isinstance(entries, list):
-        kept = [each for each in entries if not (isinstance(each, str) and each in late)]
-        return [new for each in kept for new in (rest if each == "benchmarks/*" else [_filled(each, late, rest)])]
+        found = []
+        for each in entries:
+            if isinstance(each, str) and each.endswith("/*"):
+                found += [page for page in rest if page.startswith(each[:-1])]
+            elif not isinstance(each, str) or each not in late:
+                found.append(_filled(each, late, rest))
+        return found
     return entries
 
 
@@ -86,6 +94,9 @@ def _relinked(markdown: str, source: str, page: Page, config: MkDocsConfig, file
     for line in markdown.split("\n"):
         if FENCE.match(line):
             code = not code
+        before = lines[-1] if lines else ""
+        if not code and ITEM.match(line) and PARAGRAPH.match(before) and not ITEM.match(before):
+            lines.append("")  # a list right after a paragraph, as GitHub reads it
         lines.append(line if code else LINK.sub(lambda match: _target(match, source, page, config, files), line))
     return "\n".join(lines)
 

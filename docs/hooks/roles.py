@@ -7,6 +7,10 @@ from typing import Any
 
 import griffe
 
+SHADOWED = {
+    f"wholegrad.{name}": f"wholegrad.{module}.{name}"
+    for name, module in {"plan": "api", "predict": "predict", "segment": "segment", "verify": "verify"}.items()
+}  # also modules
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):`~?([\w.]+)`")
 
 
@@ -20,4 +24,4 @@ class Roles(griffe.Extension):
 
 def _link(name: str, obj: griffe.Object) -> str:
     whole = name if name.startswith("wholegrad") else f"{obj.module.path}.{name}"
-    return f'<autoref identifier="{whole}" optional><code>{name}</code></autoref>'
+    return f'<autoref identifier="{SHADOWED.get(whole, whole)}" optional><code>{name}</code></autoref>'
