@@ -1,6 +1,7 @@
 # Everything on a bare machine with Python 3.11 or later: make demo, make test.
 #
 #   PYTHON=python3.12 make test      another interpreter
+#   make demo DEMO_FLAGS=--quick      a minute, on a smaller slide (wholegrad demo --help)
 #   PIP_FLAGS="..." make demo        e.g. --index-url of a mirror, or of PyTorch's CPU wheels as --extra-index-url
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ endif
 .PHONY: demo test docs support lint format clean
 
 demo: $(STAMP)
-	$(BIN)/wholegrad demo --out out/demo
+	$(BIN)/wholegrad demo --out out/demo $(DEMO_FLAGS)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
