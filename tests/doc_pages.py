@@ -119,8 +119,15 @@ def unknown_words(shown: str, commands_of: dict[str, argparse.ArgumentParser]) -
     _, name, *rest = shlex.split(shown, comments=True)
     if name not in commands_of:
         return [name]
-    known = commands_of[name]._option_string_actions
-    return [word for word in rest if word.startswith("--") and word.partition("=")[0] not in known]
+    known, unknown = commands_of[name]._option_string_actions, []
+    words = iter(rest)
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if flag.startswith("--") and flag not in known:
+            unknown.append(word)
+        elif flag in known and not equals and known[flag].nargs is None:
+            next(words, None)  # its value, whatever it looks like
+    return unknown
 
 
 PROGRAM = """\

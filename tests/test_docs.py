@@ -140,6 +140,7 @@ def test_commands_and_flags_exist(page: Path, commands_of: dict[str, argparse.Ar
 
 def test_a_flag_that_is_gone_is_seen(commands_of: dict[str, argparse.ArgumentParser]) -> None:
     assert unknown_words("wholegrad train run.toml --resume --fast=1", commands_of) == ["--fast=1"]
+    assert unknown_words("wholegrad train run.toml --out '--odd' --steps --fast", commands_of) == []
     assert unknown_words("wholegrad fly", commands_of) == ["fly"]
 
 

@@ -83,7 +83,10 @@ def test_every_command_and_flag_is_in_the_reference(site: Path) -> None:
         for action in each._actions:
             if isinstance(action, argparse._HelpAction) or action.help is argparse.SUPPRESS:
                 continue
-            for word in action.option_strings or [str(action.metavar or action.dest)]:
+            named = (
+                [action.metavar] if isinstance(action.metavar, str) else [str(each) for each in action.choices or ()]
+            )
+            for word in action.option_strings or named or [action.dest]:
                 assert word in section, f"{name} {word}"
             said = " ".join((each._get_formatter()._expand_help(action) if action.help else "").split())
             assert said in section, f"{name} {action.dest}: {said}"
