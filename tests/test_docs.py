@@ -24,21 +24,24 @@ RECORDS = {"explore.md": "the command that wrote the page; it ran for an hour"}
 STAGE = """
 import json, shutil
 from pathlib import Path
-import wholegrad as wg
+import numpy as np, tifffile
 from wholegrad import cli
-from wholegrad.nets import unet4492
-from wholegrad.slide.synth import synthesize
 
-synthesize(320, 448, 1, "case.tif", "case.mask.tif", mpp=0.5)
-Path("case.tif").rename("case.svs")
+height, width, rng = 320, 448, np.random.default_rng(0)
+y, x = np.mgrid[:height, :width]
+tissue = (y - 150) ** 2 + (x - 170) ** 2 < 100**2
+pixels = np.where(tissue[..., None], (180, 90, 150), (242, 242, 240)) + rng.normal(0, 6, (height, width, 3))
+stored = {"tile": (64, 64), "resolution": (20000.0, 20000.0), "resolutionunit": "CENTIMETER"}  # 0.5 um a pixel
+tifffile.imwrite("case.svs", np.clip(pixels, 0, 255).astype(np.uint8), photometric="rgb", **stored)
+tifffile.imwrite("case.mask.tif", tissue.astype(np.uint8), **stored)
 for folder in ("slides", "masks", "predictions"):
     Path(folder).mkdir()
 for name in ("case", "other"):
     shutil.copy("case.svs", f"slides/{name}.svs"), shutil.copy("case.mask.tif", f"masks/{name}.mask.tif")
 ring = [[50, 40], [300, 40], [300, 250], [50, 250], [50, 40]]
-tissue = {"type": "Polygon", "coordinates": [ring]}
+area = {"type": "Polygon", "coordinates": [ring]}
 properties = {"objectType": "annotation", "classification": {"name": "Tissue"}}
-outline = {"type": "Feature", "geometry": tissue, "properties": properties}
+outline = {"type": "Feature", "geometry": area, "properties": properties}
 Path("case.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [outline]}))
 Path("run.toml").write_text('''
 [data]
