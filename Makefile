@@ -1,6 +1,7 @@
 # Everything on a bare machine with Python 3.11 or later: make demo, make test.
 #
 #   PYTHON=python3.12 make test      another interpreter
+#   make demo DEMO_FLAGS=--quick      a minute, on a smaller slide (wholegrad demo --help)
 #   PIP_FLAGS="..." make demo        e.g. --index-url of a mirror, or of PyTorch's CPU wheels as --extra-index-url
 
 PYTHON ?= python3
@@ -15,10 +16,10 @@ export WHOLEGRAD_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: demo test wheel support lint format clean
+.PHONY: demo test wheel docs support lint format clean
 
 demo: $(STAMP)
-	$(BIN)/wholegrad demo --out out/demo
+	$(BIN)/wholegrad demo --out out/demo $(DEMO_FLAGS)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
@@ -28,6 +29,10 @@ wheel: $(STAMP)
 	rm -rf dist
 	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 1700000000)} \
 	$(BIN)/python -m build --no-isolation --outdir dist .
+
+# The site, warnings as errors: out/site/index.html
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Measures every row of docs/support.md and writes it.
 support: $(STAMP)
