@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -225,6 +227,29 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_runs(monkeypatch: p
     monkeypatch.setattr("wholegrad.run.spill_file.shutil.disk_usage", lambda where: type("Usage", (), {"free": 10})())
     with pytest.raises(SpillError, match="that are free"):
         wg.backward(model, LOSSES["bce"], IMAGE, LABELS, plan=made)
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_disk_that_fills_up_in_the_middle_of_a_step_is_an_error_with_figures(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, write, calls = unet4492().double(), os.write, []
+    made = wg.plan(model, LOSSES["bce"], IMAGE, LABELS, strategy="offload", spill_dir=tmp_path)
+
+    def fails(descriptor: int, data: memoryview) -> int:
+        calls.append(len(data))
+        if len(calls) > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", fails)
+    held = "after 0 B" if after == 0 else r"after [\d.]+ KiB"
+    with pytest.raises(SpillError, match=rf"saved activations {held} of them: No space left on device \(.* free\)"):
+        wg.backward(model, LOSSES["bce"], IMAGE, LABELS, plan=made)
+    monkeypatch.undo()
+    assert all(p.grad is None for p in model.parameters()) and not list(tmp_path.iterdir())
+    wg.backward(model, LOSSES["bce"], IMAGE, LABELS, plan=made)
+    assert all(p.grad is not None for p in model.parameters())
 
 
 STEP = """

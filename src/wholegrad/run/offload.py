@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from wholegrad.errors import SpillError
+from wholegrad.plan.plan import show_bytes
 
 LEAST = 1 << 20  # bytes of a tensor from which on it is moved
 PIECE = 1 << 24  # bytes that are read or written at once
@@ -77,7 +79,11 @@ class Spill:
             yield
 
     def _failed(self, error: OSError) -> SpillError:
-        cause = f"cannot hold saved activations: {error.strerror}"
+        try:
+            free = show_bytes(shutil.disk_usage(self._where).free)
+        except OSError:
+            free = "unknown"
+        cause = f"cannot hold saved activations after {show_bytes(self.moved)} of them: {error.strerror} ({free} free)"
         return SpillError(self._where, cause, "free space, choose another spill_dir, or another strategy")
 
     def _pack(self, tensor: torch.Tensor) -> Any:
