@@ -94,7 +94,7 @@ def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
         own, host = 2 * sum(tensor.nbytes for tensor in job.tensors.values()), None
         if apart is None:
             needed = int(foot.peak * scratch) + min(foot.peak, HEAP) + own
-            needed += memory.LIBRARIES - memory.libraries(graph)  # PyTorch runs all of it
+            needed += memory.LIBRARIES - memory.libraries(graph) + memory.HEAP  # PyTorch runs all of it
         else:
             needed = int(foot.peak * devices.SLACK) + own
             away = sum(node.outputs[0].nbytes for node in graph.of_kind(*READERS)) + int(foot.moved * devices.PINNED)
