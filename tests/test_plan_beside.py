@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,12 @@ from wholegrad.nets import unet4492
 from wholegrad.plan import memory
 from wholegrad.plan.check import check_plan
 from wholegrad.plan.cost import Bill, Prices
+from wholegrad.plan.extents import extent
 from wholegrad.plan.pieces import Ground, Piece, Terms, side_by_side
 from wholegrad.plan.plan import Plan
 from wholegrad.plan.planner import Planner, Request
 from wholegrad.plan.rates import BUILT_IN
-from wholegrad.plan.tiles import ALIGNED, cuts, even
+from wholegrad.plan.tiles import ALIGNED, cuts, even, grid
 from wholegrad.plan.walk import Upkeep, Walk
 from wholegrad.run.workers import in_order
 
@@ -125,18 +127,41 @@ def test_two_unequal_tiles_count_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
-def test_estimates_are_never_more_than_what_all_tiles_need(workers: int) -> None:
-    graph = plan_of((1024, 1056)).graph
+@pytest.mark.parametrize("size", [(1024, 1056), (1003, 1047)])
+def test_estimates_are_never_more_than_what_all_tiles_need(workers: int, size: tuple[int, int]) -> None:
+    graph = plan_of(size).graph
     piece, looked = piece_of(graph, workers), 0
     for option in piece.fine[::2]:
         estimate = piece.needs(option.tile)
         piece.settle(option.tile)
         exact = piece.needs(option.tile)
         assert all(a <= b for a, b in zip(estimate, exact, strict=True)), option.tile
-        if max(-(-1024 // option.tile[0]), -(-1056 // option.tile[1])) <= 3:
+        if max(-(-size[0] // option.tile[0]), -(-size[1] // option.tile[1])) <= 3:
             looked += 1
             assert estimate == exact, f"all tiles of {option.tile} were looked at"
     assert looked >= 2
+
+
+@pytest.mark.parametrize("tile", [(96, 96), (352, 320), (512, 1047), (1003, 64), (32, 1047)])
+@pytest.mark.parametrize("padded", [True, False])
+def test_no_tile_needs_more_than_the_largest(tile: tuple[int, int], padded: bool) -> None:
+    """Where a network pads at the image's ends, those tiles hold a copy more, and the others none."""
+    graph = plan_of((1003, 1047) if padded else (1008, 1056)).graph
+    piece = piece_of(graph, 1)
+    found = grid(graph, piece.segment, tile)
+    rows, cols = (extent(each, piece._bill.nodes, piece._pads) for each in (found.rows, found.cols))
+    largest = [int(each[0]) for each in piece._largest(rows, cols, piece._areas(rows, cols), None)]
+    pads = [i for i in piece._how.nodes if graph.nodes[i].op is torch.ops.aten.constant_pad_nd.default]
+    assert (len(pads) == len(piece._pads) == 1) is padded
+    met, most = 0, [0, 0]
+    for each in found:
+        areas = np.array([[each.boxes[i].area if i in each.boxes else 0] for i in piece._walk.nodes], np.int64)
+        makes = [each.boxes[i].area != each.boxes[graph.nodes[i].operands[0].node].area for i in pads]
+        met += any(makes)
+        walk = piece._walk if any(makes) or piece._inside is None else piece._inside
+        most = [max(a, int(b[0])) for a, b in zip(most, walk.bytes(areas), strict=True)]
+    assert bool(met) is padded
+    assert all(a <= b <= 1.25 * a for a, b in zip(most, largest, strict=True)), (most, largest)
 
 
 def test_each_worker_gets_its_share_of_a_small_image() -> None:
@@ -195,6 +220,18 @@ def test_padding_costs_at_the_images_ends_alone() -> None:
     assert odd_sides.seconds < 1.8 * even_sides.seconds
     small, odd = plan_of((400, 1600)), plan_of((403, 1611))
     assert odd.seconds - small.seconds > 0.02 * small.seconds, "where most tiles meet an end it does cost"
+
+
+def test_a_steps_own_time_and_its_first_touch_of_memory_are_predicted() -> None:
+    small = plan_of((250, 1000))
+    assert small.seconds == pytest.approx(sum(p.seconds + p.backward_seconds for p in small.segments) + BUILT_IN.step)
+    graph, fresh = plan_of((1000, 2828)).graph, {}
+    for rate in (0.0, 1e-9):
+        terms = Terms(True, 2, replace(BUILT_IN, fresh=rate), (512, 1440))
+        (option,) = Piece(Ground(graph, terms), cut(graph, frozenset())[-1], True).fine
+        fresh[rate] = option.backward
+    bytes_of_a_tile = piece_of(graph, 1, (512, 1440)).needs((512, 1440))[1]
+    assert 0.3e-9 < (fresh[1e-9] - fresh[0.0]) / bytes_of_a_tile < 1e-9, "once for a worker, however many tiles it has"
 
 
 def test_a_bill_without_ends_is_one_of_all_tiles() -> None:

@@ -19,12 +19,14 @@ from torch import nn
 import wholegrad as wg
 from memory_networks import NETWORKS
 from oracle import SEED, assert_exact, reference
+from wholegrad.commands.common import blank
 from wholegrad.errors import BudgetError, NumericsError, PlanError, SpillError
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
 from wholegrad.plan import memory
 from wholegrad.plan.memory import LIBRARIES
-from wholegrad.plan.strategies import WHOLE, WholePlan, choices_of_chunks, cut_into_chunks
+from wholegrad.plan.rates import BUILT_IN
+from wholegrad.plan.strategies import WHOLE, WholePlan, choices_of_chunks, cut_into_chunks, whole_seconds
 from wholegrad.run import offload
 from wholegrad.whole_step import HEAP
 
@@ -183,6 +185,16 @@ def test_auto_takes_whole_maps_where_they_are_predicted_to_be_faster(monkeypatch
     assert wg.plan(model, LOSSES["bce"], IMAGE, LABELS, tile=(16, 16)).strategy == "stream"
     monkeypatch.setattr("wholegrad.whole_step.FASTER", 0.0)
     assert wg.plan(model, LOSSES["bce"], IMAGE, LABELS).strategy == "stream"
+
+
+def test_whole_maps_of_two_gigabytes_are_predicted_to_be_slow() -> None:
+    """Measured: 11.8 s at 4000 x 16000 and 56.4 s at 5657 x 22628, twice the area, where five channels have 2.6 GB."""
+    seconds = {}
+    for size in ((4000, 16000), (5657, 22628)):
+        graph = wg.plan(unet4492(seed=0), LOSSES["bce"], blank(3, *size), blank(1, *size), budget="4GiB").graph
+        seconds[size] = sum(whole_seconds(graph, 2, BUILT_IN))
+    assert seconds[4000, 16000] == pytest.approx(11.8, rel=0.3)
+    assert seconds[5657, 22628] == pytest.approx(56.4, rel=0.3)
 
 
 def test_offload_writes_what_the_backward_pass_needs_once(tmp_path: Path) -> None:
