@@ -1,0 +1,122 @@
+"""The slides of this example, made from a number: regions whose label depends on something far away, or does not.
+
+A slide has ``HEIGHT x WIDTH`` pixels of one channel, 8 bits. On glass (grey 200) lie
+
+- a *control* on the left, a square of ``CONTROL`` pixels at a height drawn at random, with upright stripes on slides of
+  even number, with level ones on the others;
+- ``REGIONS`` discs on the right, of ``RADII`` pixels, none touching another, half of them with upright stripes, half
+  with level ones, whatever the control.
+
+All stripes are sines of a period of 12 pixels around grey 120, of a random phase; everything has Gaussian noise.
+Upright and level stripes have the same mean: what tells them apart is gone on a picture that averages more than a dozen
+pixels. Between the control's edge and the nearest region lie at least ``AWAY`` pixels.
+
+Two tasks, on the same pixels:
+
+- ``context``: upright regions are to be found where the control is upright too; where it is level, nothing is;
+- ``local``: upright regions are to be found, whatever the control.
+
+So in ``context`` whoever sees no control can be right on all level regions and on half of the upright ones.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Task = Literal["context", "local"]
+TASKS: tuple[Task, ...] = ("context", "local")
+HEIGHT, WIDTH = 1536, 6144
+CONTROL, REGIONS, RADII = 768, 8, (120, 200)
+LEFT, AWAY = 128, 1904  # pixels left of the control, and between it and the nearest region, at least
+FIELD = LEFT + CONTROL + AWAY  # from this column on regions lie
+PERIOD, GLASS, GREY, SWING, NOISE = 12.0, 200, 120, 50, 12
+FOUND, UPRIGHT, LEVEL = (
+    1,
+    2,
+    3,
+)  # labels of a region: to be found; upright, but not to be found; level. 0: glass, control
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Disc:
+    """A region, in pixels."""
+
+    y: int
+    x: int
+    radius: int
+    upright: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is where on a slide; the control's upper edge is at ``top``."""
+
+    upright: bool
+    top: int
+    discs: tuple[Disc, ...]
+
+
+def layout(number: int) -> Layout:
+    """The layout of slide ``number``; controls of even numbers are upright, so that both are as frequent in any set."""
+    rng = np.random.default_rng((number, 1))
+    discs: list[Disc] = []
+    kinds = rng.permutation([True, False] * (REGIONS // 2))
+    while len(discs) < REGIONS:
+        radius = int(rng.integers(*RADII))
+        y, x = int(rng.integers(radius, HEIGHT - radius)), int(rng.integers(FIELD + radius, WIDTH - radius))
+        if all((y - d.y) ** 2 + (x - d.x) ** 2 > (radius + d.radius + 16) ** 2 for d in discs):
+            discs.append(Disc(y, x, radius, bool(kinds[len(discs)])))
+    return Layout(number % 2 == 0, int(rng.integers(0, HEIGHT - CONTROL)), tuple(discs))
+
+
+def draw(number: int) -> tuple[Pixels, Pixels]:
+    """Image ``(1, H, W)`` and kinds ``(1, H, W)``: ``UPRIGHT`` and ``LEVEL`` regions, 0 elsewhere."""
+    made = layout(number)
+    rng = np.random.default_rng((number, 2))
+    image = np.full((HEIGHT, WIDTH), GLASS, np.float32)
+    kinds = np.zeros((HEIGHT, WIDTH), np.uint8)
+    square = np.s_[made.top : made.top + CONTROL, LEFT : LEFT + CONTROL]
+    y, x = np.ogrid[square]
+    image[square] = _stripes(x if made.upright else y, rng)
+    for disc in made.discs:
+        box = np.s_[disc.y - disc.radius : disc.y + disc.radius, disc.x - disc.radius : disc.x + disc.radius]
+        y, x = np.ogrid[box]
+        inside = (y - disc.y) ** 2 + (x - disc.x) ** 2 < disc.radius**2
+        stripes = np.broadcast_to(_stripes(x if disc.upright else y, rng), inside.shape)
+        image[box][inside] = stripes[inside]
+        kinds[box][inside] = UPRIGHT if disc.upright else LEVEL
+    image += NOISE * rng.standard_normal(image.shape, np.float32)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)[None], kinds[None]
+
+
+def _stripes(along: npt.NDArray[np.generic], rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    waves = GREY + SWING * np.sin(2 * np.pi * along / PERIOD + rng.uniform(0, 2 * np.pi))
+    return waves.astype(np.float32)
+
+
+def labels(kinds: Pixels, number: int, task: Task) -> Pixels:
+    """The labels of kinds of slide ``number``: ``FOUND`` on what the task says is to be found."""
+    if task == "context" and not layout(number).upright:
+        return kinds
+    return np.array([0, 0, FOUND, LEVEL], np.uint8)[kinds]
+
+
+def stored(folder: Path, number: int) -> tuple[Pixels, Pixels]:
+    """Image and kinds of a slide as memory maps of files, which are drawn first if they are not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number}.{what}.npy" for what in ("image", "kinds")]
+    if not all(path.exists() for path in paths):
+        for path, values in zip(paths, draw(number), strict=True):
+            aside = path.with_suffix(f".{os.getpid()}.part.npy")
+            np.save(aside, values)
+            aside.replace(path)
+    image, kinds = (np.load(path, mmap_mode="r") for path in paths)
+    return image, kinds
