@@ -21,7 +21,7 @@ import pytest
 
 import wholegrad as wg
 from wholegrad.cli import main
-from wholegrad.errors import ConfigError
+from wholegrad.errors import ConfigError, SlideError
 from wholegrad.graph.geometry import Box
 from wholegrad.train.config import Config, check_config
 from wholegrad.train.events import Judged, Step, Watch
@@ -133,7 +133,7 @@ def test_a_prediction_that_fails_costs_no_run(slides: Path, monkeypatch: pytest.
     said: list[str] = []
 
     def fail(*args: Any, **more: Any) -> None:
-        raise wg.SlideError("disk", "is full", "free some")
+        raise SlideError("disk", "is full", "free some")
 
     monkeypatch.setattr("wholegrad.train.live.wg.predict", fail)
     outcome = train(config, Live(config.out, None, said.append).watch())
@@ -221,14 +221,20 @@ def test_the_page_before_the_run_says_so_and_nothing_more() -> None:
 # The command.
 
 
-def start(slides: Path, out: str, *more: str, steps: int = 400) -> subprocess.Popen[str]:
+@contextmanager
+def running(slides: Path, out: str, *more: str, steps: int = 400) -> Iterator[subprocess.Popen[str]]:
+    """A run with a page, killed at the end of the block if it has not ended by itself."""
     (slides / "run.toml").write_text(
         f'[data]\nroot = "{slides}"\ntrain = ["a", "b"]\nval = ["c"]\n[network]\nargs = {{ seed = 0 }}\n'
         f'[train]\nsteps = {steps}\nlr = 0.01\nbudget = "4GiB"\nout = "{out}"\npanels = false\n'
         "[validation]\nsteps = 40\n"
     )
     words = [sys.executable, "-m", "wholegrad", "train", str(slides / "run.toml"), "--live", *more]
-    return subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def address(process: subprocess.Popen[str]) -> str:
@@ -255,32 +261,32 @@ def page_process(process: subprocess.Popen[str]) -> psutil.Process:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=str)
 def test_the_page_ends_with_the_run_however_that_ends(slides: Path, number: signal.Signals) -> None:
-    process = start(slides, "out", steps=100000)
-    url = address(process)
-    page = page_process(process)
-    until(lambda: (read_status(slides / "out") or {}).get("step"))
-    assert page.nice() > psutil.Process(process.pid).nice()
-    process.send_signal(number)
-    assert process.wait(120) == (130 if number == signal.SIGINT else -number)
-    _, alive = psutil.wait_procs([page], timeout=60)
-    assert not alive
-    with pytest.raises(OSError):
-        told(url, "log/0")
+    with running(slides, "out", steps=100000) as process:
+        url = address(process)
+        page = page_process(process)
+        until(lambda: (read_status(slides / "out") or {}).get("step"))
+        assert page.nice() > psutil.Process(process.pid).nice()
+        assert page.memory_info().rss < 700 << 20
+        process.send_signal(number)
+        assert process.wait(120) == (130 if number == signal.SIGINT else -number)
+        _, alive = psutil.wait_procs([page], timeout=60)
+        assert not alive
+        with pytest.raises(OSError):
+            told(url, "log/0")
     if number == signal.SIGINT:
         assert (read_status(slides / "out") or {})["state"] == "interrupted"
 
 
 def test_a_port_that_is_taken_is_said_before_anything_is_read(slides: Path) -> None:
-    class Nothing(Opening):
-        pass
-
-    with Server(Nothing()) as server:
-        process = start(slides, "out", "--port", str(server.server_address[1]))
+    with (
+        Server(Opening()) as server,
+        running(slides, "out", "--port", str(server.server_address[1])) as process,
+    ):
         _, said = process.communicate(timeout=180)
     assert process.returncode == 2 and "cannot be listened on" in said and not (slides / "out").exists()
 
 
 def test_flags_of_the_page_need_it(slides: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    start(slides, "out", steps=1).kill()
+    (slides / "run.toml").write_text('[data]\ntrain = ["a"]\n[train]\nsteps = 1\n')
     assert main(["train", str(slides / "run.toml"), "--live-keep"]) == 2
     assert "--live-keep: is of a live page; add --live" in capsys.readouterr().err

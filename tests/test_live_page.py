@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ if sys.platform == "win32":
     pytest.skip("the browser is driven over inherited pipes, which Windows lacks", allow_module_level=True)
 
 from browser import Browser, find_browser
-from test_live import address, slides, start
+from test_live import address, running, slides
 
 __all__ = ["slides"]  # the fixture
 
@@ -44,15 +45,21 @@ def facts(page: Browser) -> dict[str, str]:
 
 
 def test_curves_grow_and_predictions_come_until_the_end(browser: Browser, slides: Path) -> None:
-    process = start(slides, "out", "--live-keep", steps=200)
+    with running(slides, "out", "--live-keep", steps=200) as process:
+        follow_to_the_end(browser, process)
+
+
+def follow_to_the_end(browser: Browser, process: subprocess.Popen[str]) -> None:
     url = address(process)
+    browser.problems.clear()
+    browser.requests.clear()
     browser.open(url)
     browser.until("window.page && page.ready && page.run?.steps.length > 2", 120)
     first = browser.run(POINTS)
     assert browser.until(STATE) not in ("Finished.", "")
     told = facts(browser)
     assert told["Steps"].endswith(" of 200") and "Left" in told and "of 4.00" in told["Memory"]
-    assert "megapixels a second" in told["Seconds a step"] and told["Learning rate"] == "0.01"
+    assert " s a step, " in told["Speed"] and told["Speed"].endswith(" MP/s") and told["Learning rate"] == "0.01"
     titles = browser.run("[...document.querySelectorAll('.chart b')].map((title) => title.textContent)")
     assert titles == ["Loss", "Dice", "Learning rate", "Memory, GiB", "Seconds a step"]
     browser.until(f"{POINTS} > {first}", 60)
@@ -61,7 +68,7 @@ def test_curves_grow_and_predictions_come_until_the_end(browser: Browser, slides
     version = browser.until("page.scene.version", 60)
     browser.until(f"page.scene.version > {version} && page.run.over()", 120)
     assert browser.run(STATE) == "Finished."
-    browser.until("page.scene.score && document.getElementById('dice')", 60)  # scored once the processor is free
+    browser.until("page.scene.score && !!document.getElementById('dice')", 60)  # scored once the processor is free
     browser.until("page.slide.images.get('error').image?.getFullyLoaded()", 30)
     shown = browser.run("page.slide.images.get('error').query")
     assert f"v={browser.run('page.scene.version')}" in shown, "tiles of the prediction before are not kept"
@@ -73,18 +80,13 @@ def test_curves_grow_and_predictions_come_until_the_end(browser: Browser, slides
     assert "was closed" in browser.run("document.getElementById('banner-text').textContent")
 
 
-def test_a_resumed_run_draws_each_step_once(browser: Browser, slides: Path, write_case: Callable[..., None]) -> None:
+def test_a_resumed_run_draws_each_step_once(browser: Browser, slides: Path) -> None:
     """What was cut from its log is not in the curves, and the page of the folder goes on through kill and resume."""
-    process = start(slides, "out", steps=100000)
-    url = address(process)
-    browser.open(url)
-    browser.until("window.page && page.run?.steps.length > 5", 120)
-    process.kill()
-    process.wait()
-    again = start(slides, "out", "--resume", steps=100000)
-    browser.open(address(again))
-    browser.until("window.page && page.run?.status?.state === 'running' && page.run.steps.length > 5", 120)
-    steps = browser.run("page.run.steps.map((step) => step[0])")
-    assert steps == list(range(len(steps)))
-    again.kill()
-    again.wait()
+    with running(slides, "out", steps=100000) as process:
+        browser.open(address(process))
+        browser.until("window.page && page.run?.steps.length > 5", 120)
+    with running(slides, "out", "--resume", steps=100000) as again:
+        browser.open(address(again))
+        browser.until("window.page && page.run?.status?.state === 'running' && page.run.steps.length > 5", 120)
+        steps = browser.run("page.run.steps.map((step) => step[0])")
+        assert steps == list(range(len(steps)))

@@ -24,15 +24,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from network import ContextUNet
-from task import FIELD, FOUND, HEIGHT, LEVEL, TASKS, WIDTH, Pixels, Task, labels, layout, stored
+from task import FIELD, FOUND, HEIGHT, PLAIN, TASKS, WIDTH, Pixels, Task, labels, layout, stored
 
 import wholegrad as wg
 
 BUDGET = "0.75GiB"
-TRAIN, VAL, TEST = range(24), range(100, 108), range(200, 216)
-UPDATES = 60  # of whole slides, each by one slide whose control is upright and one whose control is level
+TRAIN, VAL, TEST = range(24), range(100, 106), range(200, 212)
+UPDATES = 40  # of whole slides, each by one slide whose control is striped and one whose control is plain
 PIXELS = 2 * HEIGHT * WIDTH  # to an update of whole slides
-LOOKS = 10  # times that a run is judged on the validation slides
+LOOKS = 8  # times that a run is judged on the validation slides
 PATCHES = {256: 16, 512: 4, 1024: 1}  # edge: how many to an update, about a megapixel
 LRS = (0.01, 0.03, 0.003)
 WAYS = ("whole", "patches")
@@ -62,14 +62,14 @@ def loss_fn(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def right(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Pixels of upright regions that are said rightly, and all of them; the same of level regions."""
-    good, level = (logits > 0) == (target == FOUND), target == LEVEL
-    upright = (target > 0) & ~level
-    return torch.stack([(good & upright).sum(), upright.sum(), (good & level).sum(), level.sum()])
+    """Pixels of striped regions that are said rightly, and all of them; the same of plain regions."""
+    good, plain = (logits > 0) == (target == FOUND), target == PLAIN
+    striped = (target > 0) & ~plain
+    return torch.stack([(good & striped).sum(), striped.sum(), (good & plain).sum(), plain.sum()])
 
 
 def shares(counts: Sequence[float]) -> tuple[float, float]:
-    """The share of upright regions' pixels that is said rightly, and of level ones'."""
+    """The share of striped regions' pixels that is said rightly, and of plain ones'."""
     return counts[0] / max(counts[1], 1), counts[2] / max(counts[3], 1)
 
 
@@ -221,7 +221,7 @@ def cut(run: Run, number: int, rng: np.random.Generator, folder: Path) -> tuple[
 
 
 def judge(model: torch.nn.Module, numbers: Sequence[int], run: Run, folder: Path) -> list[tuple[float, float]]:
-    """The shares of upright and of level regions' pixels that are said rightly on each slide, seen whole."""
+    """The shares of striped and of plain regions' pixels that are said rightly on each slide, seen whole."""
     each = []
     for number in numbers:
         image, kinds = stored(folder, number)
@@ -254,7 +254,7 @@ def judge_by_patches(
 
 
 def accuracy(each: Sequence[tuple[float, float]]) -> float:
-    """The mean over slides of the two shares' mean: 0.75 for whoever is right but for chance on upright regions."""
+    """The mean over slides of the two shares' mean: 0.75 for whoever is right but for chance on striped regions."""
     return float(np.mean(each))
 
 

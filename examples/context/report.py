@@ -50,7 +50,7 @@ def write(out: Path) -> None:
 def table(results: Results) -> str:
     """Accuracy on the test slides: the mean over seeds, and each seed's."""
     lines = [
-        "| task | trained on | judged | right, of regions | seeds | of upright ones | of level ones | updates "
+        "| task | trained on | judged | right, of regions | seeds | of striped ones | of plain ones | updates "
         "| minutes of processor |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -61,15 +61,15 @@ def table(results: Results) -> str:
         for judged, said in (("whole", "on whole slides"), ("patches", "by such patches")):
             if judged in first["test"]:
                 each = [accuracy(run["test"][judged]) for run in runs]
-                upright, level = np.mean([run["test"][judged] for run in runs], axis=(0, 1))
+                striped, plain = np.mean([run["test"][judged] for run in runs], axis=(0, 1))
                 cells = [f"**{np.mean(each):.3f}**", ", ".join(f"{value:.3f}" for value in each)]
                 row = [
                     task,
                     what,
                     said,
                     *cells,
-                    f"{upright:.3f}",
-                    f"{level:.3f}",
+                    f"{striped:.3f}",
+                    f"{plain:.3f}",
                     str(first["updates"]),
                     f"{spent:.1f}",
                 ]

@@ -2,21 +2,21 @@
 
 A slide has ``HEIGHT x WIDTH`` pixels of one channel, 8 bits. On glass (grey 200) lie
 
-- a *control* on the left, a square of ``CONTROL`` pixels at a height drawn at random, with upright stripes on slides of
-  even number, with level ones on the others;
-- ``REGIONS`` discs on the right, of ``RADII`` pixels, none touching another, half of them with upright stripes, half
-  with level ones, whatever the control.
+- a *control* on the left, a square of ``CONTROL`` pixels at a height drawn at random: striped on slides of even number,
+  plain on the others;
+- ``REGIONS`` discs on the right, of ``RADII`` pixels, none touching another, half of them striped, half plain, whatever
+  the control.
 
-All stripes are sines of a period of 12 pixels around grey 120, of a random phase; everything has Gaussian noise.
-Upright and level stripes have the same mean: what tells them apart is gone on a picture that averages more than a dozen
-pixels. Between the control's edge and the nearest region lie at least ``AWAY`` pixels.
+Plain is grey 120. Stripes are sines around the same grey, of a period of 12 pixels, of random phase and direction.
+Everything has Gaussian noise. So striped and plain have the same mean: what tells them apart is gone on a picture that
+averages a dozen pixels or more. Between the control's edge and the nearest region lie at least ``AWAY`` pixels.
 
 Two tasks, on the same pixels:
 
-- ``context``: upright regions are to be found where the control is upright too; where it is level, nothing is;
-- ``local``: upright regions are to be found, whatever the control.
+- ``context``: striped regions are to be found where the control is striped too; where it is plain, nothing is;
+- ``local``: striped regions are to be found, whatever the control.
 
-So in ``context`` whoever sees no control can be right on all level regions and on half of the upright ones.
+So in ``context`` whoever sees no control can be right on all plain regions and on half of the striped ones.
 """
 
 from __future__ import annotations
@@ -36,11 +36,7 @@ CONTROL, REGIONS, RADII = 768, 8, (120, 200)
 LEFT, AWAY = 128, 1904  # pixels left of the control, and between it and the nearest region, at least
 FIELD = LEFT + CONTROL + AWAY  # from this column on regions lie
 PERIOD, GLASS, GREY, SWING, NOISE = 12.0, 200, 120, 50, 12
-FOUND, UPRIGHT, LEVEL = (
-    1,
-    2,
-    3,
-)  # labels of a region: to be found; upright, but not to be found; level. 0: glass, control
+FOUND, STRIPED, PLAIN = 1, 2, 3  # labels of a region: to be found; striped, but not to be found; plain
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -52,20 +48,20 @@ class Disc:
     y: int
     x: int
     radius: int
-    upright: bool
+    striped: bool
 
 
 @dataclass(frozen=True)
 class Layout:
     """What is where on a slide; the control's upper edge is at ``top``."""
 
-    upright: bool
+    striped: bool
     top: int
     discs: tuple[Disc, ...]
 
 
 def layout(number: int) -> Layout:
-    """The layout of slide ``number``; controls of even numbers are upright, so that both are as frequent in any set."""
+    """The layout of slide ``number``; controls of even numbers are striped, so that both are as frequent in any set."""
     rng = np.random.default_rng((number, 1))
     discs: list[Disc] = []
     kinds = rng.permutation([True, False] * (REGIONS // 2))
@@ -78,35 +74,37 @@ def layout(number: int) -> Layout:
 
 
 def draw(number: int) -> tuple[Pixels, Pixels]:
-    """Image ``(1, H, W)`` and kinds ``(1, H, W)``: ``UPRIGHT`` and ``LEVEL`` regions, 0 elsewhere."""
+    """Image ``(1, H, W)`` and kinds ``(1, H, W)``: ``STRIPED`` and ``PLAIN`` regions, 0 elsewhere."""
     made = layout(number)
     rng = np.random.default_rng((number, 2))
     image = np.full((HEIGHT, WIDTH), GLASS, np.float32)
     kinds = np.zeros((HEIGHT, WIDTH), np.uint8)
     square = np.s_[made.top : made.top + CONTROL, LEFT : LEFT + CONTROL]
-    y, x = np.ogrid[square]
-    image[square] = _stripes(x if made.upright else y, rng)
+    image[square] = _texture(made.striped, square, rng)
     for disc in made.discs:
         box = np.s_[disc.y - disc.radius : disc.y + disc.radius, disc.x - disc.radius : disc.x + disc.radius]
         y, x = np.ogrid[box]
         inside = (y - disc.y) ** 2 + (x - disc.x) ** 2 < disc.radius**2
-        stripes = np.broadcast_to(_stripes(x if disc.upright else y, rng), inside.shape)
-        image[box][inside] = stripes[inside]
-        kinds[box][inside] = UPRIGHT if disc.upright else LEVEL
+        image[box][inside] = _texture(disc.striped, box, rng)[inside]
+        kinds[box][inside] = STRIPED if disc.striped else PLAIN
     image += NOISE * rng.standard_normal(image.shape, np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)[None], kinds[None]
 
 
-def _stripes(along: npt.NDArray[np.generic], rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    waves = GREY + SWING * np.sin(2 * np.pi * along / PERIOD + rng.uniform(0, 2 * np.pi))
-    return waves.astype(np.float32)
+def _texture(striped: bool, box: tuple[slice, slice], rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """Grey values of a box, before noise."""
+    y, x = np.mgrid[box]
+    turn, phase = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi)
+    along = x * np.cos(turn) + y * np.sin(turn)
+    swing = SWING if striped else 0
+    return (GREY + swing * np.sin(2 * np.pi * along / PERIOD + phase)).astype(np.float32)
 
 
 def labels(kinds: Pixels, number: int, task: Task) -> Pixels:
     """The labels of kinds of slide ``number``: ``FOUND`` on what the task says is to be found."""
-    if task == "context" and not layout(number).upright:
+    if task == "context" and not layout(number).striped:
         return kinds
-    return np.array([0, 0, FOUND, LEVEL], np.uint8)[kinds]
+    return np.array([0, 0, FOUND, PLAIN], np.uint8)[kinds]
 
 
 def stored(folder: Path, number: int) -> tuple[Pixels, Pixels]:

@@ -77,18 +77,18 @@ export class Run {
     const facts = [["Steps", this.total ? `${done} of ${this.total}` : String(done)]];
     if (last) {
       const pixels = status?.pixels;
-      facts.push(["Seconds a step", `${shown(typical)}${pixels ? `, ${shown(pixels / 1e6 / typical)} megapixels a second` : ""}`]);
+      facts.push(["Speed", `${shown(typical)} s a step${pixels ? `, ${shown(pixels / 1e6 / typical)} MP/s` : ""}`]);
       if (going && this.total) facts.push(["Left", this.left(done, typical)]);
       const gib = 2 ** -30;
       const now = going && status?.rss ? status.rss : last[5];
-      facts.push(["Memory", `${shown(now * gib)} GiB, at most ${shown(Math.max(...steps.slice(-1000).map((step) => step[6])) * gib)}${this.budget ? ` of ${shown(this.budget * gib)}` : ""}`]);
+      facts.push(["Memory", `${shown(now * gib)} GiB, peak ${shown(Math.max(...steps.slice(-1000).map((step) => step[6])) * gib)}${this.budget ? ` of ${shown(this.budget * gib)}` : ""}`]);
       facts.push(["Learning rate", Number(last[8].toPrecision(3)).toString()]);
     }
     if (this.validations.length) {
       const best = this.validations.reduce((a, b) => (b[1] > a[1] ? b : a));
       facts.push(["Validation Dice", `${this.validations.at(-1)[1].toFixed(4)}${best !== this.validations.at(-1) ? `, best ${best[1].toFixed(4)} at ${best[0]}` : ""}`]);
     }
-    if (status) facts.push(["This page's process", `${Math.round(this.viewer / 2 ** 20)} MiB beside the run`]);
+    if (status) facts.push(["This page", `${Math.round(this.viewer / 2 ** 20)} MiB beside the run`]);
     get("run-facts").replaceChildren(...facts.map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", { text: value }))));
     get("run-said").textContent = this.seeing();
   }
@@ -171,7 +171,7 @@ function chart(title, lines, zero = false) {
   if (y1 - y0 < 1e-9) { y0 -= 0.5 * Math.abs(y0) + 1e-6; y1 += 0.5 * Math.abs(y1) + 1e-6; }
   const x = (value) => LEFT + (x1 > x0 ? (value - x0) / (x1 - x0) : 0.5) * (WIDTH - LEFT - 4);
   const y = (value) => HEIGHT - BOTTOM - (value - y0) / (y1 - y0) * (HEIGHT - BOTTOM - TOP);
-  const said = (value) => (Math.abs(value) >= 100 ? value.toFixed(0) : value.toPrecision(3));
+  const said = (value) => (Math.abs(value) >= 100 ? value.toFixed(0) : String(Number(value.toPrecision(3))));
   const text = (at, level, what, anchor) => { const made = svg("text", { x: at, y: level, "text-anchor": anchor }); made.textContent = what; return made; };
   const parts = [y0, y1].flatMap((value) => [svg("line", { class: "rule", x1: LEFT, x2: WIDTH - 4, y1: y(value), y2: y(value) }), text(LEFT - 6, y(value) + 4, said(value), "end")]);
   parts.push(text(LEFT, HEIGHT - 2, String(Math.round(x0)), "start"), text(WIDTH - 4, HEIGHT - 2, `step ${Math.round(x1)}`, "end"));
