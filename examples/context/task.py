@@ -1,14 +1,14 @@
 """The slides of this example, made from a number: regions whose label depends on something far away, or does not.
 
-A slide has ``HEIGHT x WIDTH`` pixels of one channel, 8 bits. On glass (grey 200) lie
+A slide has ``HEIGHT x WIDTH`` pixels of one channel, 8 bits, grey 120 where nothing else is said. There lie
 
 - a *control* on the left, a square of ``CONTROL`` pixels at a height drawn at random: striped on slides of even number,
   plain on the others;
 - ``REGIONS`` discs on the right, of ``RADII`` pixels, none touching another, half of them striped, half plain, whatever
   the control.
 
-Plain is grey 120. Stripes are sines around the same grey, of a period of 12 pixels, of random phase and direction.
-Everything has Gaussian noise. So striped and plain have the same mean: what tells them apart is gone on a picture that
+Plain is grey 120 too. Stripes are sines around that grey, of a period of 12 pixels, of random phase and direction.
+Everything has Gaussian noise. So all of a slide has the same mean: what tells things apart is gone on a picture that
 averages a dozen pixels or more. Between the control's edge and the nearest region lie at least ``AWAY`` pixels.
 
 Two tasks, on the same pixels:
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,7 @@ HEIGHT, WIDTH = 1536, 6144
 CONTROL, REGIONS, RADII = 768, 8, (120, 200)
 LEFT, AWAY = 128, 1904  # pixels left of the control, and between it and the nearest region, at least
 FIELD = LEFT + CONTROL + AWAY  # from this column on regions lie
-PERIOD, GLASS, GREY, SWING, NOISE = 12.0, 200, 120, 50, 12
+PERIOD, GREY, SWING, NOISE = 12.0, 120, 50, 12
 FOUND, STRIPED, PLAIN = 1, 2, 3  # labels of a region: to be found; striped, but not to be found; plain
 
 Pixels = npt.NDArray[np.uint8]
@@ -60,6 +61,7 @@ class Layout:
     discs: tuple[Disc, ...]
 
 
+@cache
 def layout(number: int) -> Layout:
     """The layout of slide ``number``; controls of even numbers are striped, so that both are as frequent in any set."""
     rng = np.random.default_rng((number, 1))
@@ -77,7 +79,7 @@ def draw(number: int) -> tuple[Pixels, Pixels]:
     """Image ``(1, H, W)`` and kinds ``(1, H, W)``: ``STRIPED`` and ``PLAIN`` regions, 0 elsewhere."""
     made = layout(number)
     rng = np.random.default_rng((number, 2))
-    image = np.full((HEIGHT, WIDTH), GLASS, np.float32)
+    image = np.full((HEIGHT, WIDTH), GREY, np.float32)
     kinds = np.zeros((HEIGHT, WIDTH), np.uint8)
     square = np.s_[made.top : made.top + CONTROL, LEFT : LEFT + CONTROL]
     image[square] = _texture(made.striped, square, rng)
@@ -107,6 +109,7 @@ def labels(kinds: Pixels, number: int, task: Task) -> Pixels:
     return np.array([0, 0, FOUND, PLAIN], np.uint8)[kinds]
 
 
+@cache
 def stored(folder: Path, number: int) -> tuple[Pixels, Pixels]:
     """Image and kinds of a slide as memory maps of files, which are drawn first if they are not there."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -96,6 +96,6 @@ def _fetched_end(server: Server) -> bool:
 def _await_end(closed: threading.Event) -> None:
     """Until the other end of standard input is closed, or its process is gone."""
     with suppress(OSError, ValueError):
-        while sys.stdin.buffer.read(1):
+        while os.read(sys.stdin.fileno(), 1):  # not through a buffer, whose lock would outlive the interpreter's end
             pass
     closed.set()

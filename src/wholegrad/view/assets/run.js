@@ -1,5 +1,5 @@
 // A run's curves, from its log, while it goes on.
-import { ask, el } from "./net.js";
+import { ask, closed, el } from "./net.js";
 
 const get = (id) => document.getElementById(id);
 const EVERY = 2000; // milliseconds between looks at the log
@@ -52,6 +52,7 @@ export class Run {
       this.draw();
     }
     this.caught = !more || this.caught;
+    if (this.over()) closed.said = "The run is over, and its page was closed with it: wholegrad view --run shows it again.";
     this.say();
     const [state, version] = [this.status?.state, found.prediction?.version ?? this.version];
     const ended = this.state !== null && state !== this.state && this.over();
