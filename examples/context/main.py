@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -82,23 +83,35 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="write README.md and curves.svg of this folder")
     parser.add_argument("--ways", type=lambda text: text.split(","), default=WAYS, help="one of whole,patches alone")
+    parser.add_argument("--one", type=lambda text: Run(**json.loads(text)), help=argparse.SUPPRESS)
     args = parser.parse_args()
     began = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        sys.exit(one(args.one, args.out, began + args.seconds))
     for way in args.ways:
         for run in todo(args.out, way):
             path = args.out / f"{run.name}.json"
             if not path.exists():
-                until = began + args.seconds
-                result = None if time.monotonic() > until else train(run, args.out, until)
-                if result is None:
+                left = args.seconds - (time.monotonic() - began)
+                words = ["--one", json.dumps(asdict(run)), "--out", str(args.out), "--seconds", str(left)]
+                if left <= 0 or subprocess.run([sys.executable, __file__, *words]).returncode:
                     sys.exit("not all is done; call it again")
-                path.with_suffix(".part").write_text(json.dumps(result))
-                path.with_suffix(".part").replace(path)
     if args.write:
         from report import write
 
         write(args.out)
+
+
+def one(run: Run, out: Path, until: float) -> int:
+    """One training, in a process of its own, so that what it holds is its own; 1 if it has to go on later."""
+    result = train(run, out, until)
+    if result is None:
+        return 1
+    path = out / f"{run.name}.json"
+    path.with_suffix(".part").write_text(json.dumps(result))
+    path.with_suffix(".part").replace(path)
+    return 0
 
 
 def todo(out: Path, way: str) -> Iterator[Run]:
@@ -164,11 +177,12 @@ def train(run: Run, out: Path, until: float) -> dict[str, Any] | None:
         schedule.step()
         if (update + 1) % (total // LOOKS) == 0:
             state["processor"] += _processor() - used
+            state["peak"] = state["peak"] or _peak()  # of training alone, before anything was judged
             found = accuracy(judge(model, VAL, run, folder))
             state["curve"].append(((update + 1) * PIXELS / share, float(np.mean(losses)), found))
             print(run.name, *(round(each, 4) for each in state["curve"][-1]), flush=True)
             losses.clear()
-            state.update(update=update + 1, peak=max(state["peak"], _peak()))
+            state["update"] = update + 1
             whole = [state, *(part.state_dict() for part in (model, optimizer, schedule))]
             torch.save(whole, kept.with_suffix(".part"))
             kept.with_suffix(".part").replace(kept)
@@ -227,7 +241,7 @@ def judge(model: torch.nn.Module, numbers: Sequence[int], run: Run, folder: Path
     for number in numbers:
         image, kinds = stored(folder, number)
         target = labels(np.asarray(kinds), number, run.task)
-        counts = wg.measure(model, image, target, metrics={"right": right}, budget=BUDGET)["right"]
+        counts = wg.measure(model, image, target, metrics={"right": right}, budget="2GiB")["right"]
         each.append(shares(counts.tolist()))
     return each
 

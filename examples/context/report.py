@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from main import BUDGET, PATCHES, SEEDS, TEST, UPDATES, WAYS, accuracy, result_of, todo
+from main import BUDGET, PATCHES, TEST, UPDATES, WAYS, accuracy, result_of, todo
 from PIL import Image
 from task import TASKS, Task, draw
 
@@ -32,6 +32,8 @@ def write(out: Path) -> None:
     tuning: list[dict[str, Any]] = []
     for way in WAYS:
         for run in dict.fromkeys(todo(out, way)):
+            if not (out / f"{run.name}.json").exists():
+                continue
             found = result_of(out, run)
             if run.seed == 0:
                 tuning.append(found)
@@ -94,7 +96,7 @@ def curves(results: Results) -> str:
         lines = [
             Line("", style, [x / 1e9 for x, _, _ in run["curve"]], [y for _, _, y in run["curve"]], dots=True)
             for way, style in (("whole", "c1"), ("patches", "c2"))
-            for run in results[task, way]
+            for run in results.get((task, way), [])
         ]
         drawn = chart(task, lines, across="gigapixels seen")
         body = drawn[drawn.index("<svg") : drawn.index("</svg>")]
@@ -144,7 +146,7 @@ def machine(results: Results, tuning: Sequence[dict[str, Any]]) -> str:
     return (
         f"Whole slides: planned within {BUDGET} ({max(run['projected'] for run in whole) / 2**30:.2f} GiB projected), "
         f"where whole-image autograd would need {whole[0]['whole_image'] / 2**30:.2f} GiB by the same projection. "
-        f"{len(SEEDS)} seeds, {UPDATES} updates of two whole slides or as many pixels in patches; patch sizes tried: "
+        f"{UPDATES} updates of two whole slides or as many pixels in patches; patch sizes tried: "
         f"{', '.join(map(str, PATCHES))}. All trainings together took {total:.0f} minutes of processor time. "
         f"Written {today}: {platform.machine()}, {every[0]['threads']} threads, {platform.system()}, Python "
         f"{platform.python_version()}, torch {torch.__version__}. Command: `python examples/context/main.py --write`."
