@@ -77,7 +77,8 @@ def follow_to_the_end(browser: Browser, process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
     browser.until("!document.getElementById('banner').hidden", 30)
-    assert "The run is over, and its page was closed" in browser.run("document.getElementById('banner-text').textContent")
+    said = browser.run("document.getElementById('banner-text').textContent")
+    assert "The run is over, and its page was closed" in said
 
 
 def test_a_resumed_run_draws_each_step_once(browser: Browser, slides: Path) -> None:
