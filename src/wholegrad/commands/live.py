@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from wholegrad.errors import ConfigError
+from wholegrad.errors import ConfigError, WholegradError
 from wholegrad.train.live import Live
 
 LOADS = 120.0  # seconds that it may take until it listens
@@ -88,8 +88,11 @@ class LivePage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self.live.end("failed", " ".join(str(error).split()))
+        if isinstance(error, KeyboardInterrupt):
+            self.live.end("interrupted")
+        elif error is not None:
+            said = str(error) if isinstance(error, WholegradError) else f"{type(error).__name__}: {error}"
+            self.live.end("failed", " ".join(said.split()))
         self.close()
 
 

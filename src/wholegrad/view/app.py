@@ -132,8 +132,10 @@ class App:
 
     def _score(self, look: Look) -> Answer | None:
         error = self.scene.error
-        if error is None or not self._scored():
+        if error is None:
             return None
+        if not self._scored():
+            return _json({"state": "put off"})
         threshold = look.threshold if "threshold" in error.drawn_by else self.scene.threshold
 
         def work(publish: Publish) -> None:

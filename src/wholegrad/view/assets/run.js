@@ -172,7 +172,7 @@ function chart(title, lines, zero = false) {
   if (y1 - y0 < 1e-9) { y0 -= 0.5 * Math.abs(y0) + 1e-6; y1 += 0.5 * Math.abs(y1) + 1e-6; }
   const x = (value) => LEFT + (x1 > x0 ? (value - x0) / (x1 - x0) : 0.5) * (WIDTH - LEFT - 4);
   const y = (value) => HEIGHT - BOTTOM - (value - y0) / (y1 - y0) * (HEIGHT - BOTTOM - TOP);
-  const said = (value) => (Math.abs(value) >= 100 ? value.toFixed(0) : String(Number(value.toPrecision(3))));
+  const said = (value) => (Math.abs(value) >= 100 ? value.toFixed(0) : value && Math.abs(value) < 1e-3 ? value.toExponential(0) : String(Number(value.toPrecision(Math.abs(value) < 0.1 ? 2 : 3))));
   const text = (at, level, what, anchor) => { const made = svg("text", { x: at, y: level, "text-anchor": anchor }); made.textContent = what; return made; };
   const parts = [y0, y1].flatMap((value) => [svg("line", { class: "rule", x1: LEFT, x2: WIDTH - 4, y1: y(value), y2: y(value) }), text(LEFT - 6, y(value) + 4, said(value), "end")]);
   parts.push(text(LEFT, HEIGHT - 2, String(Math.round(x0)), "start"), text(WIDTH - 4, HEIGHT - 2, `step ${Math.round(x1)}`, "end"));
