@@ -172,6 +172,7 @@ def train(run: Run, out: Path, until: float) -> dict[str, Any] | None:
         for image, target in batches(run, update, folder):
             if plan is None:
                 plan = wg.plan(model, loss_fn, image, target, budget=BUDGET)
+                state["plan"] = {"projected": plan.projected, "whole_image": plan.whole_image}
             losses.append(float(wg.backward(model, loss_fn, image, target, plan=plan)))
         optimizer.step()
         schedule.step()
@@ -192,9 +193,8 @@ def train(run: Run, out: Path, until: float) -> dict[str, Any] | None:
     tested = {"whole": judge(model, TEST, run, folder)}
     if run.patch is not None:
         tested["patches"] = judge_by_patches(model, TEST, run, folder)
-    told = {} if plan is None else {"projected": plan.projected, "whole_image": plan.whole_image}
     return {
-        **asdict(run), **told, "updates": total, "curve": state["curve"], "test": tested, "peak": state["peak"],
+        **asdict(run), **state["plan"], "updates": total, "curve": state["curve"], "test": tested, "peak": state["peak"],
         "processor": state["processor"], "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
 
