@@ -39,7 +39,8 @@ def write(out: Path) -> None:
                 tuning.append(found)
             else:
                 results.setdefault((run.task, way), []).append(found)
-    parts = [table(results), "![accuracy while training](curves.svg)", tuned(tuning), machine(results, tuning)]
+    shown = "![two slides, and pieces of 128 pixels: control, a striped region, a plain one](slides.png)"
+    parts = [shown, table(results), "![accuracy while training](curves.svg)", tuned(tuning), machine(results, tuning)]
     readme = HERE / "README.md"
     head, _, rest = readme.read_text().partition(MARKS[0])
     _, _, tail = rest.partition(MARKS[1])
