@@ -195,7 +195,8 @@ def train(run: Run, out: Path, until: float) -> dict[str, Any] | None:
         tested["patches"] = judge_by_patches(model, TEST, run, folder)
     return {
         **asdict(run), **state["plan"], "updates": total, "curve": state["curve"], "test": tested,
-        "peak": state["peak"], "processor": state["processor"], "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "peak": state["peak"], "processor": state["processor"],
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
 
 
