@@ -175,7 +175,7 @@ function chart(title, lines, zero = false) {
   const said = (value) => (Math.abs(value) >= 100 ? value.toFixed(0) : value && Math.abs(value) < 1e-3 ? value.toExponential(0) : String(Number(value.toPrecision(Math.abs(value) < 0.1 ? 2 : 3))));
   const text = (at, level, what, anchor) => { const made = svg("text", { x: at, y: level, "text-anchor": anchor }); made.textContent = what; return made; };
   const parts = [y0, y1].flatMap((value) => [svg("line", { class: "rule", x1: LEFT, x2: WIDTH - 4, y1: y(value), y2: y(value) }), text(LEFT - 6, y(value) + 4, said(value), "end")]);
-  parts.push(text(LEFT, HEIGHT - 2, String(Math.round(x0)), "start"), text(WIDTH - 4, HEIGHT - 2, `step ${Math.round(x1)}`, "end"));
+  parts.push(text(LEFT, HEIGHT - 4, String(Math.round(x0)), "start"), text(WIDTH - 4, HEIGHT - 4, `step ${Math.round(x1)}`, "end"));
   for (const line of drawn) {
     parts.push(svg("polyline", { class: line.style, points: line.points.map((point) => `${x(point[0]).toFixed(1)},${y(point[1]).toFixed(1)}`).join(" ") }));
     if (line.dots || line.points.length === 1) for (const point of line.points) parts.push(svg("circle", { class: line.style, cx: x(point[0]), cy: y(point[1]), r: 2.5 }));
