@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_command
 from wholegrad.run.profile import Profile
 from wholegrad.run.roofline import measure
 from wholegrad.train.config import Config, load_config
 from wholegrad.train.events import Outcome
 from wholegrad.train.loop import train
+from wholegrad.train.plans import threads_of_rank
 from wholegrad.train.progress import display, score_table
+from wholegrad.train.team import Place, Team
 
 TEXT = """\
 Train a network on whole slides, one slide a step, with the gradients of whole-image training.
@@ -24,6 +24,7 @@ The run's folder gets split.json (which slides are for what), log.jsonl (a line 
 best.safetensors (if there are validation slides), weights.safetensors with a JSON card, test.json (Dice of each test
 slide), a picture of each test slide, and report.html. Ctrl-C stops cleanly: it writes a checkpoint and says where.
 A run that was killed, at whatever moment, goes on with --resume and ends with the bits of an unbroken one.
+Under torchrun the slides of each update (train.accumulate) are shared by its ranks: docs/launching.md.
 docs/training.md explains every key of the configuration."""
 
 EXAMPLES = """\
@@ -33,7 +34,8 @@ EXAMPLES = """\
   wholegrad train run.toml --folds 5 --fold 0 --out out/fold0
   wholegrad train run.toml --set data.mpp=4 --set train.optimizer.args.weight_decay=0.01
   wholegrad train run.toml --steps 3 --profile --out out/profiled
-  wholegrad train run.toml --resume"""
+  wholegrad train run.toml --resume
+  torchrun --nproc-per-node 2 -m wholegrad train run.toml --accumulate 2 --resume"""
 
 FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {  # flag: the key that it stands for, and its kind
     "steps": ("train.steps", int),
@@ -76,9 +78,20 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, overrides(args))
-    profile = Profile(measure(config.train.threads or torch.get_num_threads())) if args.profile else None
-    with display(NOTES) as shown:
-        outcome = train(config, shown.watch(), resume=args.resume, profile=profile)
+    team = Team(Place.found(), config.mesh.timeout)
+    profile = Profile(measure(config.train.threads or threads_of_rank(team.place))) if args.profile else None
+    resume = args.resume or team.place.restarts > 0  # what torchrun starts again goes on
+    try:
+        team.join()
+        if team.first:
+            with display(NOTES) as shown:
+                outcome = train(config, shown.watch(), resume=resume, profile=profile, team=team)
+        else:
+            outcome = train(config, resume=resume, profile=profile, team=team)
+    finally:
+        team.close()
+    if not team.first:
+        return 130 if outcome.interrupted else 0
     if profile is not None and profile.steps:
         CONSOLE.print(profile.table(), markup=False)  # not a rich table, which cuts cells off where it is narrow
         CONSOLE.print(f"profile: {config.out / 'profile.json'}")

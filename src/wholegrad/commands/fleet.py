@@ -1,0 +1,164 @@
+"""What ``segment`` and ``predict`` share where they go over many slides: flags, progress, the table at the end."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from wholegrad.commands.common import CONSOLE, NOTES, Parser, make_folder
+from wholegrad.errors import ConfigError
+from wholegrad.fleet.dispatch import Fleet, Told, local_workers, remote_workers, share_of_machine
+from wholegrad.fleet.jobs import Job, Outcome
+from wholegrad.fleet.manifest import CLAIMED, DONE, FAILED, NAME, WAITING, Manifest, Slide
+from wholegrad.fleet.sources import find_slides
+from wholegrad.run.budget import budget_bytes, is_automatic
+from wholegrad.run.limits import available
+from wholegrad.run.pressure import SHARE
+from wholegrad.slide.bigtiff import PartialFile
+
+SHOWN = 20  # rows of the table at the end; the CSV has all
+
+
+def add_fleet(parser: Parser) -> None:
+    """Flags that make a command go over many slides by a manifest."""
+    group = parser.add_argument_group("many slides (docs/launching.md)")
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="worker processes on this machine, a slide each at once"
+    )
+    group.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler's workers, such as tcp://host:8786")
+    group.add_argument("--retries", type=int, default=2, help="of a slide whose worker died or met the unforeseen (2)")
+    group.add_argument("--retry-failed", action="store_true", help="try slides again that failed in an earlier run")
+
+
+def is_fleet(args: argparse.Namespace) -> bool:
+    """Whether the flags ask for workers.
+
+    Raises:
+        ConfigError: they make no sense.
+    """
+    if args.workers is not None and args.scheduler is not None:
+        raise ConfigError("--workers and --scheduler", "both given", "give one of them")
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError("--workers", f"is {args.workers}", "give 1 or more")
+    if args.retries < 0:
+        raise ConfigError("--retries", f"is {args.retries}", "give 0 or more")
+    return args.workers is not None or args.scheduler is not None
+
+
+def budget_of_worker(args: argparse.Namespace) -> str | int | None:
+    """What each worker may take: what was asked for, else an equal share of what is safe on this machine."""
+    budget_bytes(args.budget)
+    if args.workers is None or not is_automatic(args.budget):
+        return args.budget  # type: ignore[no-any-return]
+    return int(SHARE * available() / args.workers)
+
+
+def run_fleet(args: argparse.Namespace, slides: list[Path], out: Path, job: Job) -> int:
+    """Do ``job`` to all slides; returns the exit code: 1 if one failed, 130 after Ctrl-C."""
+    found = find_slides(slides, leave=out)
+    make_folder(out)
+    manifest = Manifest(out, job.about())
+    workers: AbstractContextManager[Any]
+    threads = None
+    if args.scheduler is None:
+        workers, threads = local_workers(args.workers), share_of_machine(args.workers)
+    else:
+        workers = remote_workers(args.scheduler)
+    interrupted = False
+    try:
+        missing = [name for name in found if not all(path.exists() for path in job.files(name))]
+        manifest.add(found, missing, again=args.retry_failed)
+        with workers as client, _bar() as bar:
+            try:
+                Fleet(client, manifest, job, threads, args.retries, _told(bar)).run(list(found))
+            except KeyboardInterrupt:
+                interrupted = True
+                NOTES.print("stopping: slides under way are given back, and nothing of them is left behind")
+    except KeyboardInterrupt:  # while workers start or end
+        interrupted = True
+    finally:
+        counts = manifest.counts(list(found))
+        rows = [row for row in manifest.rows() if row.name in found]
+        manifest.close()
+    summary = out / "fleet.csv"
+    _write(summary, rows)
+    CONSOLE.print(_table(rows))
+    left = counts[WAITING] + counts[CLAIMED]
+    CONSOLE.print(f"{counts[DONE]} done, {counts[FAILED]} failed, {left} left of {len(found)}: {summary}, {out / NAME}")
+    if interrupted:
+        NOTES.print("stopped; the same command goes on")
+        return 130
+    return 1 if counts[FAILED] or left else 0
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("slides"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=NOTES, transient=True, disable=not NOTES.is_terminal)
+
+
+def _told(bar: Progress) -> Told:
+    task = bar.add_task("slides", total=None)
+    say: Callable[[str], None] = lambda text: bar.console.print(text, markup=False)  # noqa: E731
+
+    def start(left: int, total: int) -> None:
+        bar.update(task, total=total, completed=total - left)
+        say(f"{total} slides, {total - left} of them done or failed before")
+
+    def done(slide: Slide, outcome: Outcome) -> None:
+        bar.advance(task)
+        say(f"done: {slide.name} in {outcome.seconds:.1f} s")
+
+    def failed(slide: Slide, cause: str, again: bool) -> None:
+        bar.advance(task, 0 if again else 1)
+        say(f"{'again' if again else 'failed'}: {cause}")
+
+    return Told(start, done, failed, say)
+
+
+def _table(rows: list[Any]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("slide")
+    table.add_column("state")
+    for heading in ("tries", "seconds"):
+        table.add_column(heading, justify="right")
+    table.add_column("what")
+    bad_first = sorted(rows, key=lambda row: row.state == DONE)
+    for row in bad_first[:SHOWN]:
+        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
+        table.add_row(row.name, row.state, str(row.attempts), seconds, row.cause or _figures(row.result))
+    if len(rows) > SHOWN:
+        table.add_row(f"and {len(rows) - SHOWN} more")
+    return table
+
+
+def _figures(result: dict[str, Any] | None) -> str:
+    if not result:
+        return ""
+    size = " x ".join(map(str, result["shape"]))
+    return size if "tissue" not in result else f"{size}, tissue {result['tissue']:.1%}, {result['area']:.1f} mm2"
+
+
+def _write(path: Path, rows: list[Any]) -> None:
+    """All slides as a table that other programs read, whole or not at all."""
+    text = io.StringIO()
+    keys = sorted({key for row in rows for key in row.result or {}})
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["slide", "path", "state", "tries", "seconds", "cause", *keys])
+    for row in rows:
+        figures = [(row.result or {}).get(key, "") for key in keys]
+        writer.writerow([row.name, row.path, row.state, row.attempts, row.seconds, row.cause or "", *figures])
+    file = PartialFile(path)
+    try:
+        file.append(text.getvalue().encode())
+        file.commit()
+    except BaseException:
+        file.discard()
+        raise

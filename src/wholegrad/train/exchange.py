@@ -1,0 +1,92 @@
+"""Gradients of the slides of one update, summed over slides in float64, in the order of the slides, whoever ran them.
+
+Floating-point sums depend on their order. Here it is that of the slides, and not of the ranks: one rank that takes all
+slides of an update in turn, and many that take one each, add up the same numbers in the same order, to the same bits.
+
+Each rank adds up an equal share of all numbers. In each round it sends every other the part of its own slide's gradient
+that is the other's to add (an all-to-all), and at the end all collect the shares (an all-gather). With ``P`` parameters
+on ``N`` ranks a rank so sends ``4 P (N - 1) / N`` bytes a round and ``8 P (N - 1) / N`` an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from wholegrad.train.team import Team
+
+Grads = list[torch.Tensor | None]
+
+
+class OrderedSum:
+    """The sum of slides' gradients, a share of it on each rank.
+
+    Args:
+        team: the ranks.
+        shapes: of the parameters' gradients: tensors like them.
+        start: a sum to go on from, in float64, the same on every rank; None where there is none yet.
+    """
+
+    def __init__(self, team: Team, shapes: Sequence[torch.Tensor], start: Grads | None = None) -> None:
+        self.team, self.shapes = team, list(shapes)
+        self.total = sum(each.numel() for each in self.shapes)
+        self.chunk = max(1, -(-self.total // team.size))
+        wide = any(each.dtype == torch.float64 for each in self.shapes)
+        self.dtype = torch.float64 if wide else torch.float32  # bfloat16 and float16 fit into it
+        self.had = [False] * len(self.shapes)
+        self.share: torch.Tensor | None = None
+        if start is not None:
+            self.had = [each is not None for each in start]
+            mine = slice(team.rank * self.chunk, (team.rank + 1) * self.chunk)
+            self.share = self._flat(start, torch.float64)[mine].clone()
+
+    def add(self, grads: Grads | None, present: Sequence[Sequence[bool] | None]) -> None:
+        """Add the gradients of one slide a rank, in order of rank.
+
+        Args:
+            grads: of this rank's slide, if it has one.
+            present: for each rank, which parameters its slide has a gradient of; None for a rank without a slide.
+        """
+        sent = self._flat(grads or [None] * len(self.shapes), self.dtype)
+        got = torch.empty_like(sent)
+        if self.team.alone:
+            got = sent
+        else:
+            import torch.distributed as dist
+
+            self.team.call("an exchange of gradients", lambda: dist.all_to_all_single(got, sent))
+        for rank, has in enumerate(present):
+            if has is None:
+                continue
+            self.had = [a or b for a, b in zip(self.had, has, strict=True)]
+            part = got[rank * self.chunk : (rank + 1) * self.chunk]
+            self.share = part.to(torch.float64) if self.share is None else self.share.add_(part)
+
+    def whole(self) -> Grads:
+        """The sum, in float64, on every rank; None for a parameter that no slide has a gradient of."""
+        share = torch.zeros(self.chunk, dtype=torch.float64) if self.share is None else self.share
+        flat = torch.empty(self.chunk * self.team.size, dtype=torch.float64)
+        if self.team.alone:
+            flat.copy_(share)
+        else:
+            import torch.distributed as dist
+
+            parts = list(torch.split(flat, self.chunk))
+            self.team.call("a sum of gradients", lambda: dist.all_gather(parts, share))
+        found: Grads = []
+        at = 0
+        for shape, had in zip(self.shapes, self.had, strict=True):
+            found.append(flat[at : at + shape.numel()].reshape(shape.shape).clone() if had else None)
+            at += shape.numel()
+        return found
+
+    def _flat(self, grads: Grads, dtype: torch.dtype) -> torch.Tensor:
+        """Gradients one after the other, zeros for those that are not there, and at the end up to whole shares."""
+        flat = torch.zeros(self.chunk * self.team.size, dtype=dtype)
+        at = 0
+        for shape, grad in zip(self.shapes, grads, strict=True):
+            if grad is not None:
+                flat[at : at + shape.numel()].copy_(grad.reshape(-1))
+            at += shape.numel()
+        return flat
