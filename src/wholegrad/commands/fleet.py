@@ -76,13 +76,11 @@ def run_fleet(args: argparse.Namespace, slides: list[Path], out: Path, job: Job)
     try:
         missing = [name for name in found if not all(path.exists() for path in job.files(name))]
         manifest.add(found, missing, again=args.retry_failed)
-        with workers as client, _bar() as bar:
-            try:
+        counts = manifest.counts(list(found))
+        if counts[WAITING] or counts[CLAIMED]:
+            with workers as client, _bar() as bar:
                 Fleet(client, manifest, job, threads, args.retries, _told(bar)).run(list(found))
-            except KeyboardInterrupt:
-                interrupted = True
-                NOTES.print("stopping: slides under way are given back, and nothing of them is left behind")
-    except KeyboardInterrupt:  # while workers start or end
+    except KeyboardInterrupt:
         interrupted = True
     finally:
         counts = manifest.counts(list(found))

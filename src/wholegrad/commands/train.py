@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         team.join()
         if team.first:
             with display(NOTES) as shown:
+                shown.ranks = team.size
                 outcome = train(config, shown.watch(), resume=resume, profile=profile, team=team)
         else:
             outcome = train(config, resume=resume, profile=profile, team=team)

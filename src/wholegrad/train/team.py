@@ -23,7 +23,7 @@ from wholegrad.errors import WholegradError
 Value = TypeVar("Value")
 Result = TypeVar("Result")
 
-PATIENCE = 1.0  # seconds between looks at what else happens, for a rank that waits
+PATIENCE = 0.002, 0.2  # seconds between looks for the others, at first and at most
 LOOKS = 8  # at the others' counts within a time-out
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set where ranks are to find each other
 
@@ -137,7 +137,8 @@ class Team:
         if self._store is not None and now - self._beaten > min(1.0, self.timeout / (2 * LOOKS)):
             self._beaten = now
             self._beats += 1
-            self._tell()
+            with self._talking("its own tiles"):
+                self._tell()
 
     def _tell(self) -> None:
         self._store.set(f"beat/{self.rank}", f"{self._beats} {self._meetings}")
@@ -163,22 +164,18 @@ class Team:
         self._wait(number, what)
 
     def _wait(self, number: int, what: str) -> None:
-        from torch.distributed import DistStoreError
-
         seen: dict[int, tuple[bytes, float]] = {}
-        looked = time.monotonic()
+        looked, pause = time.monotonic(), PATIENCE[0]
         while True:
             with self._talking(what):
-                try:
-                    pause = min(PATIENCE, self.timeout / LOOKS)
-                    self._store.wait([f"go/{number}"], timedelta(seconds=pause))
+                if self._store.check([f"go/{number}"]):
                     return
-                except DistStoreError:  # not yet
-                    pass
             self.look()
             if time.monotonic() - looked > self.timeout / LOOKS:
                 looked = time.monotonic()
                 self._find_stopped(number, what, seen)
+            time.sleep(pause)
+            pause = min(2 * pause, PATIENCE[1])
 
     def _find_stopped(self, number: int, what: str, seen: dict[int, tuple[bytes, float]]) -> None:
         """Refuse to wait for a rank whose count stands still."""
