@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from wholegrad.fleet.dispatch import Fleet, Told, local_workers
 from wholegrad.fleet.jobs import Outcome, attempt
 from wholegrad.fleet.manifest import CLAIMED, DONE, FAILED, WAITING, Manifest
 from wholegrad.fleet.sources import find_slides
+from wholegrad.nets import unet4492
+from wholegrad.train.state import Card, save_weights
 
 JOB = {"job": "test", "mpp": 4.0}
 
@@ -163,7 +166,7 @@ def test_a_fleet_does_each_slide_once_whatever_dies(tmp_path: Path) -> None:
     both[0].add(slides)
     told = Told(on_failed=lambda slide, cause, again: causes.append((slide.name, cause, again)))
     with local_workers(2) as client:
-        fleets = [Fleet(client, manifest, job, retries=1, told=told) for manifest in both]  # two, at once
+        fleets = [Fleet(client, manifest, job, retries=2, told=told) for manifest in both]  # two, at once
         threads = [threading.Thread(target=fleet.run, args=(names,)) for fleet in fleets]
         for thread in threads:
             thread.start()
@@ -172,13 +175,11 @@ def test_a_fleet_does_each_slide_once_whatever_dies(tmp_path: Path) -> None:
     expected = dict.fromkeys(names, DONE) | {"corrupt": FAILED, "killer": FAILED}
     assert states(both[0]) == expected
     tries = (tmp_path / "tries").read_text().split()
-    wanted = dict.fromkeys(names, 1) | {"killed": 2, "killer": 2, "unlucky": 2}
+    wanted = dict.fromkeys(names, 1) | {"killed": 2, "killer": 3, "unlucky": 2}
     counted = {name: tries.count(name) for name in names}
-    innocent = {name for name in good if counted[name] == 2}  # which was with a worker that another one killed
-    assert {name: count for name, count in counted.items() if name not in innocent} == {
-        name: count for name, count in wanted.items() if name not in innocent
-    }
-    assert len(innocent) <= 3
+    more = {name: counted[name] - wanted[name] for name in names}  # which was with a worker that another one killed
+    assert not more["corrupt"] and all(more[name] >= 0 for name in good)
+    assert sum(abs(count) for count in more.values()) <= 4  # deaths
     said = {(name, again): cause for name, cause, again in causes}
     assert said["corrupt", False].endswith("corrupt.svs: is truncated; copy it again")
     assert said["killer", False].endswith("killer.svs: its worker died (out of memory, or killed)")
@@ -241,3 +242,46 @@ def test_wrong_flags_are_said_once(
     command = ["predict", str(tmp_path), str(tmp_path), "--weights", "w", "--out", "m.tif"]
     assert main(command) == 2
     assert "does one slide to the files that --out names; give --workers for more" in capfd.readouterr().err
+
+
+def test_predict_over_slides_writes_what_predict_of_one_writes(
+    tmp_path: Path, write_case: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_case(tmp_path, "a")
+    weights = tmp_path / "weights.safetensors"
+    save_weights(weights, unet4492(seed=0), Card("unet4492", {"seed": 0}, 4492, 0, {}, {}, {}))
+
+    class Client:
+        """Runs what is submitted at once."""
+
+        def __enter__(self) -> Client:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def nthreads(self) -> dict[str, int]:
+            return {"here": 1}
+
+        def processing(self) -> dict[str, tuple[str, ...]]:
+            return {}
+
+        def submit(self, function: Callable[..., Outcome], *args: Any, **more: Any) -> Any:
+            outcome = function(*args)
+            return Mock(status="finished", result=lambda: outcome)
+
+    monkeypatch.setattr("wholegrad.commands.fleet.local_workers", lambda count: Client())
+    monkeypatch.setattr(Fleet, "_ended", lambda fleet, futures: futures)
+    command = ["predict", str(tmp_path / "slides"), "--weights", str(weights), "--out", str(tmp_path / "many")]
+    more = ["--kind", "logits", "--budget", "4GiB"]
+    assert main([*command, "--format", ".npy", "--workers", "1", *more]) == 0, capfd.readouterr().err
+    assert "1 done, 0 failed, 0 left of 1" in capfd.readouterr().out
+    one = tmp_path / "one.npy"
+    assert main(["predict", str(tmp_path / "slides/a.tif"), "--weights", str(weights), "--out", str(one), *more]) == 0
+    many = np.load(tmp_path / "many/a.logits.npy")
+    assert np.array_equal(many, np.load(one)) and many.std() > 0
+    save_weights(weights, unet4492(seed=1), Card("unet4492", {"seed": 1}, 4492, 0, {}, {}, {}))
+    assert main([*command, "--format", ".npy", "--workers", "1", *more]) == 2
+    assert "was made with digest = " in capfd.readouterr().err
+    assert main([*command, "--format", ".png", "--workers", "1", *more]) == 2
+    assert "cannot show logits" in capfd.readouterr().err

@@ -44,7 +44,8 @@ class Fleet:
         manifest: where they are noted.
         job: what is done to each.
         threads: of PyTorch in each worker; None for as many as it takes.
-        retries: how often a slide is tried again whose worker died or that met with what wholegrad does not know.
+        retries: how often a slide is tried again that met with what wholegrad does not know, and how often one whose
+            worker died: the two are counted apart, since another slide may have killed it.
     """
 
     client: Any
@@ -67,11 +68,11 @@ class Fleet:
         waiting_for_others, idle = False, time.monotonic()
         try:
             while True:
-                workers = self._workers()
+                workers, free = self._workers()
                 idle = time.monotonic() if workers else idle
                 if time.monotonic() - idle > LOST_AT_MOST:
                     raise WholegradError("workers", f"none for {LOST_AT_MOST:.0f} s", "start some, and run this again")
-                for slide in self.manifest.claim(names, max(0, workers - len(running))):
+                for slide in self.manifest.claim(names, min(free, max(0, workers - len(running)))):
                     future = self.client.submit(
                         self.attempt, self.job, slide.path, slide.name, self.threads, pure=False, retries=0
                     )
@@ -92,10 +93,12 @@ class Fleet:
                 with suppress(Exception):  # a scheduler that is gone
                     future.cancel()
 
-    def _workers(self) -> int:
-        """How many slides may be under way: a thread of a worker each."""
+    def _workers(self) -> tuple[int, int]:
+        """Threads of workers, a slide each, and how many of them have nothing to do; others may use them too."""
         try:
-            return sum(self.client.nthreads().values())
+            threads, busy = self.client.nthreads(), self.client.processing()
+            free = (count - len(busy.get(worker, ())) for worker, count in threads.items())
+            return sum(threads.values()), sum(max(0, each) for each in free)
         except (OSError, TimeoutError, RuntimeError) as error:
             raise _gone(error) from error
 
@@ -122,9 +125,9 @@ class Fleet:
             if self.manifest.finish(slide.name, outcome.figures, outcome.seconds):
                 self.told.on_done(slide, outcome)
             return
-        again = not outcome.final and slide.attempts < self.retries
-        cause = outcome.cause or "failed"
-        if self.manifest.fail(slide.name, cause, again):
+        before = slide.deaths if outcome.died else slide.attempts - slide.deaths
+        again, cause = not outcome.final and before < self.retries, outcome.cause or "failed"
+        if self.manifest.fail(slide.name, cause, again, outcome.died):
             self.told.on_failed(slide, cause, again)
 
     @staticmethod
@@ -133,7 +136,7 @@ class Fleet:
 
         error = future.exception()
         if isinstance(error, KilledWorker):
-            return Outcome(None, f"{slide.path}: its worker died (out of memory, or killed)")
+            return Outcome(None, f"{slide.path}: its worker died (out of memory, or killed)", died=True)
         return Outcome(None, " ".join(f"{slide.path}: {type(error).__name__}: {error}".split())[:500])
 
 

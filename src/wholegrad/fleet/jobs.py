@@ -44,12 +44,14 @@ class Outcome:
         figures: for the manifest, if it is done.
         cause: why not, in one line.
         final: whether trying again is of no use.
+        died: whether the worker did.
     """
 
     figures: dict[str, Any] | None
     cause: str | None = None
     final: bool = False
     seconds: float = 0.0
+    died: bool = False
 
 
 def attempt(job: Job, path: str, name: str, threads: int | None = None) -> Outcome:

@@ -34,17 +34,24 @@ CREATE TABLE IF NOT EXISTS owners (
   owner TEXT PRIMARY KEY, host TEXT NOT NULL, process INTEGER NOT NULL, beat REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS slides (
   name TEXT PRIMARY KEY, path TEXT NOT NULL, stamp TEXT NOT NULL, state TEXT NOT NULL, owner TEXT,
-  attempts INTEGER NOT NULL DEFAULT 0, cause TEXT, result TEXT, seconds REAL, changed REAL NOT NULL);
+  attempts INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0,
+  cause TEXT, result TEXT, seconds REAL, changed REAL NOT NULL);
 """
 
 
 @dataclass(frozen=True)
 class Slide:
-    """A slide as it is handed out: its name among the results, its file, and how often it was tried before."""
+    """A slide as it is handed out.
+
+    Attributes:
+        name: among the results; ``path``: its file.
+        attempts: how often it was tried before; ``deaths``: how often its worker died then.
+    """
 
     name: str
     path: str
     attempts: int = 0
+    deaths: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,9 @@ class Manifest:
         """
         now, lost = time.time(), set(missing)
         new = "INSERT INTO slides (name, path, stamp, state, changed) VALUES (?, ?, ?, ?, ?)"
-        anew = "UPDATE slides SET state = ?, stamp = ?, attempts = 0, cause = NULL, changed = ? WHERE name = ?"
+        anew = (
+            "UPDATE slides SET state = ?, stamp = ?, attempts = 0, deaths = 0, cause = NULL, changed = ? WHERE name = ?"
+        )
         with self._change() as base:
             known = {row[0]: row[1:] for row in base.execute("SELECT name, path, stamp, state FROM slides")}
             for name, path in slides.items():
@@ -156,7 +165,7 @@ class Manifest:
         with self._change() as base:
             self._beat(base)
             self._free_lost(base)
-            query = "SELECT name, path, attempts FROM slides WHERE state = ? ORDER BY attempts, rowid"
+            query = "SELECT name, path, attempts, deaths FROM slides WHERE state = ? ORDER BY attempts, rowid"
             rows = [row for row in base.execute(query, (WAITING,)) if row[0] in wanted][:most]
             for row in rows:
                 said = "UPDATE slides SET state = ?, owner = ?, attempts = attempts + 1, changed = ? WHERE name = ?"
@@ -189,16 +198,22 @@ class Manifest:
         """Note that a slide is done; False if its claim had gone to another."""
         return self._settle(name, DONE, json.dumps(result), None, seconds)
 
-    def fail(self, name: str, cause: str, again: bool) -> bool:
-        """Note that a slide failed, for good or to be tried ``again``; False if its claim had gone to another."""
-        return self._settle(name, WAITING if again else FAILED, None, cause, None)
+    def fail(self, name: str, cause: str, again: bool, died: bool = False) -> bool:
+        """Note that a slide failed, for good or to be tried ``again``; False if its claim had gone to another.
 
-    def _settle(self, name: str, state: str, result: str | None, cause: str | None, seconds: float | None) -> bool:
+        Args:
+            died: whether its worker did, which may have been another slide's doing.
+        """
+        return self._settle(name, WAITING if again else FAILED, None, cause, None, died)
+
+    def _settle(
+        self, name: str, state: str, result: str | None, cause: str | None, seconds: float | None, died: bool = False
+    ) -> bool:
         said = (
-            "UPDATE slides SET state = ?, owner = NULL, result = ?, cause = ?, seconds = ?, changed = ?"
-            " WHERE name = ? AND owner = ? AND state = ?"
+            "UPDATE slides SET state = ?, owner = NULL, result = ?, cause = ?, seconds = ?, deaths = deaths + ?,"
+            " changed = ? WHERE name = ? AND owner = ? AND state = ?"
         )
-        values = (state, result, cause, seconds, time.time(), name, self.owner, CLAIMED)
+        values = (state, result, cause, seconds, int(died), time.time(), name, self.owner, CLAIMED)
         with self._change() as base:
             return base.execute(said, values).rowcount == 1
 

@@ -35,7 +35,6 @@ class Record:
         present: which parameters have a gradient; None where there is none to add.
         changed: buffers that its slide left otherwise.
         notes: what else happened there.
-        digest: of the weights that it used.
         failed: why it cannot go on.
     """
 
@@ -43,7 +42,6 @@ class Record:
     present: list[bool] | None = None
     changed: statistics.Buffers = field(default_factory=dict)
     notes: list[Replan] = field(default_factory=list)
-    digest: str = ""
     failed: WholegradError | None = None
 
 
@@ -104,7 +102,6 @@ class Batch:
 
         Raises:
             WholegradError: a rank failed; nothing has changed.
-            NumericsError: ranks have come to different weights.
         """
         mover, team = self.mover, self.team
         sums = OrderedSum(team, [p.detach() for p in mover.trained], mover.waiting)
@@ -114,7 +111,6 @@ class Batch:
             record, grads = self._one(mine if mine < last else None)
             records = team.gather(record, f"step {start}")
             team.settle([each.failed for each in records], record.failed)
-            self._compare(records, start)
             sums.add(grads, [each.present for each in records])
             for rank, each in enumerate(records):
                 told += [Told(rank, note) for note in each.notes]
@@ -130,8 +126,8 @@ class Batch:
 
     def _one(self, step: int | None) -> tuple[Record, list[torch.Tensor | None] | None]:
         """This rank's slide of a round; parameters and buffers are left as they were."""
-        record = Record(digest=digest(self.model, self.mover))
-        record.notes, self.notes = self.notes, []
+        record = Record(notes=self.notes)
+        self.notes = []
         if step is None:
             return record, None
         buffers = statistics.buffers_of(self.model)
@@ -152,10 +148,15 @@ class Batch:
         self.notes = []
         return record, grads
 
-    def _compare(self, records: list[Record], step: int) -> None:
-        """Ranks that no longer agree would train different networks, and none would be the one asked for."""
-        odd = [rank for rank, each in enumerate(records) if each.digest != records[0].digest]
+    def compare(self, step: int) -> None:
+        """After an update: ranks that no longer agree would train different networks, none the one asked for.
+
+        Raises:
+            NumericsError: that is so.
+        """
+        digests = self.team.gather(digest(self.model, self.mover), f"the weights after step {step}")
+        odd = [rank for rank, each in enumerate(digests) if each != digests[0]]
         if odd:
-            cause = f"other weights than rank 0 before step {step}"
+            cause = f"has other weights than rank 0 after step {step}"
             remedy = "use machines with the same processor and versions; go on from the checkpoint with --resume"
             raise NumericsError(f"rank {', '.join(map(str, odd))}", cause, remedy)

@@ -77,7 +77,7 @@ class OrderedSum:
         found: Grads = []
         at = 0
         for shape, had in zip(self.shapes, self.had, strict=True):
-            found.append(flat[at : at + shape.numel()].reshape(shape.shape).clone() if had else None)
+            found.append(flat[at : at + shape.numel()].reshape(shape.shape) if had else None)
             at += shape.numel()
         return found
 

@@ -308,6 +308,7 @@ class Run:
         self.sound = False
         norm = self._move(f"steps {self.step} to {last - 1}") if self._ends_update(last) else None
         self.step = last
+        self.batch.compare(last - 1)
         return [each.with_norm(norm) if each.event.step == last - 1 else each for each in told]
 
     def _ends_update(self, step: int) -> bool:
