@@ -19,10 +19,9 @@ from wholegrad.fleet.dispatch import Fleet, Told, local_workers, remote_workers,
 from wholegrad.fleet.jobs import Job, Outcome
 from wholegrad.fleet.manifest import CLAIMED, DONE, FAILED, NAME, WAITING, Manifest, Slide
 from wholegrad.fleet.sources import find_slides
-from wholegrad.run.budget import budget_bytes, is_automatic
-from wholegrad.run.limits import available
-from wholegrad.run.pressure import SHARE
+from wholegrad.run.budget import budget_bytes
 from wholegrad.slide.bigtiff import PartialFile
+from wholegrad.train.plans import share_of_budget
 
 SHOWN = 20  # rows of the table at the end; the CSV has all
 
@@ -56,9 +55,7 @@ def is_fleet(args: argparse.Namespace) -> bool:
 def budget_of_worker(args: argparse.Namespace) -> str | int | None:
     """What each worker may take: what was asked for, else an equal share of what is safe on this machine."""
     budget_bytes(args.budget)
-    if args.workers is None or not is_automatic(args.budget):
-        return args.budget  # type: ignore[no-any-return]
-    return int(SHARE * available() / args.workers)
+    return share_of_budget(args.budget, args.workers or 1)
 
 
 def run_fleet(args: argparse.Namespace, slides: list[Path], out: Path, job: Job) -> int:

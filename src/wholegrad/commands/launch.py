@@ -84,7 +84,7 @@ def _job(args: argparse.Namespace, config: Config) -> tuple[Job, Config]:
         raise ConfigError("--max-restarts", f"is {args.max_restarts}", "give 0 or more")
     if args.gpus and config.train.device not in ("cuda", "auto"):
         raise ConfigError("--gpus", f"given, and train.device is {config.train.device}", 'set train.device = "cuda"')
-    check_mesh(config, Team(Place(size=args.nodes * ranks)))
+    check_mesh(config, Team(Place(size=args.nodes * ranks), tiles=config.mesh.tiles))
     job = Job(
         args.nodes, least, ranks, bool(args.gpus), cpus, args.time, args.mem, args.partition, args.account,
         args.max_restarts, args.requeue,

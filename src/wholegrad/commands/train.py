@@ -78,7 +78,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, overrides(args))
-    team = Team(Place.found(), config.mesh.timeout)
+    team = Team(Place.found(), config.mesh.timeout, config.mesh.tiles)
     profile = Profile(measure(config.train.threads or threads_of_rank(team.place))) if args.profile else None
     resume = args.resume or team.place.restarts > 0  # what torchrun starts again goes on
     try:

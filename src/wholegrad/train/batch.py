@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+import wholegrad as wg
 from wholegrad.errors import ConfigError, NumericsError, WholegradError
 from wholegrad.train import statistics
 from wholegrad.train.events import Event, Replan, Skip, Step
@@ -64,11 +66,15 @@ def check_mesh(config: Config, team: Team) -> None:
     Raises:
         ConfigError: there are more ranks than slides to an update, or tiles are to be divided.
     """
-    if config.mesh.tiles > 1:
-        raise ConfigError("mesh.tiles", f"is {config.mesh.tiles}", "leave it out: ranks share slides, not yet tiles")
-    if team.size > config.train.accumulate:
-        cause = f"is {config.train.accumulate}, and {team.size} ranks share the slides of an update"
-        raise ConfigError("train.accumulate", cause, f"set it to {team.size} or more, or start fewer ranks")
+    tiles = config.mesh.tiles
+    if team.size % tiles:
+        cause = f"is {tiles}, and there is no such number of groups in {team.size} rank(s)"
+        raise ConfigError("mesh.tiles", cause, f"start a multiple of {tiles} ranks")
+    if tiles > 1 and "group" not in inspect.signature(wg.backward).parameters:
+        raise ConfigError("mesh.tiles", f"is {tiles}", "leave it out: ranks share slides, not yet tiles")
+    if team.slides > config.train.accumulate:
+        cause = f"is {config.train.accumulate}, and {team.slides} ranks share the slides of an update"
+        raise ConfigError("train.accumulate", cause, f"set it to {team.slides} or more, or start fewer ranks")
 
 
 def digest(model: nn.Module, mover: Mover) -> str:
@@ -81,6 +87,20 @@ def digest(model: nn.Module, mover: Mover) -> str:
         if values.numel():
             made.update(memoryview(values.view(torch.uint8).numpy()))
     return made.hexdigest()
+
+
+def check_alike(config: Config, team: Team) -> None:
+    """Refuse ranks that were not all asked for the same.
+
+    Raises:
+        ConfigError: a rank has another configuration than rank 0.
+    """
+    mine = config.as_dict()
+    told = team.share(mine, "the configuration")
+    with team.together("the configuration"):
+        if told != mine:
+            remedy = "start all with the same file and flags"
+            raise ConfigError(f"rank {team.rank}", "has another configuration than rank 0", remedy)
 
 
 class Batch:
@@ -106,13 +126,13 @@ class Batch:
         mover, team = self.mover, self.team
         sums = OrderedSum(team, [p.detach() for p in mover.trained], mover.waiting)
         slides, told, added = mover.slides, list[Told](), list[statistics.Buffers]()
-        for start in range(first, last, team.size):
-            mine = start + team.rank
+        for start in range(first, last, team.slides):
+            mine = start + team.slide
             record, grads = self._one(mine if mine < last else None)
             records = team.gather(record, f"step {start}")
             team.settle([each.failed for each in records], record.failed)
-            sums.add(grads, [each.present for each in records])
-            for rank, each in enumerate(records):
+            sums.add(grads, [each.present for each in records[:: team.tiles]])
+            for rank, each in list(enumerate(records))[:: team.tiles]:
                 told += [Told(rank, note) for note in each.notes]
                 if each.taken is not None:
                     told.append(Told(rank, each.taken))

@@ -31,49 +31,50 @@ class OrderedSum:
     def __init__(self, team: Team, shapes: Sequence[torch.Tensor], start: Grads | None = None) -> None:
         self.team, self.shapes = team, list(shapes)
         self.total = sum(each.numel() for each in self.shapes)
-        self.chunk = max(1, -(-self.total // team.size))
+        self.chunk = max(1, -(-self.total // team.slides))
         wide = any(each.dtype == torch.float64 for each in self.shapes)
         self.dtype = torch.float64 if wide else torch.float32  # bfloat16 and float16 fit into it
         self.had = [False] * len(self.shapes)
         self.share: torch.Tensor | None = None
         if start is not None:
             self.had = [each is not None for each in start]
-            mine = slice(team.rank * self.chunk, (team.rank + 1) * self.chunk)
+            mine = slice(team.slide * self.chunk, (team.slide + 1) * self.chunk)
             self.share = self._flat(start, torch.float64)[mine].clone()
 
     def add(self, grads: Grads | None, present: Sequence[Sequence[bool] | None]) -> None:
-        """Add the gradients of one slide a rank, in order of rank.
+        """Add the gradients of one slide each, in order.
 
         Args:
             grads: of this rank's slide, if it has one.
-            present: for each rank, which parameters its slide has a gradient of; None for a rank without a slide.
+            present: for each slide, which parameters it has a gradient of; None where there was none left to take.
         """
         sent = self._flat(grads or [None] * len(self.shapes), self.dtype)
         got = torch.empty_like(sent)
-        if self.team.alone:
+        if self.team.slides == 1:
             got = sent
         else:
             import torch.distributed as dist
 
-            self.team.call("an exchange of gradients", lambda: dist.all_to_all_single(got, sent))
-        for rank, has in enumerate(present):
+            group = self.team.across
+            self.team.call("an exchange of gradients", lambda: dist.all_to_all_single(got, sent, group=group))
+        for slide, has in enumerate(present):
             if has is None:
                 continue
             self.had = [a or b for a, b in zip(self.had, has, strict=True)]
-            part = got[rank * self.chunk : (rank + 1) * self.chunk]
+            part = got[slide * self.chunk : (slide + 1) * self.chunk]
             self.share = part.to(torch.float64) if self.share is None else self.share.add_(part)
 
     def whole(self) -> Grads:
         """The sum, in float64, on every rank; None for a parameter that no slide has a gradient of."""
         share = torch.zeros(self.chunk, dtype=torch.float64) if self.share is None else self.share
-        flat = torch.empty(self.chunk * self.team.size, dtype=torch.float64)
-        if self.team.alone:
+        flat = torch.empty(self.chunk * self.team.slides, dtype=torch.float64)
+        if self.team.slides == 1:
             flat.copy_(share)
         else:
             import torch.distributed as dist
 
             parts = list(torch.split(flat, self.chunk))
-            self.team.call("a sum of gradients", lambda: dist.all_gather(parts, share))
+            self.team.call("a sum of gradients", lambda: dist.all_gather(parts, share, group=self.team.across))
         found: Grads = []
         at = 0
         for shape, had in zip(self.shapes, self.had, strict=True):
@@ -83,7 +84,7 @@ class OrderedSum:
 
     def _flat(self, grads: Grads, dtype: torch.dtype) -> torch.Tensor:
         """Gradients one after the other, zeros for those that are not there, and at the end up to whole shares."""
-        flat = torch.zeros(self.chunk * self.team.size, dtype=dtype)
+        flat = torch.zeros(self.chunk * self.team.slides, dtype=dtype)
         at = 0
         for shape, grad in zip(self.shapes, grads, strict=True):
             if grad is not None:

@@ -26,7 +26,7 @@ def judged(
     team: Team,
     cases: Sequence[Case],
     scores: Callable[[list[Case], Skipped], list[Score]],
-    on_skip: Skipped | None,
+    on_skip: Skipped | None = None,
     on_case: Callable[[Score], None] | None = None,
 ) -> list[Score]:
     """The score of each case, in order, on every rank.

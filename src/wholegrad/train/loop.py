@@ -24,7 +24,7 @@ import wholegrad as wg
 from wholegrad.errors import SlideError, WholegradError
 from wholegrad.run.budget import limit_note
 from wholegrad.run.profile import Profile
-from wholegrad.train.batch import Batch, Told, check_mesh
+from wholegrad.train.batch import Batch, Told, check_alike, check_mesh
 from wholegrad.train.cases import Case, open_cases
 from wholegrad.train.draws import seed_everything
 from wholegrad.train.events import Event, Outcome, Replan, Skip, Step, Validation, Watch, as_line
@@ -126,6 +126,7 @@ class Run:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         torch.manual_seed(config.train.seed)
+        check_alike(config, team)
         with team.together("the start"):
             check_mesh(config, team)
             self.tracking = Tracking(config if team.first else None, self.watch.on_note)
@@ -161,7 +162,7 @@ class Run:
         conditions = Conditions.agreed(team.gather(conditions, "the budget"))
         if not config.train.threads:
             torch.set_num_threads(conditions.threads)
-        self.plans = Plans(config.train, conditions, team.place)
+        self.plans = Plans(config.train, conditions, team)
         if self.plans.of_process and (said := limit_note(conditions.budget)):
             self.watch.on_note(said)
         kept = self._load(resume)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,13 +32,14 @@ from wholegrad.plan.storage import NARROW
 from wholegrad.run.budget import budget_bytes, is_automatic
 from wholegrad.run.calibrate import rates
 from wholegrad.run.device import Device, open_device
-from wholegrad.run.pressure import Governor, Look
+from wholegrad.run.limits import available
+from wholegrad.run.pressure import SHARE, Governor, Look
 from wholegrad.run.process import has_run, resident
 from wholegrad.train.cases import Readers
 from wholegrad.train.events import Replan
 from wholegrad.train.metrics import METRICS
 from wholegrad.train.tables import TrainConfig
-from wholegrad.train.team import Place
+from wholegrad.train.team import Place, Team
 
 STEP = 64 << 20  # bytes in which room is counted
 GROWTH = 64 << 20  # bytes by which a process may come to hold more than at the start of its run
@@ -129,30 +130,42 @@ def threads_of_rank(place: Place) -> int:
 
 
 def device_of_run(train: TrainConfig, place: Place) -> Device | None:
-    """Where tiles run; None for the CPU. Ranks of a machine take a GPU each where none is named by number.
+    """Where tiles run; None for the CPU.
 
     Raises:
         PlanError: there is no such device.
     """
     how = {"tf32": train.tf32, "deterministic": train.deterministic}
-    name = train.device
-    if place.local_size > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
-        name = f"cuda:{place.local_rank}"
+    name = device_name(train.device, place)
     return None if name is None else open_device(name, **how)
+
+
+def device_name(name: str | None, place: Place) -> str | None:
+    """A device by name; ``cuda`` of a rank that shares a machine is a GPU of its own."""
+    if place.local_size > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        return f"cuda:{place.local_rank}"
+    return name
+
+
+def share_of_budget(budget: str | int | None, ranks: int) -> str | int | None:
+    """A budget for each of so many processes on this machine: as asked for, or an equal share of what is safe."""
+    return int(SHARE * available() / ranks) if ranks > 1 and is_automatic(budget) else budget
 
 
 class Plans:
     """Plans by size of image and readers' memory; each is made once, since capture and planning take seconds."""
 
-    def __init__(self, train: TrainConfig, conditions: Conditions, place: Place) -> None:
+    def __init__(self, train: TrainConfig, conditions: Conditions, team: Team) -> None:
         self.train, self.conditions = train, conditions
+        self.group = None if team.shared is None else cast(Any, wg).open_ranks(team.shared, timeout=team.timeout)
         self.made: dict[tuple[tuple[int, ...], int], wg.Plan] = {}
-        self.device = device_of_run(train, place)
+        self.device = device_of_run(train, team.place)
         self.apart = self.device is not None and self.device.apart
         self.where: dict[str, Any] = {"device": self.device, "host_budget": train.host_budget}
         automatic = is_automatic(train.budget)
         self.of_process = not automatic and not self.apart  # whether the budget is the process's, by its name
-        self.governor = Governor(conditions.budget) if automatic and not self.apart else None
+        adapts = automatic and not self.apart and self.group is None  # ranks that share a slide share its plan
+        self.governor = Governor(conditions.budget) if adapts else None
         self._looked = 0.0
 
     def react(self, step: int) -> Replan | None:
@@ -205,6 +218,8 @@ class Plans:
         slide, mask = readers
         options: dict[str, Any] = {"metrics": METRICS, "boundary_dtype": dtype, "strategy": self.train.strategy}
         options |= {"rates": self.conditions.rates, **self.where}
+        if self.group is not None:
+            options["ranks"] = self.group
         if self.apart:
             self.made[key] = wg.plan(model, loss_fn, slide, mask, budget=self.budget(readers), **options)
             return self.made[key], True

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -106,6 +107,7 @@ class SlideSteps:
         if new:
             self.watch.on_plan(name, plan)
         changed = change.apply(readers)
+        shared: dict[str, Any] = {} if self.plans.group is None else {"group": self.plans.group}
         try:
             with nullcontext() if self.profile is None else self.profile.step():
                 loss, values = wg.backward(
@@ -117,6 +119,7 @@ class SlideSteps:
                     metrics=METRICS,
                     progress=self.progress(functools.partial(check, plan)),
                     seed=draw_seed(seed, step),
+                    **shared,
                 )
         except NumericsError as error:
             raise self.ruined(step, name, f"{error.where} {error.cause}") from error

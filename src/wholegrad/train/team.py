@@ -75,14 +75,20 @@ class Place:
 class Team:
     """All ranks of a run, as one of them sees it.
 
+    Neighbouring ranks, ``tiles`` of them, share the tiles of one slide; ``slides`` such groups have a slide each.
+
     Args:
         place: this one; several ranks need :meth:`join` first.
         timeout: seconds in which a rank that others wait for must get on with something.
+        tiles: ranks that share a slide.
     """
 
-    def __init__(self, place: Place | None = None, timeout: float = 300.0) -> None:
-        self.place, self.timeout = place or Place(), timeout
+    def __init__(self, place: Place | None = None, timeout: float = 300.0, tiles: int = 1) -> None:
+        self.place, self.timeout, self.tiles = place or Place(), timeout, tiles
         self.rank, self.size, self.local_size = self.place.rank, self.place.size, self.place.local_size
+        self.slides, self.slide = self.size // tiles, self.rank // tiles
+        self.shared: Any = None  # the process group of those that share this one's slide, if there are several
+        self.across: Any = None  # that of those with another slide each; None for all ranks
         self.look: Callable[[], None] = lambda: None  # asked while waiting; what it raises ends the waiting
         self._store: Any = None
         self._beats = self._meetings = 0
@@ -116,9 +122,24 @@ class Team:
             self._tell()
             ranks = PrefixStore("ranks", store)
             dist.init_process_group("gloo", store=ranks, rank=rank, world_size=size, timeout=limit)
+            self._divide(limit)
         except (RuntimeError, ValueError) as error:
             cause = f"did not find the other {self.size - 1} within {self.timeout:.0f} s ({_said(error)})"
             raise WholegradError(f"rank {self.rank}", cause, "start all of them, with torchrun") from error
+
+    def _divide(self, limit: timedelta) -> None:
+        """Make the groups of both axes; every rank makes all of them, in the same order."""
+        import torch.distributed as dist
+
+        if self.tiles == 1:
+            return
+        everyone = range(self.tiles * self.slides)
+        for slide in range(self.slides):
+            made = dist.new_group([rank for rank in everyone if rank // self.tiles == slide], timeout=limit)
+            self.shared = made if slide == self.slide else self.shared
+        for tile in range(self.tiles):
+            made = dist.new_group([rank for rank in everyone if rank % self.tiles == tile], timeout=limit)
+            self.across = made if tile == self.rank % self.tiles else self.across
 
     def close(self) -> None:
         """Leave the others."""
@@ -137,7 +158,7 @@ class Team:
         if self._store is not None and now - self._beaten > min(1.0, self.timeout / (2 * LOOKS)):
             self._beaten = now
             self._beats += 1
-            with self._talking("its own tiles"):
+            with self._talking("its own slide"):
                 self._tell()
 
     def _tell(self) -> None:
