@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from wholegrad.cli import main
 
-GRACE = 30.0  # seconds
+GRACE = 10.0  # seconds
 
 
 def one_run(words: list[str], ranks: int, port: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import wholegrad as wg
 from wholegrad.cli import main
 from wholegrad.errors import ConfigError, WholegradError
 from wholegrad.train import statistics
@@ -92,13 +94,26 @@ def strike():
 MEASURED = ("seconds", "rss", "peak", "projected", "rank")
 
 
-@pytest.fixture
-def slides(tmp_path: Path, write_case: Callable[..., None]) -> Path:
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory, write_case: Callable[..., None]) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
     for seed, name in enumerate("abcdef"):
-        write_case(tmp_path, name, size=(96 + 16 * seed, 112), seed=seed)
-    (tmp_path / "run.toml").write_text(CONFIG)
-    (tmp_path / "nets.py").write_text(NETS)
-    return tmp_path
+        write_case(folder, name, size=(96, 112), seed=seed)
+    (folder / "run.toml").write_text(CONFIG)
+    (folder / "nets.py").write_text(NETS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(slides: Path) -> Path:
+    """The folder, with a run on one rank and one on three."""
+    codes, said = runs(
+        slides,
+        ("train run.toml --out one", 1),
+        ("train run.toml --out three", 3),  # rounds of 3 and 1 slides: two ranks have nothing to do then
+    )
+    assert codes == [[0], [0, 0, 0]], said
+    return slides
 
 
 FORKS = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked after imports, as Linux allows")
@@ -154,24 +169,28 @@ def assert_same_training(a: Path, b: Path) -> None:
 
 @FORKS
 @pytest.mark.slow
-def test_any_number_of_ranks_ends_with_the_same_weights(slides: Path) -> None:
+def test_any_number_of_ranks_ends_with_the_same_weights(trained: Path) -> None:
+    one, three = trained / "one", trained / "three"
+    assert_same_training(one, three)
+    assert log(one) == log(three)
+    lines = [json.loads(line) for line in (three / "log.jsonl").read_text().splitlines()]
+    assert [line["rank"] for line in lines if line["kind"] == "step"] == [0, 1, 2, 0, 0, 1, 0, 1, 0]
+    assert json.loads((one / "test.json").read_text()) == json.loads((three / "test.json").read_text())
+
+
+@FORKS
+@pytest.mark.slow
+def test_a_rank_that_freezes_is_named_and_the_run_goes_on_with_fewer(trained: Path) -> None:
     codes, said = runs(
-        slides,
-        ("train run.toml --out one", 1),
-        ("train run.toml --out three", 3),  # rounds of 3 and 1 slides: two ranks have nothing to do then
-        ("STRIKE=SIGSTOP,1,3,stopped train run.toml --out broken --set mesh.timeout=4", 2),
-        ("train run.toml --out broken --resume --set mesh.timeout=60", 3),
+        trained,
+        ("STRIKE=SIGSTOP,1,3,stopped train run.toml --out broken --set mesh.timeout=4", 3),
+        ("train run.toml --out broken --resume --set mesh.timeout=60", 2),
     )
-    assert codes[:2] + codes[3:] == [[0], [0, 0, 0], [0, 0, 0]] and codes[2][0] == 2, said
-    assert_same_training(slides / "one", slides / "three")
-    assert log(slides / "one") == log(slides / "three")
-    kinds = [json.loads(line) for line in (slides / "three/log.jsonl").read_text().splitlines()]
-    assert [line["rank"] for line in kinds if line["kind"] == "step"] == [0, 1, 2, 0, 0, 1, 0, 1, 0]
-    assert_same_bits(slides / "three", slides / "broken")
-    assert log(slides / "three") == log(slides / "broken")
+    assert codes[0][0] == codes[0][2] == 2 and codes[1] == [0, 0], said
     (stopped,) = [line for line in said.splitlines() if line.startswith("wholegrad [rank 0]: error: ")]
-    assert "rank 1: has done nothing for" in stopped and "at step 4; look at its machine" in stopped
-    assert json.loads((slides / "one/test.json").read_text()) == json.loads((slides / "three/test.json").read_text())
+    assert "rank 1: has done nothing for" in stopped and "at step 6; look at its machine" in stopped
+    assert_same_bits(trained / "three", trained / "broken")
+    assert log(trained / "three") == log(trained / "broken")
 
 
 FAKES = {
@@ -192,7 +211,8 @@ exit "$status"
 
 @FORKS
 @pytest.mark.slow
-def test_the_slurm_script_trains_on_two_nodes_and_outlives_a_killed_rank(slides: Path, capfd: Any) -> None:
+def test_the_slurm_script_trains_on_two_nodes_and_outlives_a_killed_rank(trained: Path, capfd: Any) -> None:
+    slides = trained
     for name, text in FAKES.items():
         (slides / "bin").mkdir(exist_ok=True)
         (slides / "bin" / name).write_text(text)
@@ -224,32 +244,39 @@ def test_the_slurm_script_trains_on_two_nodes_and_outlives_a_killed_rank(slides:
     )
     assert done.returncode == 0, done.stderr
     assert (slides / "struck").exists()
-    codes, said = runs(slides, ("train run.toml --out unbroken", 2))
-    assert codes == [[0, 0]], said
-    assert_same_bits(slides / "nodes", slides / "unbroken")
-    assert log(slides / "nodes") == log(slides / "unbroken")
+    assert_same_bits(slides / "nodes", slides / "three")
+    assert log(slides / "nodes") == log(slides / "three")
+
+
+@FORKS
+@pytest.mark.slow
+@pytest.mark.skipif("group" not in inspect.signature(wg.backward).parameters, reason="steps take no group of ranks")
+def test_both_axes_at_once(trained: Path) -> None:
+    codes, said = runs(trained, ("train run.toml --out both --set mesh.tiles=2", 4))
+    assert codes == [[0] * 4], said
+    both, three = log(trained / "both"), log(trained / "three")
+    assert [line["step"] for line in both] == [line["step"] for line in three]
+    losses = [[line["loss"] for line in lines if line["kind"] == "step"] for lines in (both, three)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # tiles are cut otherwise, so sums are rounded otherwise
+    assert losses[0][:4] == pytest.approx(losses[1][:4], rel=1e-6)  # before the first update
 
 
 # What ranks are made of, without ranks.
 
 
-def grads(numbers: list[float]) -> list[torch.Tensor | None]:
-    return [torch.tensor(numbers), None]
-
-
-def test_a_sum_is_in_the_order_of_slides_and_in_float64() -> None:
-    numbers = [[1.0, 1e8], [3e-8, 1.0], [-1.0, -1e8]]
-    shapes = [torch.zeros(2), torch.zeros(3)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_is_in_the_order_of_slides_and_in_float64(dtype: torch.dtype) -> None:
+    numbers = torch.tensor([[1.0, 1e8], [3e-8, 1.0], [-1.0, -1e8]], dtype=dtype)
+    shapes = [torch.zeros(2, dtype=dtype), torch.zeros(3, dtype=dtype)]
     summed = OrderedSum(Team(), shapes)
     for each in numbers[:2]:
-        summed.add(grads(each), [[True, False]])
+        summed.add([each, None], [[True, False]])
     summed = OrderedSum(Team(), shapes, summed.whole())  # as after a restart
     summed.add(None, [None])  # a slide that was skipped
-    summed.add(grads(numbers[2]), [[True, False]])
+    summed.add([numbers[2], None], [[True, False]])
     whole, absent = summed.whole()
-    expected = torch.tensor(numbers, dtype=torch.float32).double()
     assert absent is None and whole is not None
-    assert torch.equal(whole, (expected[0] + expected[1]) + expected[2])
+    assert torch.equal(whole, (numbers[0].double() + numbers[1].double()) + numbers[2].double())
     assert whole[0] != 0 and whole[1] == 1  # which float32 would have lost
 
 
@@ -348,4 +375,3 @@ def test_a_script_asks_for_what_the_run_needs(slides: Path, capfd: pytest.Captur
         assert f"#SBATCH {line}\n" in text
     assert '--nnodes "1:$SLURM_NNODES" --nproc-per-node 2 ' in text and "-ge 86160 ]" in text
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
-    assert not list(Path.cwd().glob("*.sbatch"))

@@ -164,17 +164,12 @@ def local_workers(count: int) -> Iterator[Any]:
     import dask
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    settings = {"distributed.scheduler.allowed-failures": 0, "distributed.nanny.pre-spawn-environ": _environment()}
+    settings = {"distributed.scheduler.allowed-failures": 0, "distributed.nanny.pre-spawn-environ": {}}
     with dask.config.set(settings):
         options: dict[str, Any] = {"n_workers": count, "threads_per_worker": 1, "processes": True, "memory_limit": 0}
         options |= {"dashboard_address": None, "host": "127.0.0.1", "silence_logs": logging.CRITICAL + 1}
         with module.LocalCluster(**options, preload=NO_INTERRUPT) as cluster, module.Client(cluster) as client:
             yield client
-
-
-def _environment() -> dict[str, str]:
-    """Of a worker: what it shares with this process, so that it finds the same packages."""
-    return {name: os.environ[name] for name in ("PYTHONPATH", "WHOLEGRAD_CACHE") if name in os.environ}
 
 
 @contextmanager

@@ -36,10 +36,13 @@ class OrderedSum:
         self.dtype = torch.float64 if wide else torch.float32  # bfloat16 and float16 fit into it
         self.had = [False] * len(self.shapes)
         self.share: torch.Tensor | None = None
+        self._sent = torch.zeros(self.chunk * team.slides, dtype=self.dtype)  # both are used in every round, since the
+        self._got = torch.empty_like(self._sent) if team.slides > 1 else self._sent  # first touch of memory is slow
         if start is not None:
             self.had = [each is not None for each in start]
             mine = slice(team.slide * self.chunk, (team.slide + 1) * self.chunk)
-            self.share = self._flat(start, torch.float64)[mine].clone()
+            flat = torch.zeros(self.chunk * team.slides, dtype=torch.float64)
+            self.share = self._fill(flat, start)[mine].clone()
 
     def add(self, grads: Grads | None, present: Sequence[Sequence[bool] | None]) -> None:
         """Add the gradients of one slide each, in order.
@@ -48,11 +51,8 @@ class OrderedSum:
             grads: of this rank's slide, if it has one.
             present: for each slide, which parameters it has a gradient of; None where there was none left to take.
         """
-        sent = self._flat(grads or [None] * len(self.shapes), self.dtype)
-        got = torch.empty_like(sent)
-        if self.team.slides == 1:
-            got = sent
-        else:
+        sent, got = self._fill(self._sent, grads or [None] * len(self.shapes)), self._got
+        if self.team.slides > 1:
             import torch.distributed as dist
 
             group = self.team.across
@@ -62,7 +62,7 @@ class OrderedSum:
                 continue
             self.had = [a or b for a, b in zip(self.had, has, strict=True)]
             part = got[slide * self.chunk : (slide + 1) * self.chunk]
-            self.share = part.to(torch.float64) if self.share is None else self.share.add_(part)
+            self.share = part.to(torch.float64, copy=True) if self.share is None else self.share.add_(part)
 
     def whole(self) -> Grads:
         """The sum, in float64, on every rank; None for a parameter that no slide has a gradient of."""
@@ -82,12 +82,14 @@ class OrderedSum:
             at += shape.numel()
         return found
 
-    def _flat(self, grads: Grads, dtype: torch.dtype) -> torch.Tensor:
-        """Gradients one after the other, zeros for those that are not there, and at the end up to whole shares."""
-        flat = torch.zeros(self.chunk * self.team.slides, dtype=dtype)
+    def _fill(self, flat: torch.Tensor, grads: Grads) -> torch.Tensor:
+        """Gradients one after the other, zeros for those that are not there; what follows up to whole shares stays."""
         at = 0
         for shape, grad in zip(self.shapes, grads, strict=True):
-            if grad is not None:
-                flat[at : at + shape.numel()].copy_(grad.reshape(-1))
+            place = flat[at : at + shape.numel()]
+            if grad is None:
+                place.zero_()
+            else:
+                place.copy_(grad.reshape(-1))
             at += shape.numel()
         return flat
