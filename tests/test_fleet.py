@@ -166,7 +166,7 @@ def test_a_fleet_does_each_slide_once_whatever_dies(tmp_path: Path) -> None:
     both[0].add(slides)
     told = Told(on_failed=lambda slide, cause, again: causes.append((slide.name, cause, again)))
     with local_workers(2) as client:
-        fleets = [Fleet(client, manifest, job, retries=2, told=told) for manifest in both]  # two, at once
+        fleets = [Fleet(client, manifest, job, retries=2, wanted=2, told=told) for manifest in both]  # two, at once
         threads = [threading.Thread(target=fleet.run, args=(names,)) for fleet in fleets]
         for thread in threads:
             thread.start()

@@ -76,7 +76,7 @@ def run_fleet(args: argparse.Namespace, slides: list[Path], out: Path, job: Job)
         counts = manifest.counts(list(found))
         if counts[WAITING] or counts[CLAIMED]:
             with workers as client, _bar() as bar:
-                Fleet(client, manifest, job, threads, args.retries, _told(bar)).run(list(found))
+                Fleet(client, manifest, job, threads, args.retries, args.workers or 0, _told(bar)).run(list(found))
     except KeyboardInterrupt:
         interrupted = True
     finally:

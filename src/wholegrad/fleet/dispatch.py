@@ -1,9 +1,9 @@
 """Hands the slides of a fleet to workers, tries again what had bad luck, and notes in the manifest how each ended.
 
 Dask's distributed scheduler runs the workers: processes of this machine, or of whatever machines its scheduler has. It
-is pure Python of a few megabytes and starts under SLURM, LSF and Kubernetes by its own tools; Ray would do the same
-work with a wheel of 76 MiB for each version of Python. Nothing here but the way of a slide to a worker depends on it:
-claims, retries and what is done are the manifest's, so that any number of schedulers may share a folder.
+is a few megabytes of Python and starts under SLURM, LSF and Kubernetes by its own tools; Ray would do the same work by a
+wheel of 76 MiB for each version of Python. Nothing here but the way of a slide to a worker depends on it: claims,
+retries and what is done are the manifest's, so that any number of schedulers may share a folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from wholegrad.fleet.jobs import Attempt, Job, Outcome, attempt
 from wholegrad.fleet.manifest import DONE, FAILED, WAITING, Manifest, Slide
 
 POLL = 2.0  # seconds between words to the manifest
-LOST_AT_MOST = 60.0  # seconds without a single worker after which a fleet gives up
+LOST_AT_MOST = 180.0  # seconds without a single worker after which a fleet gives up
 NO_INTERRUPT = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # Ctrl-C is the scheduler's business
 
 
@@ -46,6 +46,7 @@ class Fleet:
         threads: of PyTorch in each worker; None for as many as it takes.
         retries: how often a slide is tried again that met with what wholegrad does not know, and how often one whose
             worker died: the two are counted apart, since another slide may have killed it.
+        wanted: workers that this machine is to have, if they are the client's own.
     """
 
     client: Any
@@ -53,6 +54,7 @@ class Fleet:
     job: Job
     threads: int | None = None
     retries: int = 2
+    wanted: int = 0
     told: Told = field(default_factory=Told)
     attempt: Attempt = attempt
 
@@ -70,6 +72,8 @@ class Fleet:
             while True:
                 workers, free = self._workers()
                 idle = time.monotonic() if workers else idle
+                if workers < self.wanted:
+                    self.client.cluster.scale(self.wanted)  # for one that died too early for Dask to start it again
                 if time.monotonic() - idle > LOST_AT_MOST:
                     raise WholegradError("workers", f"none for {LOST_AT_MOST:.0f} s", "start some, and run this again")
                 for slide in self.manifest.claim(names, min(free, max(0, workers - len(running)))):
