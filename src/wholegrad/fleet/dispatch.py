@@ -1,9 +1,9 @@
 """Hands the slides of a fleet to workers, tries again what had bad luck, and notes in the manifest how each ended.
 
 Dask's distributed scheduler runs the workers: processes of this machine, or of whatever machines its scheduler has. It
-is a few megabytes of Python and starts under SLURM, LSF and Kubernetes by its own tools; Ray would do the same work by a
-wheel of 76 MiB for each version of Python. Nothing here but the way of a slide to a worker depends on it: claims,
-retries and what is done are the manifest's, so that any number of schedulers may share a folder.
+is a few megabytes of Python and starts under SLURM, LSF and Kubernetes by its own tools; Ray's wheel is 76 MiB, one for
+each version of Python. Nothing here but the way of a slide to a worker depends on it: claims, retries and what is done
+are the manifest's, so that any number of schedulers may share a folder.
 """
 
 from __future__ import annotations
