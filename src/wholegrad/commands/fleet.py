@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from wholegrad.commands.common import CONSOLE, NOTES, Parser, make_folder
 from wholegrad.errors import ConfigError
 from wholegrad.fleet.dispatch import Fleet, Told, local_workers, remote_workers, share_of_machine
 from wholegrad.fleet.jobs import Job, Outcome
-from wholegrad.fleet.manifest import CLAIMED, DONE, FAILED, NAME, WAITING, Manifest, Slide
+from wholegrad.fleet.manifest import CLAIMED, DONE, FAILED, NAME, WAITING, Manifest, Row, Slide
 from wholegrad.fleet.sources import find_slides
 from wholegrad.run.budget import budget_bytes
 from wholegrad.slide.bigtiff import PartialFile
@@ -85,7 +84,7 @@ def run_fleet(args: argparse.Namespace, slides: list[Path], out: Path, job: Job)
         manifest.close()
     summary = out / "fleet.csv"
     _write(summary, rows)
-    CONSOLE.print(_table(rows))
+    CONSOLE.print(_table(rows), markup=False)
     left = counts[WAITING] + counts[CLAIMED]
     CONSOLE.print(f"{counts[DONE]} done, {counts[FAILED]} failed, {left} left of {len(found)}: {summary}, {out / NAME}")
     if interrupted:
@@ -118,20 +117,19 @@ def _told(bar: Progress) -> Told:
     return Told(start, done, failed, say)
 
 
-def _table(rows: list[Any]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("slide")
-    table.add_column("state")
-    for heading in ("tries", "seconds"):
-        table.add_column(heading, justify="right")
-    table.add_column("what")
-    bad_first = sorted(rows, key=lambda row: row.state == DONE)
-    for row in bad_first[:SHOWN]:
-        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
-        table.add_row(row.name, row.state, str(row.attempts), seconds, row.cause or _figures(row.result))
+def _table(rows: list[Row]) -> str:
+    """Plain text, for a rich table cuts cells off where the terminal is narrow; those that are not done come first."""
+    shown = sorted(rows, key=lambda row: row.state == DONE)[:SHOWN]
+    lines = [("slide", "state", "tries", "seconds", "what")]
+    for row in shown:
+        seconds = "-" if row.seconds is None else f"{row.seconds:.1f}"
+        lines.append((row.name, row.state, str(row.attempts), seconds, row.cause or _figures(row.result)))
+    widths = [max(map(len, column)) for column in list(zip(*lines, strict=True))[:4]]
+    made = ["  ".join([a.ljust(w), b.ljust(x), c.rjust(y), d.rjust(z), e]) for a, b, c, d, e in lines
+            for w, x, y, z in [widths]]  # fmt: skip
     if len(rows) > SHOWN:
-        table.add_row(f"and {len(rows) - SHOWN} more")
-    return table
+        made.append(f"and {len(rows) - SHOWN} more")
+    return "\n".join(made)
 
 
 def _figures(result: dict[str, Any] | None) -> str:
@@ -141,7 +139,7 @@ def _figures(result: dict[str, Any] | None) -> str:
     return size if "tissue" not in result else f"{size}, tissue {result['tissue']:.1%}, {result['area']:.1f} mm2"
 
 
-def _write(path: Path, rows: list[Any]) -> None:
+def _write(path: Path, rows: list[Row]) -> None:
     """All slides as a table that other programs read, whole or not at all."""
     text = io.StringIO()
     keys = sorted({key for row in rows for key in row.result or {}})
