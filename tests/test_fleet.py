@@ -230,7 +230,8 @@ def test_an_attempt_says_what_may_be_tried_again(tmp_path: Path) -> None:
     [
         (["--workers", "0"], "--workers: is 0; give 1 or more"),
         (["--workers", "1", "--scheduler", "tcp://a:1"], "--workers and --scheduler: both given"),
-        (["--scheduler", "tcp://127.0.0.1:1", "--retries", "-1"], "--retries: is -1; give 0 or more"),
+        (["--workers", "1", "--retries", "-1"], "--retries: is -1; give 0 or more"),
+        (["--scheduler", "tcp://127.0.0.1:1"], "--scheduler: without --budget; give that of each worker"),
         (["--workers", "2"], "has no slides"),
     ],
 )

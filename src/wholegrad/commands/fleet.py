@@ -18,7 +18,7 @@ from wholegrad.fleet.dispatch import Fleet, Told, local_workers, remote_workers,
 from wholegrad.fleet.jobs import Job, Outcome
 from wholegrad.fleet.manifest import CLAIMED, DONE, FAILED, NAME, WAITING, Manifest, Row, Slide
 from wholegrad.fleet.sources import find_slides
-from wholegrad.run.budget import budget_bytes
+from wholegrad.run.budget import budget_bytes, is_automatic
 from wholegrad.slide.bigtiff import PartialFile
 from wholegrad.train.plans import share_of_budget
 
@@ -46,6 +46,9 @@ def is_fleet(args: argparse.Namespace) -> bool:
         raise ConfigError("--workers and --scheduler", "both given", "give one of them")
     if args.workers is not None and args.workers < 1:
         raise ConfigError("--workers", f"is {args.workers}", "give 1 or more")
+    if args.scheduler is not None and is_automatic(args.budget):
+        remedy = "give that of each worker, since those of one machine do not know of each other"
+        raise ConfigError("--scheduler", "without --budget", remedy)
     if args.retries < 0:
         raise ConfigError("--retries", f"is {args.retries}", "give 0 or more")
     return args.workers is not None or args.scheduler is not None

@@ -31,7 +31,7 @@ EXAMPLES = """\
   wholegrad segment case.svs
   wholegrad segment slides/*.svs --out masks
   wholegrad segment archive/ --out masks --workers 8 --budget 2GiB
-  wholegrad segment slides.csv --out masks --scheduler tcp://head:8786
+  wholegrad segment slides.csv --out masks --budget 2GiB --scheduler tcp://head:8786
   wholegrad segment case.tif --slide-mpp 0.25 --min-area 20000 --only mask geojson"""
 
 MPPS = 0.2, 32.0  # um a pixel, the least and most to work at
