@@ -180,17 +180,17 @@ def test_any_number_of_ranks_ends_with_the_same_weights(trained: Path) -> None:
 
 @FORKS
 @pytest.mark.slow
-def test_a_rank_that_freezes_is_named_and_the_run_goes_on_with_fewer(trained: Path) -> None:
+def test_a_rank_that_freezes_is_named_and_the_run_goes_on_without_it(trained: Path) -> None:
     codes, said = runs(
         trained,
-        ("STRIKE=SIGSTOP,1,3,stopped train run.toml --out broken --set mesh.timeout=4", 3),
-        ("train run.toml --out broken --resume --set mesh.timeout=60", 2),
+        ("STRIKE=SIGSTOP,1,3,stopped train run.toml --out broken --set mesh.timeout=4", 2),
+        ("train run.toml --out broken --resume", 1),
     )
-    assert codes[0][0] == codes[0][2] == 2 and codes[1] == [0, 0], said
+    assert codes[0][0] == 2 and codes[1] == [0], said
     (stopped,) = [line for line in said.splitlines() if line.startswith("wholegrad [rank 0]: error: ")]
-    assert "rank 1: has done nothing for" in stopped and "at step 6; look at its machine" in stopped
-    assert_same_bits(trained / "three", trained / "broken")
-    assert log(trained / "three") == log(trained / "broken")
+    assert "rank 1: has done nothing for" in stopped and "at step 4; look at its machine" in stopped
+    assert_same_training(trained / "one", trained / "broken")
+    assert log(trained / "one") == log(trained / "broken")
 
 
 FAKES = {
