@@ -82,6 +82,7 @@ def run_fleet(args: argparse.Namespace, slides: list[Path], out: Path, job: Job)
     except KeyboardInterrupt:
         interrupted = True
     finally:
+        manifest.give_back()
         counts = manifest.counts(list(found))
         rows = [row for row in manifest.rows() if row.name in found]
         manifest.close()

@@ -118,10 +118,14 @@ class Manifest:
                 raise
             self._base.execute("COMMIT")
 
-    def close(self) -> None:
-        """Give back what is claimed and not done, and leave."""
+    def give_back(self) -> None:
+        """Let others have what is claimed and not done."""
         with self._change() as base:
             self._free(base, self.owner)
+
+    def close(self) -> None:
+        """Give back what is claimed, and leave."""
+        self.give_back()
         self._base.close()
 
     # Slides in.
