@@ -27,7 +27,7 @@ from wholegrad.run.profile import Profile
 from wholegrad.train.batch import Batch, Told, check_alike, check_mesh
 from wholegrad.train.cases import Case, open_cases
 from wholegrad.train.draws import seed_everything
-from wholegrad.train.events import Event, Outcome, Replan, Skip, Step, Validation, Watch, as_line
+from wholegrad.train.events import Event, Judged, Outcome, Replan, Skip, Step, Validation, Watch, as_line
 from wholegrad.train.folder import Folder
 from wholegrad.train.interrupt import Interrupt
 from wholegrad.train.judge import Skipped, judged
@@ -266,12 +266,10 @@ class Run:
     def _react(self) -> None:
         """Adapt an automatic budget to the memory that is free."""
         event = self.plans.react(self.step)
-        if event is None:
-            return
-        if self.team.alone:
+        if event is not None and self.team.alone:
             self._note(event)
             self._say(event)
-        else:
+        elif event is not None:
             self.batch.notes.append(event)
 
     def _note(self, event: Event, rank: int | None = None) -> None:
@@ -343,6 +341,8 @@ class Run:
             better = self.best is None or dice > self.best + self.config.validation.delta
             if better and self.team.first:
                 save_weights(self.folder.best, self.model, self._card(scores, self.step))
+            how = self.plans.budget, self._progress(interrupt), self.plans.where
+            self.watch.on_judged(Judged(self.model, self.val_cases, self.step, *how))
         finally:
             self.mover.swap()
         self.sound = False
