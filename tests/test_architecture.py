@@ -13,7 +13,7 @@ from wholegrad import errors
 ROOM = [
     "errors", "aside", "clock", "kernels", "graph", "plan", "run", "slide", "metrics", "nets", "losses", "looks",
     "given", "cache", "outputs", "signature", "asked", "whole_step", "api", "predict", "segment", "proof", "diagnose",
-    "verify", "train", "export", "doctor", "explore", "view", "commands",
+    "verify", "train", "fleet", "export", "doctor", "explore", "view", "commands",
 ]  # fmt: skip
 SOURCE = Path(wholegrad.__file__).parent
 

@@ -88,7 +88,7 @@ def dead() -> int:
 
 def test_what_another_host_may_be_at_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getpid", dead)
-    monkeypatch.setattr(module, "_host", lambda: "0123abcd")
+    monkeypatch.setattr(module, "host_number", lambda: "0123abcd")
     other = aside(tmp_path / "mask.tif")
     other.write_bytes(b"")
     monkeypatch.undo()

@@ -96,14 +96,15 @@ def test_each_schedule_is_torchs_and_continues(name: str, warmup: int) -> None:
         schedule.step(0.5 - 0.01 * number) if plateau else schedule.step()
 
 
-def test_several_slides_make_one_update_by_their_mean() -> None:
+@pytest.mark.parametrize("more", [False, True])
+def test_several_slides_make_one_update_by_their_mean(more: bool) -> None:
     train = settings(optimizer="SGD", lr=0.1)
     model, plain = network(), network()
     mover = Mover(model, train, 8)
     before = model[0].weight.detach().clone()
     for number in range(3):
         see(model, number)
-        mover.add()
+        mover.add(more)
         assert torch.equal(model[0].weight, before)
     mover.move()
     for number in range(3):
@@ -118,7 +119,8 @@ def test_gradients_that_wait_survive_a_restart() -> None:
     model = network()
     mover = Mover(model, train, 8)
     see(model, 0)
-    mover.add()
+    mover.add(more=True)
+    assert model[0].weight.grad is None
     other, other_mover = restarted(model, mover, train)
     for each, its in ((model, mover), (other, other_mover)):
         walk(each, its, 1, 2)

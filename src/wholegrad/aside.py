@@ -34,7 +34,7 @@ def aside(path: Path, kind: str = PARTIAL) -> Path:
             process is killed before the new one has it.
     """
     name = path.name if kind == REPLACED else path.name[-LONGEST:]
-    return path.with_name(f".wholegrad-{_host()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}-{name}")
+    return path.with_name(f".wholegrad-{host_number()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}-{name}")
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def sweep(folder: Path) -> None:
     with suppress(OSError):
         for path in list(folder.iterdir()):
             told = NAME.fullmatch(path.name)
-            if told is not None and told[1] == _host() and not _runs(int(told[2])):
+            if told is not None and told[1] == host_number() and not process_runs(int(told[2])):
                 with suppress(OSError):
                     _remove(path, told[4] if told[3] == REPLACED else None)
 
@@ -76,7 +76,7 @@ def _remove(path: Path, stands_for: str | None) -> None:
         path.unlink(missing_ok=True)
 
 
-def _runs(process: int) -> bool:
+def process_runs(process: int) -> bool:
     """Whether a process of this number runs here; True where that cannot be asked."""
     if os.name != "posix":
         return True
@@ -90,7 +90,7 @@ def _runs(process: int) -> bool:
 
 
 @cache
-def _host() -> str:
+def host_number() -> str:
     """This host, and where containers count processes apart, this container, as eight digits."""
     told = platform.node()
     with suppress(OSError):

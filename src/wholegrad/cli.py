@@ -14,11 +14,11 @@ from importlib import import_module
 from typing import Any
 
 import wholegrad as wg
-from wholegrad.commands.common import NOTES, Parser
+from wholegrad.commands.common import NOTES, Parser, rank_name
 
 COMMANDS = (
-    "demo", "segment", "train", "evaluate", "predict", "view", "plan", "verify", "explore", "synth", "cache", "export",
-    "doctor", "completion",
+    "demo", "segment", "train", "launch", "evaluate", "predict", "view", "plan", "verify", "explore", "synth", "cache",
+    "export", "doctor", "completion",
 )  # fmt: skip
 ABOUT = "Train convolutional networks end to end on gigapixel images, exactly, in the memory that there is."
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warnings.showwarning = _warn
             return int(args.run(args))
     except KeyboardInterrupt:
-        NOTES.print("wholegrad: stopped")
+        NOTES.print(f"wholegrad{rank_name()}: stopped", markup=False)
         return 130
     except BrokenPipeError:
         return 1
@@ -63,5 +63,6 @@ def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
 def _refuse(args: argparse.Namespace, message: str, error: BaseException) -> int:
     if args.debug:
         raise error
-    print(f"wholegrad: error: {' '.join(message.split())}", file=sys.stderr)
+    if not getattr(error, "quiet", False):
+        print(f"wholegrad{rank_name()}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2

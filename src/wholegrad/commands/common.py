@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def rank_name() -> str:
+    """Which rank speaks, where torchrun started several."""
+    return f" [rank {os.environ.get('RANK')}]" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
 def add_command(

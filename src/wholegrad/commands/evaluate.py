@@ -11,6 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import wholegrad as wg
 from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_command, add_device, where_of
 from wholegrad.errors import ConfigError
 from wholegrad.metrics.compare import METRICS, TOLERANCE, SlideScore, compare
@@ -19,10 +22,13 @@ from wholegrad.metrics.summary import Summary, summarise
 from wholegrad.slide.bigtiff import PartialFile
 from wholegrad.train.cases import open_cases
 from wholegrad.train.config import load_config
+from wholegrad.train.judge import judged
 from wholegrad.train.metrics import evaluate
+from wholegrad.train.plans import device_name, share_of_budget, threads_of_rank
 from wholegrad.train.progress import display
 from wholegrad.train.split import entries, of_part
 from wholegrad.train.state import load_model
+from wholegrad.train.team import Place, Team
 
 TEXT = """\
 Score predicted masks against true ones, or a network on the slides of a run: Dice, IoU, precision and recall of
@@ -81,6 +87,8 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     details: list[dict[str, Any]] = []
     rows = _of_network(args) if args.config else _of_masks(args, details)
+    if args.config and not rows:  # another rank tells them
+        return 0
     metrics = [name for name in METRICS if any(values.get(name) is not None for _, values in rows)]
     summaries = {name: summarise([values.get(name) for _, values in rows], args.seed) for name in metrics}
     CONSOLE.print(_table(rows, summaries), markup=False)
@@ -134,9 +142,25 @@ def _of_network(args: argparse.Namespace) -> list[Row]:
     cases = open_cases(of_part(entries(config), args.part), config.data)
     if not cases:
         raise ConfigError(str(args.config), f"names no slides in data.{args.part}", "add some, or choose --part")
+    team, model = Team(Place.found(), config.mesh.timeout), load_model(args.weights)
+    args.device = device_name(args.device, team.place)
     where = where_of(args)
+    torch.set_num_threads(threads_of_rank(team.place))
+    budget = share_of_budget(args.budget, team.local_size)
     with display(NOTES, "slide") as shown:
-        scores = evaluate(load_model(args.weights), cases, budget=args.budget, progress=shown.tile, **where)
+
+        def tile(event: wg.Progress) -> None:
+            team.beat()
+            if team.first:
+                shown.tile(event)
+
+        try:
+            team.join()
+            scores = judged(team, cases, lambda some, _: evaluate(model, some, budget, progress=tile, **where))
+        finally:
+            team.close()
+    if not team.first:
+        return []
     return [(s.name, {"dice": s.dice, "iou": s.iou, "precision": s.precision, "recall": s.recall}) for s in scores]
 
 

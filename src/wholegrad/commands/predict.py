@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
 from typing import get_args
 
@@ -18,15 +19,18 @@ from wholegrad.commands.common import (
     add_device,
     add_level,
     add_region,
+    make_folder,
     where_of,
 )
+from wholegrad.commands.fleet import add_fleet, budget_of_worker, is_fleet, run_fleet
 from wholegrad.errors import ConfigError
+from wholegrad.fleet.jobs import Predicting
 from wholegrad.outputs import Depth, checked_paths
 from wholegrad.slide.slide import Slide, open_slide
 from wholegrad.slide.thumbnail import balanced
 from wholegrad.train.networks import build_network
 from wholegrad.train.progress import display
-from wholegrad.train.state import Card, load_model, read_card
+from wholegrad.train.state import Card, find_weights, load_model, read_card
 
 TEXT = """\
 Predict a whole slide in bounded memory, without seams, and write it to one file or several, by their endings:
@@ -42,19 +46,20 @@ EXAMPLES = """\
   wholegrad predict case.svs --weights out/train --out mask.npy
   wholegrad predict case.svs --weights out/train --out mask.ome.tif --out mask.geojson --min-area 500 --min-hole 1000
   wholegrad predict case.svs --weights out/train --out mask.tif --overlay mask.png --budget 1GiB
+  wholegrad predict archive/ --weights out/train --out masks --format .ome.tif .geojson --workers 4
   wholegrad predict case.svs --weights out/train --out part.geojson --region 20000,8000,30000,30000"""
 
 
 def add(commands: Commands) -> None:
     parser = add_command(commands, "predict", run, "predict a slide's mask", TEXT, EXAMPLES)
-    parser.add_argument("slide", type=Path, metavar="SLIDE", help="SVS or TIFF")
+    parser.add_argument("slides", type=Path, nargs="+", metavar="SLIDE", help="any format that wg.open_slide reads")
     parser.add_argument("--weights", required=True, help="weights file, or folder of a run")
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
         action="append",
-        help="file to write: .ome.tif, .tif, .zarr, .npy, .geojson or .png; give it several times for several",
+        help="file to write: .ome.tif, .tif, .zarr, .npy, .geojson or .png, or several; with --workers a folder",
     )
     parser.add_argument("--kind", choices=("mask", "probability", "logits"), default="mask")
     parser.add_argument("--threshold", type=float, default=0.5, help="probability from which it is tissue (0.5)")
@@ -71,9 +76,16 @@ def add(commands: Commands) -> None:
     add_region(parser)
     add_budget(parser)
     add_device(parser)
+    add_fleet(parser)
+    help_text = "with workers: what to write for each slide, such as .ome.tif .geojson (.ome.tif)"
+    parser.add_argument("--format", nargs="+", dest="endings", metavar="ENDING", help=help_text)
 
 
 def run(args: argparse.Namespace) -> int:
+    if is_fleet(args):
+        return _fleet(args)
+    if len(args.slides) > 1 or args.endings:
+        raise ConfigError("predict", "does one slide to the files that --out names", "give --workers for more")
     if args.overlay and args.overlay.suffix.lower() != ".png":
         raise ConfigError(str(args.overlay), "is no name of a picture", "name it .png")
     where = where_of(args)
@@ -105,6 +117,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _fleet(args: argparse.Namespace) -> int:
+    """All slides by workers, into one folder."""
+    for flag, value in (("--overlay", args.overlay), ("--region", args.region), ("--device", args.device)):
+        if value is not None:
+            raise ConfigError(flag, "is of one slide", "leave it out, or leave out --workers and --scheduler")
+    if len(args.out) != 1:
+        raise ConfigError("--out", "names several", "give one folder, and --format for what to write")
+    weights = find_weights(Path(args.weights)).absolute()
+    card = read_card(weights)
+    load_model(weights, _own_network(args, card))  # whether the weights fit is said before any slide
+    job = Predicting(
+        str(args.out[0].absolute()),
+        tuple(dict.fromkeys(args.endings or [".ome.tif"])),
+        str(weights),
+        hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
+        args.network,
+        args.kind,
+        args.threshold,
+        None if args.classes is None else tuple(args.classes),
+        args.depth,
+        args.min_area,
+        args.min_hole,
+        args.simplify,
+        args.mpp,
+        args.level,
+        args.slide_mpp,
+        budget_of_worker(args),
+    )
+    make_folder(args.out[0])
+    checked_paths(job.files("name"), args.kind, args.depth)
+    return run_fleet(args, args.slides, args.out[0], job)
+
+
 def _own_network(args: argparse.Namespace, card: Card) -> nn.Module | None:
     return build_network(args.network, card.args) if args.network else None
 
@@ -116,4 +161,4 @@ def _open(args: argparse.Namespace, card: Card) -> Slide:
         mpp, level = trained.get("mpp"), trained.get("level")
     else:
         mpp, level = args.mpp, args.level
-    return open_slide(args.slide, mpp=mpp, level=level, region=args.region, slide_mpp=args.slide_mpp)
+    return open_slide(args.slides[0], mpp=mpp, level=level, region=args.region, slide_mpp=args.slide_mpp)

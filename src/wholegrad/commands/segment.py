@@ -8,7 +8,9 @@ from pathlib import Path
 from rich.table import Table
 
 from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_budget, add_command, make_folder
+from wholegrad.commands.fleet import add_fleet, budget_of_worker, is_fleet, run_fleet
 from wholegrad.errors import ConfigError, WholegradError
+from wholegrad.fleet.jobs import ENDINGS, Segmenting
 from wholegrad.nets.tissue import MPP
 from wholegrad.run.budget import budget_bytes
 from wholegrad.segment import MIN_AREA, MIN_HOLE, Segmented, segment
@@ -19,15 +21,20 @@ from wholegrad.train.tables import stem
 TEXT = """\
 Find the tissue of slides with the network that ships, and write for each NAME.mask.ome.tif (opens in QuPath),
 NAME.mask.geojson (outlines, QuPath) and NAME.mask.png (a picture). A slide that fails is reported and skipped; the exit
-code is then 1."""
+code is then 1.
+
+With --workers or --scheduler SLIDE may also be a folder, a text file of paths or a CSV with a column "slide". The
+folder of the results then keeps a manifest: the same command goes on where it was stopped, does no slide twice, and may
+run several times at once on one folder."""
 
 EXAMPLES = """\
   wholegrad segment case.svs
   wholegrad segment slides/*.svs --out masks
+  wholegrad segment archive/ --out masks --workers 8 --budget 2GiB
+  wholegrad segment slides.csv --out masks --budget 2GiB --scheduler tcp://head:8786
   wholegrad segment case.tif --slide-mpp 0.25 --min-area 20000 --only mask geojson"""
 
 MPPS = 0.2, 32.0  # um a pixel, the least and most to work at
-ENDINGS = {"mask": ".mask.ome.tif", "geojson": ".mask.geojson", "picture": ".mask.png"}
 
 
 def add(commands: Commands) -> None:
@@ -42,10 +49,16 @@ def add(commands: Commands) -> None:
     parser.add_argument("--min-hole", type=float, default=MIN_HOLE, metavar="UM2", help=f"{hole} ({MIN_HOLE:g})")
     parser.add_argument("--simplify", type=float, metavar="UM", help="most that outlines may move (one pixel)")
     add_budget(parser)
+    add_fleet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
+    if is_fleet(args):
+        kinds = tuple(dict.fromkeys(args.only))
+        shaping = (args.mpp, args.slide_mpp, args.min_area, args.min_hole, args.simplify)
+        job = Segmenting(str(args.out.absolute()), kinds, *shaping, budget_of_worker(args))
+        return run_fleet(args, args.slides, args.out, job)
     names = [stem(path.name) for path in args.slides]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -8,8 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_command
 from wholegrad.commands.live import LivePage
 from wholegrad.errors import ConfigError
@@ -18,7 +16,9 @@ from wholegrad.run.roofline import measure
 from wholegrad.train.config import Config, load_config
 from wholegrad.train.events import Outcome, Watch
 from wholegrad.train.loop import train
+from wholegrad.train.plans import threads_of_rank
 from wholegrad.train.progress import display, score_table
+from wholegrad.train.team import Place, Team
 
 TEXT = """\
 Train a network on whole slides, one slide a step, with the gradients of whole-image training.
@@ -27,6 +27,7 @@ The run's folder gets split.json (which slides are for what), log.jsonl (a line 
 best.safetensors (if there are validation slides), weights.safetensors with a JSON card, test.json (Dice of each test
 slide), a picture of each test slide, and report.html. Ctrl-C stops cleanly: it writes a checkpoint and says where.
 A run that was killed, at whatever moment, goes on with --resume and ends with the bits of an unbroken one.
+Under torchrun the slides of each update (train.accumulate) are shared by its ranks: docs/launching.md.
 docs/training.md explains every key of the configuration."""
 
 EXAMPLES = """\
@@ -37,7 +38,8 @@ EXAMPLES = """\
   wholegrad train run.toml --set data.mpp=4 --set train.optimizer.args.weight_decay=0.01
   wholegrad train run.toml --live
   wholegrad train run.toml --steps 3 --profile --out out/profiled
-  wholegrad train run.toml --resume"""
+  wholegrad train run.toml --resume
+  torchrun --nproc-per-node 2 -m wholegrad train run.toml --accumulate 2 --resume"""
 
 FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {  # flag: the key that it stands for, and its kind
     "steps": ("train.steps", int),
@@ -86,27 +88,39 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, overrides(args))
-    profile = Profile(measure(config.train.threads or torch.get_num_threads())) if args.profile else None
+    team = Team(Place.found(), config.mesh.timeout, config.mesh.tiles)
+    profile = Profile(measure(config.train.threads or threads_of_rank(team.place))) if args.profile else None
     given = {"--port": args.port is not None, "--live-slide": args.live_slide, "--live-keep": args.live_keep}
     if not args.live and (alone := next((flag for flag, value in given.items() if value), None)):
         raise ConfigError(alone, "is of a live page", "add --live")
-    opened = LivePage(config.out, args.port or 0, args.live_slide, NOTES.print) if args.live else nullcontext()
+    live = args.live and team.first
+    opened = LivePage(config.out, args.port or 0, args.live_slide, NOTES.print) if live else nullcontext()
     with opened as page:
-        outcome = _train(config, args.resume, profile, page)
+        outcome = _train(config, args.resume, profile, page, team)
         if page is not None and args.live_keep:
             NOTES.print(f"the page stays until Ctrl-C: {page.url}")
             page.wait()
+    if not team.first:
+        return 130 if outcome.interrupted else 0
     if profile is not None and profile.steps:
         CONSOLE.print(profile.table(), markup=False)  # not a rich table, which cuts cells off where it is narrow
         CONSOLE.print(f"profile: {config.out / 'profile.json'}")
     return tell(config, outcome)
 
 
-def _train(config: Config, resume: bool, profile: Profile | None, page: LivePage | None) -> Outcome:
-    """The run, told to the terminal and to its page, if it has one."""
-    with display(NOTES) as shown:
-        watch = shown.watch() if page is None else Watch.joined(shown.watch(), page.live.watch())
-        outcome = train(config, watch, resume=resume, profile=profile)
+def _train(config: Config, resume: bool, profile: Profile | None, page: LivePage | None, team: Team) -> Outcome:
+    """The run, told to the terminal and to its page, if it has one; of several ranks, by the first."""
+    resume = resume or team.place.restarts > 0  # what torchrun starts again goes on
+    try:
+        team.join()
+        if not team.first:
+            return train(config, resume=resume, profile=profile, team=team)
+        with display(NOTES) as shown:
+            shown.ranks = team.size
+            watch = shown.watch() if page is None else Watch.joined(shown.watch(), page.live.watch())
+            outcome = train(config, watch, resume=resume, profile=profile, team=team)
+    finally:
+        team.close()
     if page is not None:
         page.live.end("interrupted" if outcome.interrupted else "finished")
     return outcome

@@ -7,7 +7,7 @@ count; those of ten slides at once would be ten times that bound.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,11 +111,14 @@ def _place(wanted: int, have: int, rng: np.random.Generator) -> int:
     return offset if wanted <= have else -offset
 
 
-def open_cases(entries: Sequence[Entry], data: DataConfig, skip: bool = False) -> list[Case]:
+def open_cases(
+    entries: Sequence[Entry], data: DataConfig, skip: bool = False, tried: Callable[[], None] = lambda: None
+) -> list[Case]:
     """A case of every entry, each opened, matched with its mask, and tried.
 
     Args:
         skip: whether a slide that cannot be read becomes a broken case in place of an error.
+        tried: called after each.
 
     Raises:
         ConfigError: a mask has other labels than 0, 1 and 255.
@@ -123,6 +126,7 @@ def open_cases(entries: Sequence[Entry], data: DataConfig, skip: bool = False) -
     """
     cases = []
     for entry in entries:
+        tried()
         try:
             cases.append(_tried(entry, data))
         except SlideError as error:

@@ -16,7 +16,7 @@ from wholegrad.train.tables import Config
 
 FREE = (
     "train.out", "train.checkpoint_minutes", "train.panels", "train.budget", "train.host_budget", "train.threads",
-    "train.on_error",
+    "train.on_error", "mesh.tiles", "mesh.timeout",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 
 class Interrupt:
@@ -12,22 +13,27 @@ class Interrupt:
 
     Parameters change only inside an optimiser's step, where nobody asks: after an interrupt they are those of
     the last complete step. Outside the main thread, where Python allows no handlers, it does nothing.
+
+    Args:
+        terminate: whether SIGTERM counts too, with which torchrun and SLURM end a run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, terminate: bool = False) -> None:
         self.asked = False
-        self._before: object = None
+        self._signals = (signal.SIGINT, signal.SIGTERM) if terminate else (signal.SIGINT,)
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._note)
+            self._before = {each: signal.signal(each, self._note) for each in self._signals}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if callable(self._before) or isinstance(self._before, int):
-            signal.signal(signal.SIGINT, self._before)
+        for each, before in self._before.items():
+            if callable(before) or isinstance(before, int):
+                signal.signal(each, before)
 
     def check(self) -> None:
         """Raise ``KeyboardInterrupt`` if Ctrl-C was pressed."""

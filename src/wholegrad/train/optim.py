@@ -51,6 +51,7 @@ class Mover:
         self.schedule = _schedule(self.optimizer, train, total)
         self.updates = 0
         self.slides = 0  # whose gradients wait for the next update
+        self.waiting: list[torch.Tensor | None] | None = None  # their sum in float64, beside what parameters hold
         self.average: Tensors | None = None
         if train.ema is not None:
             self.average = {name: value.detach().clone() for name, value in self.weights().items()}
@@ -67,9 +68,22 @@ class Mover:
         warm = min(1.0, (self.updates + 1) / self.train.warmup) if self.train.warmup else 1.0
         return float(self.optimizer.param_groups[0]["lr"]) * warm
 
-    def add(self) -> None:
-        """Note that one more slide's gradient has been added to the parameters'."""
+    def add(self, more: bool = False) -> None:
+        """Note that one more slide's gradient has been added to the parameters'.
+
+        Args:
+            more: whether others follow before the update; then it is taken into a sum in float64.
+        """
         self.slides += 1
+        if more or self.waiting is not None:
+            sums = self.waiting or [None] * len(self.trained)
+            self.waiting = [_sum(kept, p.grad) for kept, p in zip(sums, self.trained, strict=True)]
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def take(self, sums: list[torch.Tensor | None], slides: int) -> None:
+        """Put the sum of the gradients of so many slides, in float64, in place of what waits."""
+        self.slides, self.waiting = slides, sums if slides else None
+        self.optimizer.zero_grad(set_to_none=True)
 
     def move(self) -> float | None:
         """One update by the mean gradient of the slides since the last; nothing if there were none.
@@ -79,10 +93,7 @@ class Mover:
         """
         if not self.slides:
             return None
-        grads = [p.grad for p in self.trained if p.grad is not None]
-        if self.slides > 1:
-            for grad in grads:
-                grad.div_(self.slides)
+        grads = self._mean()
         norm = _norm(grads)
         if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
@@ -96,6 +107,19 @@ class Mover:
         self.slides, self.updates = 0, self.updates + 1
         self._average()
         return norm
+
+    def _mean(self) -> list[torch.Tensor]:
+        """The parameters' gradients, now the mean over slides."""
+        if self.waiting is not None:
+            for parameter, total in zip(self.trained, self.waiting, strict=True):
+                parameter.grad = None if total is None else (total / self.slides).to(parameter.dtype)
+            self.waiting = None
+            return [p.grad for p in self.trained if p.grad is not None]
+        grads = [p.grad for p in self.trained if p.grad is not None]
+        if self.slides > 1:
+            for grad in grads:
+                grad.div_(self.slides)
+        return grads
 
     def _step(self) -> None:
         rate, groups = self.rate, self.optimizer.param_groups
@@ -144,8 +168,9 @@ class Mover:
         for name, value in (self.average or {}).items():
             found[AVERAGE + name] = value
         for i, parameter in enumerate(self.trained):
-            if self.slides and parameter.grad is not None:
-                found[f"{GRAD}{i}"] = parameter.grad
+            grad = parameter.grad if self.waiting is None else self.waiting[i]
+            if self.slides and grad is not None:
+                found[f"{GRAD}{i}"] = grad
         return found
 
     def values(self) -> dict[str, Any]:
@@ -172,6 +197,7 @@ class Mover:
         names = [self.train.optimizer.name, self.train.schedule.name]
         if values["names"] != names:
             raise ValueError(f"{' and '.join(values['names'])}, not {' and '.join(names)}")
+        waiting: dict[int, torch.Tensor] = {}
         state: dict[int, dict[str, Any]] = {int(i): dict(each) for i, each in values["state"].items()}
         for name, tensor in tensors.items():
             if name.startswith(STATE):
@@ -180,7 +206,7 @@ class Mover:
             elif name.startswith(AVERAGE) and self.average is not None:
                 self.average[name.removeprefix(AVERAGE)].copy_(tensor)
             elif name.startswith(GRAD):
-                self.trained[int(name.removeprefix(GRAD))].grad = tensor
+                waiting[int(name.removeprefix(GRAD))] = tensor.to(torch.float64)
         own = self.optimizer.state_dict()["param_groups"]
         groups = [
             {**mine, **{k: _as_before(mine.get(k), v) for k, v in saved.items()}}
@@ -190,6 +216,14 @@ class Mover:
         if self.schedule is not None and values["schedule"] is not None:
             self.schedule.load_state_dict(values["schedule"])
         self.updates, self.slides = int(values["updates"]), int(values["slides"])
+        self.waiting = [waiting.get(i) for i in range(len(self.trained))] if waiting else None
+
+
+def _sum(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
+    """A sum in float64 and one more term, either of which may be missing."""
+    if grad is None:
+        return total
+    return grad.detach().to(torch.float64) if total is None else total.add_(grad.detach())
 
 
 def _norm(grads: list[torch.Tensor]) -> float:

@@ -11,10 +11,12 @@ less; and for more again once memory is back. The run says so: its sums are roun
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,12 +32,14 @@ from wholegrad.plan.storage import NARROW
 from wholegrad.run.budget import budget_bytes, is_automatic
 from wholegrad.run.calibrate import rates
 from wholegrad.run.device import Device, open_device
-from wholegrad.run.pressure import Governor, Look
+from wholegrad.run.limits import available
+from wholegrad.run.pressure import SHARE, Governor, Look
 from wholegrad.run.process import has_run, resident
 from wholegrad.train.cases import Readers
 from wholegrad.train.events import Replan
 from wholegrad.train.metrics import METRICS
 from wholegrad.train.tables import TrainConfig
+from wholegrad.train.team import Place, Team
 
 STEP = 64 << 20  # bytes in which room is counted
 GROWTH = 64 << 20  # bytes by which a process may come to hold more than at the start of its run
@@ -55,20 +59,41 @@ class Conditions:
         held: bytes that the process held, and libraries will.
         threads: of PyTorch.
         rates: of the machine, for predicted times, on which plans depend.
+        ranks: that share a machine.
     """
 
     budget: int
     held: int
     threads: int
     rates: Rates = BUILT_IN
+    ranks: int = 1
 
     @staticmethod
-    def now(train: TrainConfig) -> Conditions:
-        """Of a run that starts."""
+    def now(train: TrainConfig, place: Place, before: Conditions | None = None) -> Conditions:
+        """Of a run that starts, or goes on from those that it had ``before``.
+
+        An automatic budget is shared between a machine's ranks, so it changes with their number.
+        """
+        if before is not None and before.ranks == place.local_size:
+            return before
         held = resident() + LIBRARIES // (4 if has_run() else 1)
-        device = device_of_run(train)
-        budget = budget_bytes(train.budget) if device is None or not device.apart else room_there(device, train.budget)
-        return Conditions(budget, held, torch.get_num_threads(), rates())
+        device, ranks, threads = device_of_run(train, place), place.local_size, threads_of_rank(place)
+        if device is not None and device.apart:
+            return before or Conditions(room_there(device, train.budget), held, threads, rates(), ranks)
+        budget = budget_bytes(train.budget) if before is None else before.budget
+        if is_automatic(train.budget):
+            mine, shared = (held, 1) if before is None else (before.held, before.ranks)
+            budget = mine + max(budget - mine, 0) * shared // ranks
+        if before is not None:
+            return replace(before, budget=budget, threads=threads, ranks=ranks)
+        return Conditions(budget, held, threads, rates(), ranks)
+
+    @staticmethod
+    def agreed(ranks: Sequence[Conditions]) -> Conditions:
+        """Those under which each rank can run, so that all plan alike."""
+        least = min(each.budget for each in ranks), max(each.held for each in ranks)
+        threads, most = min(each.threads for each in ranks), max(each.ranks for each in ranks)
+        return replace(ranks[0], budget=least[0], held=least[1], threads=threads, ranks=most)
 
     def room(self, cache_bytes: int) -> int:
         """Bytes for a plan beside readers that keep so many, in whole steps; less than one step where it is tight."""
@@ -93,28 +118,54 @@ class Conditions:
             raise ConfigError(str(path), "is not what a run saved", "restore it, or start the run anew") from None
 
 
-def device_of_run(train: TrainConfig) -> Device | None:
+def threads_of_rank(place: Place) -> int:
+    """PyTorch's threads: as it decides; where ranks share a machine, their share of its cores.
+
+    torchrun sets ``OMP_NUM_THREADS`` to 1 where nobody did, whatever the machine has.
+    """
+    if place.local_size == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // place.local_size)
+
+
+def device_of_run(train: TrainConfig, place: Place) -> Device | None:
     """Where tiles run; None for the CPU.
 
     Raises:
         PlanError: there is no such device.
     """
     how = {"tf32": train.tf32, "deterministic": train.deterministic}
-    return None if train.device is None else open_device(train.device, **how)
+    name = device_name(train.device, place)
+    return None if name is None else open_device(name, **how)
+
+
+def device_name(name: str | None, place: Place) -> str | None:
+    """A device by name; ``cuda`` of a rank that shares a machine is a GPU of its own."""
+    if place.local_size > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        return f"cuda:{place.local_rank}"
+    return name
+
+
+def share_of_budget(budget: str | int | None, ranks: int) -> str | int | None:
+    """A budget for each of so many processes on this machine: as asked for, or an equal share of what is safe."""
+    return int(SHARE * available() / ranks) if ranks > 1 and is_automatic(budget) else budget
 
 
 class Plans:
     """Plans by size of image and readers' memory; each is made once, since capture and planning take seconds."""
 
-    def __init__(self, train: TrainConfig, conditions: Conditions) -> None:
+    def __init__(self, train: TrainConfig, conditions: Conditions, team: Team) -> None:
         self.train, self.conditions = train, conditions
+        self.group = None if team.shared is None else cast(Any, wg).open_ranks(team.shared, timeout=team.timeout)
         self.made: dict[tuple[tuple[int, ...], int], wg.Plan] = {}
-        self.device = device_of_run(train)
+        self.device = device_of_run(train, team.place)
         self.apart = self.device is not None and self.device.apart
         self.where: dict[str, Any] = {"device": self.device, "host_budget": train.host_budget}
         automatic = is_automatic(train.budget)
         self.of_process = not automatic and not self.apart  # whether the budget is the process's, by its name
-        self.governor = Governor(conditions.budget) if automatic and not self.apart else None
+        adapts = automatic and not self.apart and self.group is None  # ranks that share a slide share its plan
+        self.governor = Governor(conditions.budget) if adapts else None
         self._looked = 0.0
 
     def react(self, step: int) -> Replan | None:
@@ -167,6 +218,8 @@ class Plans:
         slide, mask = readers
         options: dict[str, Any] = {"metrics": METRICS, "boundary_dtype": dtype, "strategy": self.train.strategy}
         options |= {"rates": self.conditions.rates, **self.where}
+        if self.group is not None:
+            options["ranks"] = self.group
         if self.apart:
             self.made[key] = wg.plan(model, loss_fn, slide, mask, budget=self.budget(readers), **options)
             return self.made[key], True

@@ -92,6 +92,7 @@ class Display:
         self.tiles = self.bars.add_task("tiles", total=None, note="", visible=False)
         self.printed = self.drawn = 0.0
         self.total = self.left = 0
+        self.ranks = 1  # that take steps side by side
         self.seconds = _Recent()
 
     def watch(self) -> Watch:
@@ -149,7 +150,7 @@ class Display:
         now = time.monotonic()
         if not self.console.is_terminal and now - self.printed > QUIET_SECONDS:
             self.printed = now
-            left = f"{show_seconds(self.seconds.mean * self.left)} left"
+            left = f"{show_seconds(self.seconds.mean * self.left / self.ranks)} left"
             self.note(f"{self.title} {step.step + 1} of {self.total}  {step_line(step)}  {left}")
 
     def skip(self, skip: Skip) -> None:

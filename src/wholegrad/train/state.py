@@ -27,6 +27,7 @@ from wholegrad.aside import aside
 from wholegrad.errors import ConfigError, WholegradError
 from wholegrad.train.networks import NETWORKS, build_network, normalized, without_normalization
 from wholegrad.train.optim import AVERAGE, Mover
+from wholegrad.train.team import Team
 
 MODEL = "model/"  # prefix of weights' names in a checkpoint; a weights file has none
 
@@ -110,6 +111,18 @@ def load_checkpoint(path: Path, model: nn.Module, mover: Mover) -> tuple[Card, d
         said = " ".join(str(error).split())[:200]
         raise ConfigError(str(path), f"is of another optimiser or schedule ({said})", "resume with those") from error
     return card, state
+
+
+def share_state(team: Team, model: nn.Module, mover: Mover | None = None) -> None:
+    """Give every rank the weights and buffers of rank 0, and with ``mover`` how they move."""
+    if team.alone:
+        return
+    moving = None if mover is None else (mover.tensors(), mover.values())
+    tensors, moving = team.share((_tensors(model), moving), "rank 0's state")
+    if not team.first:
+        without_normalization(model).load_state_dict(tensors)
+        if mover is not None and moving is not None:
+            mover.restore(*moving)
 
 
 def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:

@@ -207,6 +207,17 @@ class TrackConfig(_Table):
     experiment: str = "wholegrad"
 
 
+class MeshConfig(_Table):
+    """How a run is spread over ranks, where ``torchrun`` starts several: slides of one update over all of them.
+
+    ``tiles`` ranks share the tiles of one slide. ``timeout``: seconds in which a rank that others wait for must get on
+    with its work, be it by one tile.
+    """
+
+    tiles: int = Field(default=1, ge=1)
+    timeout: float = Field(default=300.0, gt=0)
+
+
 class Config(_Table):
     """A whole run. ``folder`` is where relative paths start."""
 
@@ -216,6 +227,7 @@ class Config(_Table):
     train: TrainConfig = Field(default_factory=TrainConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     track: TrackConfig = Field(default_factory=TrackConfig)
+    mesh: MeshConfig = Field(default_factory=MeshConfig)
     folder: Path = Field(default=Path(), exclude=True)
 
     @property

@@ -38,16 +38,18 @@ class Tracking:
     """All trackers that the configuration asks for; one that fails in the middle of a run is left out from there on.
 
     Args:
-        config: of the run.
+        config: of the run; None for none of them.
         warn: told of a tracker that fails.
 
     Raises:
         ConfigError: the package of one is not installed.
     """
 
-    def __init__(self, config: Config, warn: Callable[[str], None]) -> None:
+    def __init__(self, config: Config | None, warn: Callable[[str], None]) -> None:
         self.warn = warn
         self.trackers: list[Tracker] = []
+        if config is None:
+            return
         if config.track.tensorboard:
             self.trackers.append(TensorBoard())
         if config.track.mlflow is not None:
