@@ -20,6 +20,7 @@ from wholegrad.graph.inline import Inlined, Inliner, plain, with_tail
 from wholegrad.graph.layout import Role
 from wholegrad.graph.segment import Segment
 from wholegrad.plan import cost, devices, memory
+from wholegrad.plan.bands import Bands
 from wholegrad.plan.devices import Apart
 from wholegrad.plan.extents import Extent, Extents, extent
 from wholegrad.plan.plan import SegmentPlan
@@ -59,6 +60,7 @@ class Terms:
         workers: tiles that run at once.
         sinks: maps that go to the caller; ``sink_bytes`` for each pixel of a row of tiles, ``sink_held`` beside.
         apart: the device with memory of its own on which tiles run; None for the CPU.
+        bands: how ranks share the image; None for one that has it to itself.
     """
 
     backward: bool
@@ -71,6 +73,7 @@ class Terms:
     as_bytes: frozenset[Ref] = frozenset()
     raw: frozenset[Ref] = frozenset()
     apart: Apart | None = None
+    bands: Bands | None = None
 
 
 class Ground:
@@ -184,7 +187,7 @@ class Piece:
     def settle(self, tile: Tile) -> None:
         """Look at every tile of a grid, for :meth:`needs`."""
         if tile not in self._exact:
-            found = grid(self.graph, self.segment, tile)
+            found = grid(self.graph, self.segment, tile, self.terms.bands)
             rows, cols = (extent(each, self._bill.nodes) for each in (found.rows, found.cols))
             (forward,), (backward,) = self._weigh(rows, cols)
             self._exact[tile] = found, memory.Working(forward, backward, self._walk.slack)

@@ -13,7 +13,9 @@ import torch
 
 from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.segment import Segment
+from wholegrad.plan.bands import Bands
 from wholegrad.plan.devices import Apart, Host
+from wholegrad.plan.halos import Halo, halos
 from wholegrad.plan.memory import Working, held_whole, kept
 from wholegrad.plan.parts import Parts, parts
 from wholegrad.plan.spill import spill_bytes
@@ -117,6 +119,7 @@ class Plan:
         apart: the device with memory of its own on which tiles run; None on the CPU.
         host: the host's side of such a plan.
         made_on: the device as the caller gave it.
+        bands: how the image is shared out, if ranks share it; bytes and seconds are then those of the rank with most.
     """
 
     graph: Graph
@@ -138,6 +141,7 @@ class Plan:
     apart: Apart | None = None
     host: Host | None = None
     made_on: object = None
+    bands: Bands | None = None
     _grids: dict[int, Grid] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -209,8 +213,16 @@ class Plan:
         """The tiles of segment ``index``."""
         if index not in self._grids:
             part = self.segments[index]
-            self._grids[index] = grid(self.graph, part.segment, part.tile)
+            self._grids[index] = grid(self.graph, part.segment, part.tile, self.bands)
         return self._grids[index]
+
+    @cached_property
+    def halos(self) -> dict[Ref, Halo]:
+        """What each rank holds of each boundary; nothing where one has all."""
+        if self.bands is None:
+            return {}
+        segments, grids = [part.segment for part in self.segments], [self.grid(k) for k in range(len(self.segments))]
+        return halos(self.graph, segments, grids, self.bands, self.backward)
 
     def describe_segment(self, index: int) -> tuple[str, str, str, str, str]:
         """Module paths, what it yields, tile, tiles, and bytes of the tiles that run side by side, as text."""

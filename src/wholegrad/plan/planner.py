@@ -19,6 +19,7 @@ import torch
 from wholegrad.errors import BudgetError, PlanError
 from wholegrad.graph.graph import Graph, Kind, Node, Ref
 from wholegrad.plan import cost, memory
+from wholegrad.plan.bands import Bands
 from wholegrad.plan.check import check_elements
 from wholegrad.plan.cuttings import Choice, Cutting, Cuttings, Way
 from wholegrad.plan.devices import Apart, Host
@@ -62,6 +63,7 @@ class Request:
     raw: frozenset[Ref] = frozenset()  # images whose pixels are 8-bit fractions of 255
     rates: Rates = BUILT_IN  # of the machine
     apart: Apart | None = None  # the device with memory of its own on which tiles run; budget and reserved are its own
+    bands: Bands | None = None  # how ranks share the image; bytes are of each
 
 
 def make_plan(graph: Graph, request: Request) -> Plan:
@@ -129,6 +131,7 @@ class Planner:
             as_bytes=request.as_bytes,
             raw=request.raw,
             apart=request.apart,
+            bands=request.bands,
         )
         self.cuttings = Cuttings(graph, terms, request.placement, request.boundary_dtype)
         fixed = frozenset(request.sinks) | (request.boundaries or frozenset())
@@ -239,5 +242,6 @@ class Planner:
             boundary_dtype=request.boundary_dtype,
             apart=apart,
             host=host,
+            bands=request.bands,
             _grids={k: grid for k, (_, grid) in enumerate(made)},
         )
