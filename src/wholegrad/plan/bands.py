@@ -50,6 +50,20 @@ class Bands:
         mine = self.rows if role is Role.ROW else self.cols
         return tuple(carried(cut, mine[-1], size) for cut in mine)
 
+    def widest(self, role: Role, size: int) -> int:
+        """Pixels of the widest band on a map of ``size`` rows or columns."""
+        return max(hi - lo for lo, hi in pairwise(self.on(role, size)))
+
+    @property
+    def share(self) -> float:
+        """Of the image, what the rank with most owns."""
+        return self.widest(Role.ROW, self.rows[-1]) * self.widest(Role.COL, self.cols[-1]) / self.area
+
+    @property
+    def area(self) -> int:
+        """Pixels of the image."""
+        return self.rows[-1] * self.cols[-1]
+
     @property
     def even(self) -> bool:
         """Whether bands along each axis differ by one pixel at most."""

@@ -14,9 +14,10 @@ from itertools import pairwise
 
 from wholegrad.graph.geometry import Box, Interval
 from wholegrad.graph.graph import Graph, Ref
+from wholegrad.graph.layout import Role
 from wholegrad.graph.recall import recallable
-from wholegrad.graph.segment import Segment
-from wholegrad.plan.bands import Bands
+from wholegrad.graph.segment import Segment, spans
+from wholegrad.plan.bands import Bands, carried
 from wholegrad.plan.tiles import AxisTiles, Grid
 
 Part = Interval | None  # of an axis, or nothing
@@ -47,6 +48,18 @@ class Halo:
         """What a rank is sent then: by whom, and which part of theirs."""
         mine = self.read[rank]
         return [] if mine is None else self._meets(mine, self.owned, rank)
+
+    @property
+    def most(self) -> int:
+        """Pixels of what the rank with most holds."""
+        boxes = (self.held(rank) for rank in range(len(self.owned)))
+        return max((box.area for box in boxes if box is not None), default=0)
+
+    @property
+    def moved(self) -> int:
+        """Pixels that a rank sends and receives at once, the one with most."""
+        ranks = range(len(self.owned))
+        return max(sum(box.area for _, box in (*self.sent(rank), *self.received(rank))) for rank in ranks)
 
     @staticmethod
     def _meets(mine: Box, others: Sequence[Box | None], rank: int) -> list[tuple[int, Box]]:
@@ -104,6 +117,26 @@ def boxes_owned(grid: Grid, ref: Ref, bands: Bands) -> tuple[Box | None, ...]:
     """What the tiles of each rank own of a map, all together; None for nothing."""
     axes = (grid.rows, grid.cols)
     return _boxes(bands, *(_hulls(axis, [mine.get(ref) for mine in axis.owned]) for axis in axes))
+
+
+def beyond_band(graph: Graph, segment: Segment, ref: Ref, bands: Bands) -> int:
+    """Pixels of a map that a rank between others reads beyond its own, for what it owns of a segment's outputs."""
+    base, spec = graph.spec(segment.base), graph.spec(ref)
+    sizes = []
+    for role, size, whole in ((Role.ROW, base.rows, spec.rows), (Role.COL, base.cols, spec.cols)):
+        edges = bands.on(role, size)
+        middle = (len(edges) - 2) // 2
+        lo, hi = edges[middle], edges[middle + 1]
+        owned = {}
+        for each in segment.owned(graph):
+            length = graph.spec(each).rows if role is Role.ROW else graph.spec(each).cols
+            owned[each] = Interval(carried(lo, size, length), carried(hi, size, length))
+        own = carried(hi, size, whole) - carried(lo, size, whole)
+        owned = {each: interval for each, interval in owned.items() if interval.size > 0}
+        read = spans(graph, segment, role, owned).get(ref.node)
+        sizes.append((own, max(read.size if read else 0, own)))
+    (own_rows, rows), (own_cols, cols) = sizes
+    return rows * cols - own_rows * own_cols
 
 
 def _hulls(axis: AxisTiles, parts: Sequence[Part]) -> list[Part]:

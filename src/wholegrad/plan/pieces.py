@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from wholegrad.graph.graph import Graph, Ref, Spec
+from wholegrad.graph.graph import READERS, Graph, Kind, Ref, Spec
 from wholegrad.graph.inline import Inlined, Inliner, plain, with_tail
 from wholegrad.graph.layout import Role
 from wholegrad.graph.segment import Segment
@@ -23,9 +23,11 @@ from wholegrad.plan import cost, devices, memory
 from wholegrad.plan.bands import Bands
 from wholegrad.plan.devices import Apart
 from wholegrad.plan.extents import Extent, Extents, extent
+from wholegrad.plan.halos import beyond_band
 from wholegrad.plan.plan import SegmentPlan
 from wholegrad.plan.rates import Rates
 from wholegrad.plan.tiles import Grid, grid
+from wholegrad.plan.traffic import ASSUMED, Link
 from wholegrad.plan.walk import Upkeep, Walk
 
 ELEMENT_LIMIT = 2**31  # rule 8
@@ -60,7 +62,7 @@ class Terms:
         workers: tiles that run at once.
         sinks: maps that go to the caller; ``sink_bytes`` for each pixel of a row of tiles, ``sink_held`` beside.
         apart: the device with memory of its own on which tiles run; None for the CPU.
-        bands: how ranks share the image; None for one that has it to itself.
+        bands: how ranks share the image, and ``link`` how fast they talk; None for one that has it to itself.
     """
 
     backward: bool
@@ -74,6 +76,7 @@ class Terms:
     raw: frozenset[Ref] = frozenset()
     apart: Apart | None = None
     bands: Bands | None = None
+    link: Link = ASSUMED
 
 
 class Ground:
@@ -218,25 +221,52 @@ class Piece:
         if fixed is not None:
             high, wide = [fixed[0]], [fixed[1]]
         else:
-            high = list(dict.fromkeys(min(h, spec.rows) for h in heights))
-            wide = list(dict.fromkeys(min(w, spec.cols) for w in widths))
+            rows, cols = self._reach(spec)
+            high = list(dict.fromkeys(min(h, rows) for h in heights))
+            wide = list(dict.fromkeys(min(w, cols) for w in widths))
         of, nodes = self.ground.extents.of, self._bill.nodes
         return _Tiles(high, wide, of(self.segment, nodes, Role.ROW, high), of(self.segment, nodes, Role.COL, wide))
+
+    def _reach(self, spec: Spec) -> tuple[int, int]:
+        """Rows and columns of a map that one rank owns, at most."""
+        bands = self.terms.bands
+        if bands is None:
+            return spec.rows, spec.cols
+        return max(bands.widest(Role.ROW, spec.rows), 1), max(bands.widest(Role.COL, spec.cols), 1)
+
+    @cached_property
+    def _talk(self) -> tuple[float, float]:
+        """Seconds in which ranks send each other what this segment reads of boundaries, and its gradients back."""
+        bands, graph, link = self.terms.bands, self.graph, self.terms.link
+        if bands is None:
+            return 0.0, 0.0
+        beyond = {ref: beyond_band(graph, self.segment, ref, bands) for ref in self.segment.maps}
+        ahead = back = link.message * (2 + self.terms.backward)
+        for ref, area in beyond.items():
+            node = graph.nodes[ref.node]
+            if node.kind not in READERS and node.kind is not Kind.SPREAD:
+                ahead += area * graph.spec(ref).pixel_bytes * link.byte + link.message
+                back += (area * graph.spec(ref).pixel_bytes * link.byte + link.message) * node.needs_grad
+        return ahead, back
 
     def _options(self, tiles: _Tiles) -> list[Option]:
         rows, cols, workers = tiles.rows, tiles.cols, self.terms.workers
         found = self._bill.seconds(rows, cols)
         pulled = found if self._pulled is self._how else self._bill_pulled.seconds(rows, cols)
         ahead, back = found.forward.tolist(), pulled.backward.tolist()
-        fixed, width = self.terms.tile is not None, self.graph.spec(self.segment.base).cols
+        bands, (talk, talk_back) = self.terms.bands, self._talk
+        fixed, (height, width) = self.terms.tile is not None, self._reach(self.graph.spec(self.segment.base))
         narrowest, gigantic = tiles.wide[0], self._gigantic(rows, cols).tolist()
         options = []
         for (i, h), (j, w) in product(enumerate(tiles.high), enumerate(tiles.wide)):
             if fixed or (min(h, width) <= w <= max(WIDEST * h, narrowest) and not gigantic[i][j]):
                 count = rows.counts[i] * cols.counts[j]
+                share = 1.0
+                if bands is not None:
+                    count, share = -(-height // h) * -(-width // w), bands.share
                 of_thread = 1.0 if self.terms.apart else -(-count // workers) / count  # an idle worker is time lost
-                forward = 0.0 if self.fused else ahead[i][j] * of_thread
-                backward = back[i][j] * of_thread if self.terms.backward else 0.0
+                forward = 0.0 if self.fused else ahead[i][j] * of_thread * share + talk
+                backward = back[i][j] * of_thread * share + talk_back if self.terms.backward else 0.0
                 options.append(Option(forward + backward, (h, w), forward, backward))
         return sorted(options)
 
@@ -259,7 +289,7 @@ class Piece:
         found = self._walk.bytes(areas)
         if self._pulled is not self._how:
             found = found[0], self._walk_pulled.bytes(self._areas(self._walk_pulled, rows, cols))[1]
-        side = np.minimum(np.outer(rows.counts, cols.counts).ravel(), terms.workers)
+        side = np.minimum(np.outer(rows.counts, cols.counts).ravel(), terms.workers)  # of a rank, no more than of all
         if terms.apart is None:
             beside = self._band(rows, cols)
         else:

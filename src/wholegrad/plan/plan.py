@@ -21,6 +21,7 @@ from wholegrad.plan.parts import Parts, parts
 from wholegrad.plan.spill import spill_bytes
 from wholegrad.plan.storage import dtype_name, stored_bytes, stored_dtype
 from wholegrad.plan.tiles import Grid, grid
+from wholegrad.plan.traffic import at_once, shared, traffic
 
 
 class Placement(StrEnum):
@@ -197,7 +198,7 @@ class Plan:
         hosts = [ref for ref, place in self.placements.items() if place is self.near]
         cut = [part.segment for part in self.segments]
         moments = []
-        held = kept(self.graph, cut, hosts, self.boundary_dtype, self.backward)
+        held = kept(self.graph, cut, hosts, self.boundary_dtype, self.backward, self.here)
         for part, now in zip(self.segments, held, strict=True):
             if not part.fused:
                 moments.append((now.forward, 0, part.working.forward, part.working.slack))
@@ -206,8 +207,17 @@ class Plan:
         spilled = [ref for ref, place in self.placements.items() if place is Placement.DISK]
         spill = spill_bytes(self.graph, spilled, self.boundary_dtype, self.workers)
         if self.apart is not None:
-            return parts(self.graph, self.reserved, moments, 0)
-        return parts(self.graph, self.reserved, moments, len(cut), spill)
+            return parts(self.graph, self.reserved, moments, 0, messages=self.messages)
+        return parts(self.graph, self.reserved, moments, len(cut), spill, self.messages)
+
+    def here(self, ref: Ref, size: int) -> int:
+        """Of a boundary's bytes, what the rank with most of it holds; all where nobody shares it."""
+        return size if self.bands is None else shared(self.graph.spec(ref), self.halos[ref], size)
+
+    @property
+    def messages(self) -> int:
+        """Bytes that ranks send and receive at once."""
+        return 0 if self.bands is None else at_once(self.graph, self.halos, self.bands.ranks)
 
     def grid(self, index: int) -> Grid:
         """The tiles of segment ``index``."""
@@ -247,7 +257,7 @@ class Plan:
         """How many bytes, where, and as what if they are rounded."""
         if not self.placements:
             return "no boundaries"
-        kept = sum(self.stored_bytes(ref) for ref in self.placements)
+        kept = sum(self.here(ref, self.stored_bytes(ref)) for ref in self.placements)
         where = " and ".join(sorted({str(place) for place in self.placements.values()}))
         narrow = any(self.stored_dtype(ref) != self.graph.spec(ref).dtype for ref in self.placements)
         rounded = f", rounded to {dtype_name(self.boundary_dtype)}" if narrow and self.boundary_dtype else ""
@@ -273,6 +283,17 @@ class Plan:
         allowed = f" of a budget of {show_bytes(asked)}" if asked else ""
         return [f"projected peak of the process {show_bytes(self.host.projected)} (of which reserved {held}){allowed}"]
 
+    def _rank_lines(self) -> list[str]:
+        if self.bands is None:
+            return []
+        sent = [traffic(self, rank) for rank in range(self.bands.ranks)]
+        most, rounds = max(each.total for each in sent), max(each.rounds for each in sent)
+        kind = "" if self.bands.even else ", uneven"
+        return [
+            f"shared by {self.bands.ranks} ranks: {self.bands}{kind}; memory and seconds are of the rank with most; "
+            f"each sends up to {show_bytes(most)} a step in {rounds} rounds"
+        ]
+
     def __str__(self) -> str:
         rows = [("segment", "yields", "tile", "tiles", "memory")]
         rows += [self.describe_segment(i) for i in range(len(self.segments))]
@@ -292,6 +313,7 @@ class Plan:
             f"(of which reserved {show_bytes(self.reserved)})"
             + (f" of a budget of {show_bytes(self.budget)}" if self.budget else "")
             + f"; whole-image autograd would need {show_bytes(self.whole_image)}",
+            *self._rank_lines(),
             "made up of " + ", ".join(f"{name} {show_bytes(size)}" for name, size in self.memory.rows() if size),
             *self._host_lines(),
         ]

@@ -27,6 +27,7 @@ from wholegrad.plan.pieces import Terms
 from wholegrad.plan.plan import Placement, Plan, show_bytes
 from wholegrad.plan.rates import BUILT_IN, Rates
 from wholegrad.plan.search import NEVER, Search
+from wholegrad.plan.traffic import ASSUMED, Link
 
 __all__ = ["Planner", "Request", "check_elements", "make_plan"]
 
@@ -64,6 +65,7 @@ class Request:
     rates: Rates = BUILT_IN  # of the machine
     apart: Apart | None = None  # the device with memory of its own on which tiles run; budget and reserved are its own
     bands: Bands | None = None  # how ranks share the image; bytes are of each
+    link: Link = ASSUMED  # how fast these talk
 
 
 def make_plan(graph: Graph, request: Request) -> Plan:
@@ -132,6 +134,7 @@ class Planner:
             raw=request.raw,
             apart=request.apart,
             bands=request.bands,
+            link=request.link,
         )
         self.cuttings = Cuttings(graph, terms, request.placement, request.boundary_dtype)
         fixed = frozenset(request.sinks) | (request.boundaries or frozenset())

@@ -11,17 +11,19 @@ Small values are computed by every rank, from the same bits. Dense regions are s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
 
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Kind, Ref
+from wholegrad.graph.rules.reduction import wide
 from wholegrad.plan.halos import boxes_owned
 from wholegrad.plan.plan import Plan
 from wholegrad.plan.tiles import Grid
+from wholegrad.plan.traffic import buckets, passes
 from wholegrad.run.distributed.sums import added, added_up, joined
 from wholegrad.run.distributed.wire import Wire
 from wholegrad.run.executor import Executor
@@ -116,23 +118,12 @@ class RankExecutor(Executor):
         """Add up what all ranks' tiles gave to the gradients of small values; of parameters, once all is done."""
         refs = [ref for ref in self.of_tiles.grads if self.graph.nodes[ref.node].kind is not Kind.PARAMETER]
         wanted = {self._name(ref): self.of_tiles.grads.pop(ref) for ref in refs}
-        if not any(self._passes(ref) for ref in self._smalls(i)):
+        if not passes(self.graph, self.plan.segments[i].segment):
             self.wire.meet()
             return
         for name, grad in sorted(added(self.wire, wanted).items()):
             node, out = name.split(".")
             self.small.add_grad(Ref(int(node), int(out)), grad)
-
-    def _smalls(self, i: int) -> Iterable[Ref]:
-        """The small values whose gradients tiles of a segment may give."""
-        segment = self.plan.segments[i].segment
-        spread = [self.graph.nodes[ref.node].operands[0] for ref in segment.maps
-                  if self.graph.nodes[ref.node].kind is Kind.SPREAD]  # fmt: skip
-        return [*segment.smalls, *spread]
-
-    def _passes(self, ref: Ref) -> bool:
-        node = self.graph.nodes[ref.node]
-        return node.needs_grad and node.kind is not Kind.PARAMETER
 
     @staticmethod
     def _name(ref: Ref) -> str:
@@ -141,20 +132,26 @@ class RankExecutor(Executor):
     def backward(self) -> None:
         super().backward()
         self._add_parameters()
+        self.wire.meet()  # nobody goes on before all have all
 
     def _add_parameters(self) -> None:
         """Parameters' gradients of all ranks' tiles, beside what small values gave, which every rank has."""
         refs = [Ref(node.index) for node in self._trained]
         has = torch.tensor([ref in self.of_tiles.grads for ref in refs], dtype=torch.uint8)
         somewhere = torch.stack([each.cpu() for each in self.wire.meet(has)]).any(0).tolist()
-        for ref in (ref for ref, there in zip(refs, somewhere, strict=True) if there):
-            grad = self.of_tiles.grads.pop(ref, None)
-            if grad is None:
-                spec = self.graph.spec(ref)
-                grad = torch.zeros(spec.shape, dtype=torch.float64, device=self.device.torch)
-            flat = grad.reshape(-1)
+        refs = [ref for ref, there in zip(refs, somewhere, strict=True) if there]
+        shapes = [self.graph.spec(ref).shape for ref in refs]
+        for bucket in buckets([prod(shape) for shape in shapes]):
+            flat = torch.cat([self._of_tiles(refs[k]).reshape(-1) for k in bucket])
             added_up(self.wire, flat)
-            self.small.add_grad(ref, flat.view(grad.shape))
+            for k, grad in zip(bucket, torch.split(flat, [prod(shapes[k]) for k in bucket]), strict=True):
+                self.small.add_grad(refs[k], grad.view(shapes[k]))
+
+    def _of_tiles(self, ref: Ref) -> torch.Tensor:
+        """What this rank's tiles gave to a parameter's gradient; zeros if nothing."""
+        grad = self.of_tiles.grads.pop(ref, None)
+        dtype, where = wide(torch.float64, self.device.torch), self.device.torch
+        return torch.zeros(self.graph.spec(ref).shape, dtype=dtype, device=where) if grad is None else grad
 
     @cached_property
     def _trained(self) -> list[Any]:

@@ -15,10 +15,9 @@ from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.rules import State
 from wholegrad.graph.segment import reduction_rule
+from wholegrad.plan.traffic import BUCKET
 from wholegrad.run.distributed.packed import packed, unpacked
 from wholegrad.run.distributed.wire import Wire
-
-BUCKET = 1 << 21  # elements that are added up at once: 16 MiB of float64
 
 
 def joined(

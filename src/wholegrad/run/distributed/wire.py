@@ -19,10 +19,12 @@ import torch.distributed as dist
 
 from wholegrad import clock, errors
 from wholegrad.errors import RankError, WholegradError
+from wholegrad.plan.traffic import DIRECT
+from wholegrad.run.distributed.blame import culprit
 
-DIRECT = 16  # ranks up to which every one writes to every other; more pass messages on
 SMALL = 1 << 16  # bytes up to which more ranks than that double what they know in each round
 FINE, FAILED = 0, 1
+SILENT = 0.9  # of the time-out: who answered nothing for so long did not close the connection
 REMEDY = "look at that rank's own output; start all ranks again from the last checkpoint"
 
 
@@ -54,6 +56,7 @@ class Wire:
         self.traffic = Traffic()
         self.phase = 0
         self._broken: str | None = None
+        self._left: list[dist.P2POp] = []
         self._told = False  # whether the ranks know of this step's error
         backend = dist.get_backend(group)
         on_device = "nccl" in backend or "xccl" in backend
@@ -102,19 +105,24 @@ class Wire:
             if self.device.type != "cpu":
                 torch.accelerator.synchronize()
         except (RuntimeError, ValueError) as error:
+            self._left = ops  # what may still be written into
             raise self._lost(peer, time.monotonic() - started, error) from error
 
     def _lost(self, peer: int, waited: float, error: Exception) -> RankError:
-        """The error for a rank that does not answer."""
-        name = "a rank" if peer < 0 else f"rank {peer}"
-        silent = waited >= 0.9 * self.timeout
+        """The error for a rank that does not answer, or for the one for which that waits itself."""
+        guilty = culprit(self.group, self.rank, peer) if peer >= 0 else peer
         text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        how = (
-            f"has not answered for {waited:.0f} s" if silent else f"closed its connection or cannot be reached ({text})"
-        )
-        found = RankError(name, f"{how}, in phase {self.phase} of rank {self.rank}", REMEDY)
+        how = f"closed its connection or cannot be reached ({text})"
+        if waited >= SILENT * self.timeout:
+            how = f"has not answered for {waited:.0f} s"
+        if guilty == self.rank:
+            how = f"{how}: it waits for rank {self.rank}, which runs, and neither hears the other"
+            guilty = peer
+        elif guilty != peer:
+            how = f"keeps rank {peer} waiting, which {how}"
+        name = "a rank" if guilty < 0 else f"rank {guilty}"
         self._broken = f"{name} {how}"
-        return found
+        return RankError(name, f"{how} (phase {self.phase} of rank {self.rank})", REMEDY)
 
     def gathered(self, mine: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's tensor, in order of ranks; all have the same shape and dtype."""
