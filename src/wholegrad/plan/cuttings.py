@@ -266,7 +266,8 @@ class Cutting:
         if bands is None or choice.tiles in self._shared:
             return
         grids = [piece.planned(option)[1] for piece, option in zip(self.pieces, choice.options, strict=True)]
-        found = halos(self.graph, [piece.segment for piece in self.pieces], grids, bands, self.terms.backward)
+        cut = [piece.segment for piece in self.pieces]
+        found = halos(self.graph, cut, grids, bands, self.terms.backward)
         exact = {}
         for ref, each in self.boundaries.items():
             spec = self.graph.spec(ref)
@@ -276,7 +277,7 @@ class Cutting:
         lives, near = self._lives(exact), {ref for ref, place in choice.way.places.items() if place is self.near}
         rows = [k for k, ref in enumerate(self.boundaries) if ref in near]
         held = Held(lives.forward[rows].sum(0), lives.backward[rows].sum(0))
-        self._shared[choice.tiles] = held, at_once(self.graph, found, bands.ranks)
+        self._shared[choice.tiles] = held, at_once(self.graph, cut, found, bands.ranks)
 
 
 class Cuttings:

@@ -217,7 +217,8 @@ class Plan:
     @property
     def messages(self) -> int:
         """Bytes that ranks send and receive at once."""
-        return 0 if self.bands is None else at_once(self.graph, self.halos, self.bands.ranks)
+        cut = [part.segment for part in self.segments]
+        return 0 if self.bands is None else at_once(self.graph, cut, self.halos, self.bands.ranks)
 
     def grid(self, index: int) -> Grid:
         """The tiles of segment ``index``."""

@@ -15,7 +15,7 @@ on in ``log2 N`` rounds, and large ones around a ring.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, log2
 from typing import TYPE_CHECKING
@@ -84,9 +84,13 @@ def passes(graph: Graph, segment: Segment) -> list[Ref]:
     return [ref for ref, node in nodes.items() if node.needs_grad and node.kind is not Kind.PARAMETER]
 
 
-def parameters(graph: Graph) -> list[int]:
-    """Elements of each parameter that is trained."""
-    return [node.outputs[0].numel for node in graph.of_kind(Kind.PARAMETER) if node.needs_grad]
+def parameters(graph: Graph, segments: Iterable[Segment]) -> list[Ref]:
+    """The trained parameters that tiles read; the gradients of others every rank has from small values."""
+    read = {ref for segment in segments for ref in segment.smalls}
+    trained = [Ref(node.index) for node in graph.of_kind(Kind.PARAMETER) if node.needs_grad]
+    spread = {graph.nodes[ref.node].operands[0] for segment in segments for ref in segment.maps
+              if graph.nodes[ref.node].kind is Kind.SPREAD}  # fmt: skip
+    return [ref for ref in trained if ref in read or ref in spread]
 
 
 def buckets(sizes: Sequence[int]) -> list[list[int]]:
@@ -116,7 +120,8 @@ def traffic(plan: Plan, rank: int) -> Traffic:
             sums += others * _state(plan, number, index, rank)
         if plan.backward:
             sums += others * sum(DOUBLE * graph.spec(ref).numel + NAMED for ref in passes(graph, segment))
-    trained = parameters(graph) if plan.backward else []
+    read = parameters(graph, [part.segment for part in plan.segments]) if plan.backward else []
+    trained = [graph.spec(ref).numel for ref in read]
     groups = sum(ceil(sum(trained[k] for k in bucket) / BUCKET) for bucket in buckets(trained))
     return Traffic(
         halos=halos,
@@ -132,9 +137,9 @@ def shared(spec: Spec, halo: Halo, size: int) -> int:
     return -(-size * halo.most // (spec.rows * spec.cols))
 
 
-def at_once(graph: Graph, halos: Mapping[Ref, Halo], ranks: int) -> int:
+def at_once(graph: Graph, segments: Sequence[Segment], halos: Mapping[Ref, Halo], ranks: int) -> int:
     """Bytes that a rank sends and receives at once, whatever runs then: copies of them are made on the way."""
-    sizes = parameters(graph)
+    sizes = [graph.spec(ref).numel for ref in parameters(graph, segments)]
     boxes = [2 * halo.moved * graph.spec(ref).pixel_bytes for ref, halo in halos.items()]
     held = sum(spec.held_bytes for node in graph.of_kind(Kind.REDUCTION) for spec in node.outputs)
     gathered = [spec.nbytes for node in graph.of_kind(Kind.REDUCTION) if node.op is GATHER for spec in node.outputs]

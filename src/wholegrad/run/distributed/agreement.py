@@ -45,8 +45,8 @@ def agree(wire: Wire, digests: Mapping[str, str]) -> None:
     for rank, theirs in enumerate(found):
         for name in dict.fromkeys([*found[0], *theirs]):
             if theirs.get(name) != found[0].get(name):
-                apart = f"{theirs.get(name)} and rank 0 {found[0].get(name)}"
-                raise RankError(f"rank {rank}", f"has other {name} than rank 0 ({apart})",
+                apart = f"{theirs.get(name)}, not {found[0].get(name)}"
+                raise RankError(wire.name(rank), f"has other {name} than {wire.name(0)} ({apart})",
                                 REMEDIES.get(name, "start all ranks alike"))  # fmt: skip
 
 

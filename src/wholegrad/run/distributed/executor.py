@@ -11,7 +11,6 @@ Small values are computed by every rank, from the same bits. Dense regions are s
 
 from __future__ import annotations
 
-from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -23,7 +22,7 @@ from wholegrad.graph.rules.reduction import wide
 from wholegrad.plan.halos import boxes_owned
 from wholegrad.plan.plan import Plan
 from wholegrad.plan.tiles import Grid
-from wholegrad.plan.traffic import buckets, passes
+from wholegrad.plan.traffic import buckets, parameters, passes
 from wholegrad.run.distributed.sums import added, added_up, joined
 from wholegrad.run.distributed.wire import Wire
 from wholegrad.run.executor import Executor
@@ -136,7 +135,7 @@ class RankExecutor(Executor):
 
     def _add_parameters(self) -> None:
         """Parameters' gradients of all ranks' tiles, beside what small values gave, which every rank has."""
-        refs = [Ref(node.index) for node in self._trained]
+        refs = parameters(self.graph, [part.segment for part in self.plan.segments])
         has = torch.tensor([ref in self.of_tiles.grads for ref in refs], dtype=torch.uint8)
         somewhere = torch.stack([each.cpu() for each in self.wire.meet(has)]).any(0).tolist()
         refs = [ref for ref, there in zip(refs, somewhere, strict=True) if there]
@@ -152,7 +151,3 @@ class RankExecutor(Executor):
         grad = self.of_tiles.grads.pop(ref, None)
         dtype, where = wide(torch.float64, self.device.torch), self.device.torch
         return torch.zeros(self.graph.spec(ref).shape, dtype=dtype, device=where) if grad is None else grad
-
-    @cached_property
-    def _trained(self) -> list[Any]:
-        return [node for node in self.graph.of_kind(Kind.PARAMETER) if node.needs_grad]

@@ -8,6 +8,7 @@ and say for whom they waited. A wire that failed once is not used again.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -53,6 +54,7 @@ class Wire:
     def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
         self.group, self.timeout = group, timeout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._global = dist.get_process_group_ranks(group)
         self.traffic = Traffic()
         self.phase = 0
         self._broken: str | None = None
@@ -111,18 +113,21 @@ class Wire:
     def _lost(self, peer: int, waited: float, error: Exception) -> RankError:
         """The error for a rank that does not answer, or for the one for which that waits itself."""
         guilty = culprit(self.group, self.rank, peer) if peer >= 0 else peer
-        text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        how = f"closed its connection or cannot be reached ({text})"
+        how = f"closed its connection ({_short(error)})"
         if waited >= SILENT * self.timeout:
             how = f"has not answered for {waited:.0f} s"
         if guilty == self.rank:
-            how = f"{how}: it waits for rank {self.rank}, which runs, and neither hears the other"
+            how = f"{how}: it waits for {self.name(self.rank)}, which runs, and neither hears the other"
             guilty = peer
         elif guilty != peer:
-            how = f"keeps rank {peer} waiting, which {how}"
-        name = "a rank" if guilty < 0 else f"rank {guilty}"
+            how = f"keeps {self.name(peer)} waiting, which {how}"
+        name = "a rank" if guilty < 0 else self.name(guilty)
         self._broken = f"{name} {how}"
-        return RankError(name, f"{how} (phase {self.phase} of rank {self.rank})", REMEDY)
+        return RankError(name, f"{how}, as {self.name(self.rank)} found in phase {self.phase}", REMEDY)
+
+    def name(self, rank: int) -> str:
+        """A rank of this group as the user knows it: by its number among all processes."""
+        return f"rank {self._global[rank]}"
 
     def gathered(self, mine: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's tensor, in order of ranks; all have the same shape and dtype."""
@@ -181,12 +186,13 @@ class Wire:
         found = self.gathered_of(payload, [size for *_, size in heads])
         self._told = bool(bad)
         if bad:
-            raise _told(bytes(found[bad[0]].cpu().tolist()), bad[0])
+            raise _told(bytes(found[bad[0]].cpu().tolist()), self.name(bad[0]))
         astray = [(rank, phase) for rank, (phase, *_) in enumerate(heads) if phase != heads[0][0]]
         if astray:
             rank, phase = astray[0]
-            self._broken = f"rank {rank} was in phase {phase} and rank 0 in {heads[0][0]}"
-            raise RankError(f"rank {rank}", f"is in phase {phase} and rank 0 in {heads[0][0]}", REMEDY)
+            how = f"is in phase {phase} and {self.name(0)} in {heads[0][0]}"
+            self._broken = f"{self.name(rank)} {how}"
+            raise RankError(self.name(rank), how, REMEDY)
         return found
 
     @contextmanager
@@ -202,6 +208,13 @@ class Wire:
             raise
 
 
+def _short(error: Exception) -> str:
+    """What a backend says, without the place in its source and its advice."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = re.sub(r"^\[[^\]]*\]\s*", "", lines[-1])
+    return text.split(". ")[0][:120].rstrip(".")
+
+
 def _telling(error: Exception) -> bytes:
     """An error as others are told of it."""
     if isinstance(error, WholegradError):
@@ -211,10 +224,10 @@ def _telling(error: Exception) -> bytes:
     return "\0".join(parts).encode()
 
 
-def _told(text: bytes, rank: int) -> WholegradError:
+def _told(text: bytes, rank: str) -> WholegradError:
     """The error of another rank: of the same kind, so that whoever handles it does so on every rank."""
     name, where, cause, remedy = text.decode().split("\0")
     kind = getattr(errors, name, None) if name else None
     if isinstance(kind, type) and issubclass(kind, WholegradError):
-        return kind(where, f"{cause} (on rank {rank})", remedy)
-    return RankError(f"rank {rank}", f"failed with {where}: {cause}", remedy)
+        return kind(where, f"{cause} (on {rank})", remedy)
+    return RankError(rank, f"failed with {where}: {cause}", remedy)
