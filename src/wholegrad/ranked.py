@@ -16,6 +16,7 @@ from wholegrad.plan.bands import bands
 from wholegrad.plan.plan import Plan
 from wholegrad.plan.planner import Request
 from wholegrad.plan.rates import Rates
+from wholegrad.plan.traffic import Link
 from wholegrad.run.distributed.agreement import agree, pixels_digest, plan_digest, tensors_digest, versions
 from wholegrad.run.distributed.ranks import Ranks, ranks_of, timeout_of, wire_of
 from wholegrad.run.distributed.slides import combined
@@ -47,7 +48,7 @@ def shared_request(ranks: RanksLike, graph: Graph, request: Request) -> Request:
     wire = wire_of(group.tiles, timeout_of(group, 0.0))
     shape = group.layout or layout_of(size, group.count, bool(group.shares))
     with wire.step():
-        return _agreed(wire, replace(request, bands=bands(size, shape, group.shares)))
+        return _agreed(wire, replace(request, bands=bands(size, shape, group.shares), link=group.link))
 
 
 def layout_of(size: tuple[int, int], ranks: int, one_axis: bool = False) -> tuple[int, int]:
@@ -63,7 +64,9 @@ def layout_of(size: tuple[int, int], ranks: int, one_axis: bool = False) -> tupl
 def _agreed(wire: Wire, request: Request) -> Request:
     """The least room and the fewest workers of any rank, rank 0's rates."""
     room = None if request.budget is None else request.budget - request.reserved
-    text = json.dumps({"room": room, "workers": request.workers, "rates": asdict(request.rates)}).encode()
+    text = json.dumps(
+        {"room": room, "workers": request.workers, "rates": asdict(request.rates), "link": asdict(request.link)}
+    ).encode()
     told = wire.meet(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     found = [json.loads(bytes(each.tolist())) for each in told]
     rooms = [each["room"] for each in found if each["room"] is not None]
@@ -72,6 +75,7 @@ def _agreed(wire: Wire, request: Request) -> Request:
         budget=request.reserved + min(rooms) if rooms else None,
         workers=min(each["workers"] for each in found),
         rates=Rates.of(found[0]["rates"]),
+        link=Link(**found[0]["link"]),
     )
 
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from wholegrad.errors import PlanError, RankError
 from wholegrad.plan.bands import Bands, bands
+from wholegrad.plan.traffic import ASSUMED, Link
+from wholegrad.run.distributed.measure import measured_link
 from wholegrad.run.distributed.wire import Wire
 
 TILES, SLIDES = "tiles", "slides"
@@ -28,6 +30,7 @@ class Ranks:
         combine: whether gradients (and losses) of several slides are averaged (``"mean"``) or added (``"sum"``).
         timeout: seconds that a rank waits for another before the step ends with an error; None for what the plan's
             predicted time suggests, at least :data:`LEAST`.
+        link: how fast they talk, for plans: assumed, unless :meth:`measured` found it out.
     """
 
     tiles: dist.ProcessGroup | None = None
@@ -36,6 +39,7 @@ class Ranks:
     shares: tuple[float, ...] | None = None
     combine: str = "mean"
     timeout: float | None = None
+    link: Link = ASSUMED
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINE:
@@ -47,6 +51,14 @@ class Ranks:
     def count(self) -> int:
         """Ranks that share the image."""
         return 1 if self.tiles is None else dist.get_world_size(self.tiles)
+
+    def measured(self) -> Ranks:
+        """The same with the speed of its connections measured, for the predicted times of plans; all ranks call it."""
+        if self.tiles is None:
+            return self
+        wire = wire_of(self.tiles, timeout_of(self, 0.0))
+        with wire.step():
+            return replace(self, link=measured_link(wire))
 
 
 def open_ranks(
