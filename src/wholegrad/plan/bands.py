@@ -21,6 +21,9 @@ def carried(cut: int, base: int, size: int) -> int:
     return cut * size // base
 
 
+MANY = 64  # ranks up to which each is looked at
+
+
 @dataclass(frozen=True)
 class Bands:
     """Where the image is cut for its ranks.
@@ -63,6 +66,14 @@ class Bands:
     def area(self) -> int:
         """Pixels of the image."""
         return self.rows[-1] * self.cols[-1]
+
+    @property
+    def busiest(self) -> list[int]:
+        """Ranks among which one sends most: all, but of very many that own alike those at corners, edges, and inside."""
+        if self.ranks <= MANY or not self.even:
+            return list(range(self.ranks))
+        down, across = self.shape
+        return sorted({y * across + x for y in (0, down // 2, down - 1) for x in (0, across // 2, across - 1)})
 
     @property
     def even(self) -> bool:

@@ -207,6 +207,11 @@ class Cutting:
         """Of every segment with its fastest tile, boundaries not counted."""
         return sum(piece.fine[0].seconds if piece.fine else float("inf") for piece in self.pieces)
 
+    @property
+    def talk(self) -> float:
+        """Of the seconds of any choice, those in which ranks send each other halos."""
+        return sum(sum(piece.talk) for piece in self.pieces)
+
     def choose(self, room: float, way: Way, coarse: bool = False) -> Choice | None:
         """The fastest tiles that fit into ``room`` bytes beside boundaries in these places; None if none do."""
         room -= self.leftover + (way.spill if way.far is None else 0)
@@ -277,7 +282,7 @@ class Cutting:
         lives, near = self._lives(exact), {ref for ref, place in choice.way.places.items() if place is self.near}
         rows = [k for k, ref in enumerate(self.boundaries) if ref in near]
         held = Held(lives.forward[rows].sum(0), lives.backward[rows].sum(0))
-        self._shared[choice.tiles] = held, at_once(self.graph, cut, found, bands.ranks)
+        self._shared[choice.tiles] = held, at_once(self.graph, cut, found, bands)
 
 
 class Cuttings:

@@ -37,7 +37,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 def _ranks(plan: Plan) -> dict[str, Any]:
     """How the image is shared, and the bytes that the rank with most of each sends in a step."""
     assert plan.bands is not None
-    sent = [traffic(plan, rank) for rank in range(plan.bands.ranks)]
+    sent = [traffic(plan, rank) for rank in plan.bands.busiest]
     most = {key: max(getattr(each, key) for each in sent) for key in (*(f.name for f in fields(sent[0])), "total")}
     return {"shape": list(plan.bands.shape), "rows": plan.bands.rows, "cols": plan.bands.cols, "sent": most}
 

@@ -55,10 +55,8 @@ class Halo:
         boxes = (self.held(rank) for rank in range(len(self.owned)))
         return max((box.area for box in boxes if box is not None), default=0)
 
-    @property
-    def moved(self) -> int:
-        """Pixels that a rank sends and receives at once, the one with most."""
-        ranks = range(len(self.owned))
+    def moved(self, ranks: Iterable[int]) -> int:
+        """Pixels that one of these ranks sends and receives at once, the one with most."""
         return max(sum(box.area for _, box in (*self.sent(rank), *self.received(rank))) for rank in ranks)
 
     @staticmethod

@@ -235,10 +235,10 @@ class Piece:
         return max(bands.widest(Role.ROW, spec.rows), 1), max(bands.widest(Role.COL, spec.cols), 1)
 
     @cached_property
-    def _talk(self) -> tuple[float, float]:
+    def talk(self) -> tuple[float, float]:
         """Seconds in which ranks send each other what this segment reads of boundaries, and its gradients back."""
         bands, graph, link = self.terms.bands, self.graph, self.terms.link
-        if bands is None:
+        if bands is None or bands.ranks == 1:
             return 0.0, 0.0
         beyond = {ref: beyond_band(graph, self.segment, ref, bands) for ref in self.segment.maps}
         ahead = back = link.message * (2 + self.terms.backward)
@@ -247,14 +247,14 @@ class Piece:
             if node.kind not in READERS and node.kind is not Kind.SPREAD:
                 ahead += area * graph.spec(ref).pixel_bytes * link.byte + link.message
                 back += (area * graph.spec(ref).pixel_bytes * link.byte + link.message) * node.needs_grad
-        return ahead, back
+        return 0.0 if self.fused else ahead, back if self.terms.backward else 0.0
 
     def _options(self, tiles: _Tiles) -> list[Option]:
         rows, cols, workers = tiles.rows, tiles.cols, self.terms.workers
         found = self._bill.seconds(rows, cols)
         pulled = found if self._pulled is self._how else self._bill_pulled.seconds(rows, cols)
         ahead, back = found.forward.tolist(), pulled.backward.tolist()
-        bands, (talk, talk_back) = self.terms.bands, self._talk
+        bands, (talk, talk_back) = self.terms.bands, self.talk
         fixed, (height, width) = self.terms.tile is not None, self._reach(self.graph.spec(self.segment.base))
         narrowest, gigantic = tiles.wide[0], self._gigantic(rows, cols).tolist()
         options = []
@@ -265,8 +265,8 @@ class Piece:
                 if bands is not None:
                     count, share = -(-height // h) * -(-width // w), bands.share
                 of_thread = 1.0 if self.terms.apart else -(-count // workers) / count  # an idle worker is time lost
-                forward = 0.0 if self.fused else ahead[i][j] * of_thread * share + talk
-                backward = back[i][j] * of_thread * share + talk_back if self.terms.backward else 0.0
+                forward = talk if self.fused else ahead[i][j] * of_thread * share + talk
+                backward = back[i][j] * of_thread * share + talk_back if self.terms.backward else talk_back
                 options.append(Option(forward + backward, (h, w), forward, backward))
         return sorted(options)
 

@@ -121,6 +121,7 @@ class Plan:
         host: the host's side of such a plan.
         made_on: the device as the caller gave it.
         bands: how the image is shared out, if ranks share it; bytes and seconds are then those of the rank with most.
+        talk: of ``seconds``, those in which ranks send each other what they need.
     """
 
     graph: Graph
@@ -143,6 +144,7 @@ class Plan:
     host: Host | None = None
     made_on: object = None
     bands: Bands | None = None
+    talk: float = 0.0
     _grids: dict[int, Grid] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -218,7 +220,7 @@ class Plan:
     def messages(self) -> int:
         """Bytes that ranks send and receive at once."""
         cut = [part.segment for part in self.segments]
-        return 0 if self.bands is None else at_once(self.graph, cut, self.halos, self.bands.ranks)
+        return 0 if self.bands is None else at_once(self.graph, cut, self.halos, self.bands)
 
     def grid(self, index: int) -> Grid:
         """The tiles of segment ``index``."""
@@ -287,7 +289,7 @@ class Plan:
     def _rank_lines(self) -> list[str]:
         if self.bands is None:
             return []
-        sent = [traffic(self, rank) for rank in range(self.bands.ranks)]
+        sent = [traffic(self, rank) for rank in self.bands.busiest]
         most, rounds = max(each.total for each in sent), max(each.rounds for each in sent)
         kind = "" if self.bands.even else ", uneven"
         return [

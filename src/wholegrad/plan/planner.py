@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from wholegrad.plan.pieces import Terms
 from wholegrad.plan.plan import Placement, Plan, show_bytes
 from wholegrad.plan.rates import BUILT_IN, Rates
 from wholegrad.plan.search import NEVER, Search
-from wholegrad.plan.traffic import ASSUMED, Link
+from wholegrad.plan.traffic import ASSUMED, Link, traffic
 
 __all__ = ["Planner", "Request", "check_elements", "make_plan"]
 
@@ -228,7 +228,7 @@ class Planner:
         apart, host = request.apart, None
         if apart is not None:
             host = Host(apart.host_budget, apart.host_reserved, apart.host_reserved + cutting.host_peak(choice))
-        return Plan(
+        made_plan = Plan(
             graph=graph,
             segments=parts,
             placements=choice.way.places,
@@ -248,3 +248,11 @@ class Planner:
             bands=request.bands,
             _grids={k: grid for k, (_, grid) in enumerate(made)},
         )
+        return made_plan if request.bands is None else self._talking(made_plan, cutting.talk)
+
+    def _talking(self, made: Plan, estimate: float) -> Plan:
+        """The plan with all that its ranks send each other in its seconds, where the search estimated halos."""
+        assert made.bands is not None
+        link = self.request.link
+        talk = max(traffic(made, rank).seconds(link) for rank in made.bands.busiest) if made.bands.ranks > 1 else 0.0
+        return replace(made, seconds=made.seconds - estimate + talk, talk=talk)

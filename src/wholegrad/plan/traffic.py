@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from wholegrad.graph.graph import Graph, Kind, Ref, Spec
 from wholegrad.graph.rules.reduction import GATHER
 from wholegrad.graph.segment import Segment
+from wholegrad.plan.bands import Bands
 from wholegrad.plan.halos import Halo, boxes_owned
 
 if TYPE_CHECKING:
@@ -137,14 +138,14 @@ def shared(spec: Spec, halo: Halo, size: int) -> int:
     return -(-size * halo.most // (spec.rows * spec.cols))
 
 
-def at_once(graph: Graph, segments: Sequence[Segment], halos: Mapping[Ref, Halo], ranks: int) -> int:
+def at_once(graph: Graph, segments: Sequence[Segment], halos: Mapping[Ref, Halo], bands: Bands) -> int:
     """Bytes that a rank sends and receives at once, whatever runs then: copies of them are made on the way."""
     sizes = [graph.spec(ref).numel for ref in parameters(graph, segments)]
-    boxes = [2 * halo.moved * graph.spec(ref).pixel_bytes for ref, halo in halos.items()]
+    boxes = [2 * halo.moved(bands.busiest) * graph.spec(ref).pixel_bytes for ref, halo in halos.items()]
     held = sum(spec.held_bytes for node in graph.of_kind(Kind.REDUCTION) for spec in node.outputs)
     gathered = [spec.nbytes for node in graph.of_kind(Kind.REDUCTION) if node.op is GATHER for spec in node.outputs]
     small = sum(spec.held_bytes for node in graph.of_kind(Kind.SMALL) for spec in node.outputs if node.needs_grad)
-    sums = 2 * (held - sum(gathered) + small) * ranks + 3 * sum(gathered)
+    sums = 2 * (held - sum(gathered) + small) * bands.ranks + 3 * sum(gathered)
     bucket = max((min(sum(sizes[k] for k in group), BUCKET) for group in buckets(sizes)), default=0)
     return max([5 * bucket * DOUBLE, sums, *boxes])
 
