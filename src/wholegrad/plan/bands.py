@@ -69,7 +69,7 @@ class Bands:
 
     @property
     def busiest(self) -> list[int]:
-        """Ranks among which one sends most: all, but of very many that own alike those at corners, edges, and inside."""
+        """Ranks among which one sends most: all, but of very many that own alike those at corners, edges, inside."""
         if self.ranks <= MANY or not self.even:
             return list(range(self.ranks))
         down, across = self.shape
@@ -85,6 +85,8 @@ class Bands:
 
     def __str__(self) -> str:
         down, across = self.shape
+        if down * across == 1:
+            return "1 band"
         kind = f"{down} bands of rows" if across == 1 else f"{across} bands of columns"
         return kind if min(self.shape) == 1 else f"{down} x {across} blocks"
 
