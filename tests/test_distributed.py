@@ -51,7 +51,7 @@ def together(folder: Path, size: int, *cases: str) -> list[dict[str, Any]]:
 def test_steps_of_two_three_and_four_ranks_are_exact_and_the_same_bits_on_every_rank(tmp_path: Path) -> None:
     reports = together(tmp_path, 4, "exact", "mutants", "repeated", "single", "volume")
     steps = reports[0]["exact"]
-    assert len(steps) >= 20
+    assert len(steps) >= 19
     wrong = {name: (each["error"], each["tensor"]) for name, each in steps.items() if not each["error"] <= EXACT}
     assert not wrong, f"relative errors above {EXACT}: {wrong}"
     for report in reports[1:]:
