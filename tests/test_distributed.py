@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -16,17 +18,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import wholegrad as wg
-from wholegrad.errors import PlanError, RankError
+from oracle import captured
+from wholegrad.errors import PlanError, RankError, SlideError
+from wholegrad.graph.geometry import Box
+from wholegrad.graph.graph import Kind
 from wholegrad.graph.layout import Role
+from wholegrad.graph.segment import reduction_rule
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
 from wholegrad.plan.bands import Bands, bands
 from wholegrad.plan.check import check_plan
 from wholegrad.plan.traffic import Link, traffic
 from wholegrad.ranked import layout_of
+from wholegrad.run.distributed import sums
 from wholegrad.run.distributed.packed import packed, unpacked
+from wholegrad.run.distributed.wire import Wire
 from wholegrad.verify import EXACT
 
 SCRIPT = Path(__file__).parent / "rank_cases.py"
@@ -230,3 +239,117 @@ def test_tensors_survive_as_bytes() -> None:
     for name, value in given.items():
         assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
     assert unpacked(packed({})) == {}
+
+
+class Threads(Wire):
+    """Ranks that are threads, and write to each other through queues."""
+
+    def __init__(self, rank: int, queues: list[list[queue.Queue[torch.Tensor]]]) -> None:
+        self.rank, self.size, self.queues = rank, len(queues), queues
+        self.device, self.phase, self._broken, self._told = torch.device("cpu"), 0, None, False
+        self._global = list(range(self.size))
+
+    def swap(self, out: Sequence[tuple[int, torch.Tensor]], into: Sequence[tuple[int, torch.Tensor]]) -> None:
+        for peer, tensor in out:
+            self.queues[peer][self.rank].put(tensor.clone())
+        for peer, tensor in into:
+            tensor.copy_(self.queues[self.rank][peer].get(timeout=60))
+
+
+@pytest.mark.parametrize("size", [1, 2, 17, 20])
+def test_many_ranks_pass_messages_on(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 16 ranks short messages double in each round, and long ones go around a ring."""
+    monkeypatch.setattr(sums, "BUCKET", 100)
+    queues: list[list[queue.Queue[torch.Tensor]]] = [[queue.Queue() for _ in range(size)] for _ in range(size)]
+    wires = [Threads(rank, queues) for rank in range(size)]
+    long = 70000
+
+    def talk(wire: Threads) -> tuple[Any, ...]:
+        rank = wire.rank
+        short = wire.meet(torch.full((rank % 3,), rank, dtype=torch.uint8))
+        large = wire.meet(torch.full((long + rank,), rank, dtype=torch.uint8))
+        flat = torch.arange(250, dtype=torch.float64) * (rank + 1) / 3
+        sums.added_up(wire, flat)
+        mine = {"all": torch.tensor([1.0 / (rank + 1)], dtype=torch.float64)}
+        mine |= {"one": torch.ones(2)} if rank == 0 else {}
+        failed = _refusal(lambda: _step(wire, rank == size - 1))
+        return short, large, flat, sums.added(wire, mine), failed
+
+    def _step(wire: Threads, fails: bool) -> None:
+        with wire.step():
+            if fails:
+                raise SlideError("a.svs", "is truncated", "copy it again")
+            wire.meet()
+
+    def _refusal(work: Callable[[], None]) -> str:
+        try:
+            work()
+        except wg.WholegradError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(size) as pool:
+        found = list(pool.map(talk, wires))
+    for short, large, flat, small, failed in found:
+        assert [each.tolist() for each in short] == [[rank] * (rank % 3) for rank in range(size)]
+        assert all(len(each) == long + rank and (each == rank).all() for rank, each in enumerate(large))
+        assert torch.equal(flat, found[0][2]) and torch.equal(small["all"], found[0][3]["all"])
+        assert torch.allclose(flat, torch.arange(250, dtype=torch.float64) * size * (size + 1) / 6, rtol=1e-14)
+        assert torch.equal(small["one"], torch.ones(2))
+        assert failed.startswith("a.svs: is truncated")
+
+
+OVER: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda x: x.sum((2, 3)),
+    "mean": lambda x: x.mean(),
+    "largest": lambda x: x.amax((2, 3)),
+    "least": lambda x: x.min(),
+    "any": lambda x: (x > 2).any(),
+    "all": lambda x: (x > -9).all(),
+    "variance and mean": lambda x: torch.cat(torch.var_mean(x, (0, 2, 3))),
+    "deviation": lambda x: x.std((2, 3)),
+    "averages of bins": lambda x: nn.functional.adaptive_avg_pool2d(x, 2),
+    "maxima of bins": lambda x: nn.functional.adaptive_max_pool2d(x, 2),
+    "gathered": lambda x: x.flatten(1) @ torch.ones(x[0].numel(), 2, dtype=x.dtype),
+    "circular": lambda x: nn.functional.pad(x, (2, 3, 1, 2), "circular"),
+}
+
+
+class Over(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return OVER[self.name](x)
+
+
+@pytest.mark.parametrize("name", OVER)
+def test_totals_of_two_processes_join_to_what_one_would_have(name: str) -> None:
+    graph = captured(Over(name), (1, 3, 24, 30))
+    value = torch.randn(1, 3, 24, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shares = [Box(0, 24, 0, 11), Box(0, 24, 11, 30)]
+    tiles = [[Box(y, y + 12, *across) for y in (0, 12) for across in cuts]
+             for cuts in ([(0, 7), (7, 11)], [(11, 20), (20, 30)])]  # fmt: skip
+    found = 0
+    for node in graph.of_kind(Kind.REDUCTION):
+        spec, rule = graph.spec(node.operands[0]), reduction_rule(graph, node.index)
+        if (spec.rows, spec.cols) != (24, 30):
+            continue
+        x = (value > 0) if spec.dtype == torch.bool else value
+
+        def total(boxes: list[Box], node: Any = node, spec: Any = spec, rule: Any = rule, x: Any = x) -> Any:
+            state = None
+            for box in boxes:
+                rows, cols = box.slices()
+                state = rule.merge(node, spec, state, rule.partial(node, x[..., rows, cols]), box)
+            return state
+
+        joined = None
+        for mine, box in zip(tiles, shares, strict=True):
+            joined = rule.join(node, spec, joined, rule.share(node, spec, total(mine), box), box)
+        ours, alone = (rule.finish(node, spec, state) for state in (joined, total([*tiles[0], *tiles[1]])))
+        for one, other in zip(ours, alone, strict=True):
+            assert torch.allclose(one.double(), other.double(), rtol=1e-14, atol=1e-15)
+        found += 1
+    assert found, "nothing is summed here"

@@ -43,12 +43,19 @@ def shared_request(ranks: RanksLike, graph: Graph, request: Request) -> Request:
     if isinstance(ranks, int | tuple):
         raise PlanError("ranks", f"is {ranks!r}", "give a number of ranks, (rows, columns) of blocks, or a group")
     group = ranks_of(ranks)
-    if group is None or group.tiles is None:
-        return request
+    assert group is not None and group.tiles is not None
     wire = wire_of(group.tiles, timeout_of(group, 0.0))
     shape = group.layout or layout_of(size, group.count, bool(group.shares))
     with wire.step():
         return _agreed(wire, replace(request, bands=bands(size, shape, group.shares), link=group.link))
+
+
+def sharing(ranks: RanksLike) -> RanksLike:
+    """What of ``ranks=`` decides a plan: nothing of a group whose ranks have an image each."""
+    if ranks is None or isinstance(ranks, int | tuple):
+        return ranks
+    group = ranks_of(ranks)
+    return None if group is None or group.tiles is None else group
 
 
 def layout_of(size: tuple[int, int], ranks: int, one_axis: bool = False) -> tuple[int, int]:

@@ -270,7 +270,7 @@ class Plan:
         """Each boundary: module, shape, where it lives, bytes."""
         rows = [("boundary", "shape", "lives in", "memory")]
         for ref, place in sorted(self.placements.items()):
-            node, size = self.graph.nodes[ref.node], show_bytes(self.stored_bytes(ref))
+            node, size = self.graph.nodes[ref.node], show_bytes(self.here(ref, self.stored_bytes(ref)))
             rows.append((node.path or node.name, "x".join(map(str, self.graph.spec(ref).shape)), str(place), size))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return ["  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Mapping
 
 import torch
@@ -20,6 +21,7 @@ from wholegrad.run.distributed.wire import Wire
 from wholegrad.run.sources import Source
 
 PROBE = 8  # pixels of the edge of what is compared of an image
+CHUNK = 1 << 20  # bytes that are summed at once
 OWN = ("budget", "projected", "reserved", "host")  # what of a plan may differ from rank to rank
 REMEDIES = {
     "version": "install the same versions everywhere",
@@ -57,10 +59,15 @@ def _digest(*parts: bytes) -> str:
     return found.hexdigest()
 
 
+_plans: weakref.WeakKeyDictionary[Plan, str] = weakref.WeakKeyDictionary()
+
+
 def plan_digest(plan: Plan) -> str:
     """Of every decision of a plan, not of what its process holds already."""
-    told = {name: value for name, value in as_dict(plan).items() if name not in OWN}
-    return _digest(json.dumps(told, sort_keys=True, default=str).encode(), str(plan.bands).encode())
+    if plan not in _plans:
+        told = {name: value for name, value in as_dict(plan).items() if name not in OWN}
+        _plans[plan] = _digest(json.dumps(told, sort_keys=True, default=str).encode())
+    return _plans[plan]
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -72,11 +79,15 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def checksum(tensor: torch.Tensor) -> bytes:
-    """Of a tensor's bits, at about the speed of memory: sums of its bytes, plain and by place, modulo 2**64."""
+    """Of a tensor's bits, at about the speed of memory: sums of its words, plain and by place, modulo 2**64."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    words = torch.cat((flat, flat.new_zeros(-flat.numel() % 8))).view(torch.int64)
-    place = torch.arange(1, 2 * words.numel(), 2, device=words.device)
-    return bytes(torch.stack((words.sum(), (words * place).sum())).cpu().view(torch.uint8).tolist())
+    total = torch.zeros(2, dtype=torch.int64, device=flat.device)
+    for start in range(0, flat.numel(), CHUNK):
+        part = flat[start : start + CHUNK]
+        words = torch.cat((part, part.new_zeros(-part.numel() % 8))).view(torch.int64)
+        place = torch.arange(start + 1, start + 2 * words.numel(), 2, device=words.device)  # odd, and apart by chunk
+        total += torch.stack((words.sum(), (words * place).sum()))
+    return bytes(total.cpu().view(torch.uint8).tolist())
 
 
 def pixels_digest(sources: Mapping[str, Source]) -> str:

@@ -20,10 +20,10 @@ from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Kind, Ref
 from wholegrad.graph.rules.reduction import wide
 from wholegrad.plan.halos import boxes_owned
-from wholegrad.plan.plan import Plan
+from wholegrad.plan.plan import Placement, Plan
 from wholegrad.plan.tiles import Grid
-from wholegrad.plan.traffic import buckets, parameters, passes
-from wholegrad.run.distributed.sums import added, added_up, joined
+from wholegrad.plan.traffic import parameters, passes
+from wholegrad.run.distributed.sums import added, joined, summed
 from wholegrad.run.distributed.wire import Wire
 from wholegrad.run.executor import Executor
 from wholegrad.run.store import MapStore
@@ -58,7 +58,7 @@ class RankExecutor(Executor):
         reductions = self.plan.segments[i].segment.reductions
         if reductions:
             own = {k: self.sums.totals[k] for k in reductions if k in self.sums.totals}
-            self.sums.totals |= joined(self.wire, self.graph, reductions, own, self._owned(i))
+            self.sums.totals |= joined(self.wire, self.graph, reductions, own, self._owned(i), self.device.torch)
         else:
             self.wire.meet()
 
@@ -74,11 +74,15 @@ class RankExecutor(Executor):
         into = [(peer, box, self._incoming(store, box, store.dtype)) for peer, box in halo.received(self.rank)]
         self.wire.swap(out, [(peer, tensor) for peer, _, tensor in into])
         for _, box, tensor in into:
-            store.write(box, tensor.to(self.device.torch, store.read_dtype))
+            store.write(box, self._arrived(ref, tensor).to(store.read_dtype))
 
     def _outgoing(self, store: MapStore, box: Box) -> torch.Tensor:
         """What is stored on a box, as bytes that may leave."""
         return store.read(box).to(self.wire.device, store.dtype).contiguous()
+
+    def _arrived(self, ref: Ref, tensor: torch.Tensor) -> torch.Tensor:
+        """What was received, in the memory in which its boundary lives."""
+        return tensor.to(self.device.torch if self.kept.placement(ref) is Placement.DEVICE else "cpu")
 
     def _incoming(self, store: MapStore, box: Box, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty((*store.shape[:-2], box.height, box.width), dtype=dtype, device=self.wire.device)
@@ -111,7 +115,7 @@ class RankExecutor(Executor):
             into = [(peer, box, self._incoming(store, box, store.dtype)) for peer, box in halo.sent(self.rank)]
             self.wire.swap(out, [(peer, tensor) for peer, _, tensor in into])
             for _, box, tensor in into:
-                store.add(box, tensor.to(self.device.torch))
+                store.add(box, self._arrived(ref, tensor))
 
     def _add_small(self, i: int) -> None:
         """Add up what all ranks' tiles gave to the gradients of small values; of parameters, once all is done."""
@@ -120,7 +124,7 @@ class RankExecutor(Executor):
         if not passes(self.graph, self.plan.segments[i].segment):
             self.wire.meet()
             return
-        for name, grad in sorted(added(self.wire, wanted).items()):
+        for name, grad in sorted(added(self.wire, wanted, self.device.torch).items()):
             node, out = name.split(".")
             self.small.add_grad(Ref(int(node), int(out)), grad)
 
@@ -140,11 +144,9 @@ class RankExecutor(Executor):
         somewhere = torch.stack([each.cpu() for each in self.wire.meet(has)]).any(0).tolist()
         refs = [ref for ref, there in zip(refs, somewhere, strict=True) if there]
         shapes = [self.graph.spec(ref).shape for ref in refs]
-        for bucket in buckets([prod(shape) for shape in shapes]):
-            flat = torch.cat([self._of_tiles(refs[k]).reshape(-1) for k in bucket])
-            added_up(self.wire, flat)
-            for k, grad in zip(bucket, torch.split(flat, [prod(shapes[k]) for k in bucket]), strict=True):
-                self.small.add_grad(refs[k], grad.view(shapes[k]))
+        sizes = [prod(shape) for shape in shapes]
+        for k, grad in summed(self.wire, sizes, lambda k: self._of_tiles(refs[k])):
+            self.small.add_grad(refs[k], grad.view(shapes[k]))
 
     def _of_tiles(self, ref: Ref) -> torch.Tensor:
         """What this rank's tiles gave to a parameter's gradient; zeros if nothing."""

@@ -6,7 +6,7 @@ brings that to everyone: twice the bytes travel, whatever the number of ranks, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -14,8 +14,9 @@ import torch
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.rules import State
+from wholegrad.graph.rules.base import CPU
 from wholegrad.graph.segment import reduction_rule
-from wholegrad.plan.traffic import BUCKET
+from wholegrad.plan.traffic import BUCKET, buckets
 from wholegrad.run.distributed.packed import packed, unpacked
 from wholegrad.run.distributed.wire import Wire
 
@@ -26,12 +27,14 @@ def joined(
     reductions: Sequence[int],
     totals: Mapping[int, State],
     box: Callable[[int, Ref], Box | None],
+    device: torch.device,
 ) -> dict[int, State]:
     """The merged state of each reduction, from what every rank has of it.
 
     Args:
         totals: this rank's own; one that is missing has no tile here.
         box: what a rank's tiles own of a map, all together; None for nothing.
+        device: where states lie.
     """
     mine: dict[str, torch.Tensor] = {}
     for index in reductions:
@@ -41,7 +44,6 @@ def joined(
             assert own is not None
             part = reduction_rule(graph, index).share(node, graph.spec(node.operands[0]), totals[index], own)
             mine |= {f"{index}.{k}": value for k, value in enumerate(part)}
-    device = next((value.device for state in totals.values() for value in state), torch.device("cpu"))
     result: dict[int, State] = {}
     for rank, found in enumerate(wire.meet(packed(mine))):
         parts: dict[int, list[torch.Tensor]] = {}
@@ -56,13 +58,26 @@ def joined(
     return result
 
 
-def added(wire: Wire, mine: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The sum over ranks of each named tensor; one that a rank lacks counts as zero there."""
+def added(wire: Wire, mine: Mapping[str, torch.Tensor], device: torch.device = CPU) -> dict[str, torch.Tensor]:
+    """The sum over ranks of each named tensor, on ``device``; one that a rank lacks counts as zero there."""
     result: dict[str, torch.Tensor] = {}
     for rank, found in enumerate(wire.meet(packed(mine))):
         for name, value in (mine if rank == wire.rank else unpacked(found.cpu())).items():
-            result[name] = result[name] + value.to(result[name].device) if name in result else value
+            result[name] = result[name] + value.to(device) if name in result else value.to(device)
     return result
+
+
+def summed(wire: Wire, sizes: Sequence[int], give: Callable[[int], torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+    """The sum over ranks of each of some tensors, flat and in float64, several at a time.
+
+    Args:
+        sizes: elements of each, the same on every rank.
+        give: this rank's own, by its number.
+    """
+    for bucket in buckets(sizes):
+        flat = torch.cat([give(k).reshape(-1) for k in bucket])
+        added_up(wire, flat)
+        yield from zip(bucket, torch.split(flat, [sizes[k] for k in bucket]), strict=True)
 
 
 def added_up(wire: Wire, flat: torch.Tensor) -> None:
