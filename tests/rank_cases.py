@@ -171,6 +171,28 @@ def exact(here: Here) -> dict[str, Any]:
     return found
 
 
+def apart(here: Here) -> dict[str, Any]:
+    """Tiles on a device with memory of its own (a pretended one, that refuses to mix), messages through the host's."""
+    if here.rank >= 2:
+        return {}
+    import pretend
+
+    found = {}
+    makers = {
+        "bce": published,
+        "dice": lambda: published(48, 64, "dice"),
+        "flattened": lambda: labelled(flattened, 40, 60),
+        "classifier": lambda: labelled(classifier, 40, 60),
+    }
+    for name, make in makers.items():
+        case = make()
+        case.device = pretend.device()
+        for placement in ("device", "host", "disk"):
+            fixed: dict[str, Any] = {"tile": (40, 48), "placement": placement} | (TILES if name in LOSSES else {})
+            found[f"{name}, {placement}"] = worst(here, f"{name} apart", case, 2, fixed)["error"]
+    return found
+
+
 def repeated(here: Here) -> dict[str, Any]:
     """The same plan twice, and once more with the tiles of one rank."""
     case = published()
@@ -439,6 +461,10 @@ if __name__ == "__main__":
         import monai.networks.nets  # noqa: F401  (once, before there are ranks)
     if "RANK" in os.environ:  # one process a host
         main(int(os.environ["RANK"]), size, folder, cases, PORT)
+    if "apart" in cases:  # before autograd counts devices
+        import pretend
+
+        pretend.install()
     fork, port = multiprocessing.get_context("fork"), PORT or free_port()
     ranks = [fork.Process(target=main, args=(rank, size, folder, cases, port)) for rank in range(size)]
     for each in ranks:

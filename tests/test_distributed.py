@@ -79,7 +79,7 @@ def test_steps_of_two_three_and_four_ranks_are_exact_and_the_same_bits_on_every_
 
 
 def test_ranks_that_do_not_mean_the_same_step_are_told_who_differs_and_in_what(tmp_path: Path) -> None:
-    reports = together(tmp_path, 4, "disagreeing", "erring", "two_axes")
+    reports = together(tmp_path, 4, "disagreeing", "erring", "two_axes", "apart")
     for report in reports[:3]:
         told = report["disagreeing"]
         for name, word in (("plan", "plan"), ("seed", "seed"), ("image", "pixels"), ("labels", "pixels"),
@@ -93,8 +93,9 @@ def test_ranks_that_do_not_mean_the_same_step_are_told_who_differs_and_in_what(t
         assert erring["untouched"] == "True" and float(erring["afterwards"]) > 0
     assert reports[0]["erring"]["slide"].count("(on rank 1)") == 1
     for report in reports:
-        for way, error in report["two_axes"].items():
+        for way, error in (report["two_axes"] | report["apart"]).items():
             assert error <= EXACT, way
+    assert len(reports[0]["apart"]) == 12, "on a device with memory of its own"
 
 
 def test_a_rank_that_is_frozen_or_killed_ends_the_step_with_its_name_and_no_gradient(tmp_path: Path) -> None:
