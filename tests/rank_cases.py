@@ -40,7 +40,7 @@ from wholegrad.verify import random_labels
 PORT = int(os.environ.get("RANK_PORT", "0"))
 EVERY = ["down1", "down2", "middle", "up2", "fuse2", "up1", "head"]
 SEED = 11
-FALLING = {"frozen": [0, 1, 2], "killed": [0, 1, 3]}  # ranks of which the last falls
+FALLING = {"frozen": ([0, 1, 2], 2), "killed": ([0, 1, 3], 3), "host_frozen": ([0, 1], 0)}  # ranks, and who falls
 
 
 @dataclass
@@ -253,6 +253,25 @@ def mutants(here: Here) -> dict[str, float]:
     return {name: without(name) for name in ("_send_halo", "_bring_gradients", "_add_parameters")}
 
 
+def unlike(here: Here) -> dict[str, Any]:
+    """Ranks whose processors round otherwise, as if they were of another make: all leave with the same bits."""
+    from wholegrad.run.small import SmallValues
+
+    if here.rank >= 3:
+        return {}
+    case, kept = labelled(classifier, 40, 60), SmallValues._run
+
+    def rounded(self: Any, node: Any, values: Any) -> Any:
+        found = kept(self, node, values)
+        return tuple(x * (1 + 1e-13 * here.rank) if x.is_floating_point() else x for x in found)
+
+    SmallValues._run = rounded  # type: ignore[method-assign]
+    try:
+        return worst(here, "classifier", case, 3, {"tile": (13, 17)})
+    finally:
+        SmallValues._run = kept  # type: ignore[method-assign]
+
+
 def two_axes(here: Here) -> dict[str, Any]:
     """Two slides, each shared by two ranks: the mean of both, and their sum."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -356,8 +375,8 @@ def erring(here: Here) -> dict[str, str]:
 
 
 def _falling(here: Here, case_name: str, how: Callable[[], None], timeout: float) -> dict[str, Any]:
-    """A step of some ranks, in the middle of which the last falls: what the others are told, and after how long."""
-    ranks, group = FALLING[case_name], here.falling.get(case_name)
+    """A step of some ranks, in the middle of which one falls: what the others are told, and after how long."""
+    (ranks, victim), group = FALLING[case_name], here.falling.get(case_name)
     if here.rank not in ranks:
         return {}
     case, ways = published(48, 96), wg.open_ranks(group, timeout=timeout)
@@ -366,7 +385,7 @@ def _falling(here: Here, case_name: str, how: Callable[[], None], timeout: float
     started, fallen = time.monotonic(), []
 
     def progress(at: Any) -> None:
-        if at.phase == "backward" and here.rank == ranks[-1] and not fallen:
+        if at.phase == "backward" and here.rank == victim and not fallen:
             fallen.append(at)
             how()
 
@@ -385,6 +404,11 @@ def _falling(here: Here, case_name: str, how: Callable[[], None], timeout: float
 def frozen(here: Here) -> dict[str, Any]:
     """The third of three ranks stops in the middle of a step, and wakes after the others gave up."""
     return _falling(here, "frozen", lambda: os.kill(os.getpid(), signal.SIGSTOP), 3.0)
+
+
+def host_frozen(here: Here) -> dict[str, Any]:
+    """The rank that stops is the one whose store all others ask."""
+    return _falling(here, "host_frozen", lambda: os.kill(os.getpid(), signal.SIGSTOP), 2.0)
 
 
 def killed(here: Here) -> dict[str, Any]:
@@ -439,7 +463,7 @@ def main(rank: int, size: int, folder: Path, cases: list[str], port: int) -> Non
     )
     here = Here(rank, {count: dist.new_group(list(range(count))) for count in range(2, size + 1)})
     for name in (name for name in cases if name in FALLING):
-        here.falling[name] = dist.new_group(FALLING[name], timeout=timedelta(seconds=30))
+        here.falling[name] = dist.new_group(FALLING[name][0], timeout=timedelta(seconds=30))
     report: dict[str, Any] = {}
     for name in cases:
         started = time.process_time()
@@ -469,11 +493,9 @@ if __name__ == "__main__":
     ranks = [fork.Process(target=main, args=(rank, size, folder, cases, port)) for rank in range(size)]
     for each in ranks:
         each.start()
-    for number, each in enumerate(ranks):
-        if "frozen" in cases and number == 2:  # it wakes once the others are done
-            for other in ranks[:2]:
-                other.join()
-            if each.pid is not None:
-                os.kill(each.pid, signal.SIGCONT)
-        each.join()
+    stopped = {victim for name, (_, victim) in FALLING.items() if name in cases and name != "killed"}
+    for number in sorted(range(size), key=lambda number: number in stopped):  # who is frozen wakes once others are done
+        if number in stopped:
+            os.kill(ranks[number].pid or 0, signal.SIGCONT)
+        ranks[number].join()
     print([each.exitcode for each in ranks])

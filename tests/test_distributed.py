@@ -58,7 +58,7 @@ def together(folder: Path, size: int, *cases: str) -> list[dict[str, Any]]:
 
 
 def test_steps_of_two_three_and_four_ranks_are_exact_and_the_same_bits_on_every_rank(tmp_path: Path) -> None:
-    reports = together(tmp_path, 4, "exact", "mutants", "repeated", "single", "volume")
+    reports = together(tmp_path, 4, "exact", "mutants", "repeated", "single", "volume", "unlike")
     steps = reports[0]["exact"]
     assert len(steps) >= 19
     wrong = {name: (each["error"], each["tensor"]) for name, each in steps.items() if not each["error"] <= EXACT}
@@ -66,6 +66,8 @@ def test_steps_of_two_three_and_four_ranks_are_exact_and_the_same_bits_on_every_
     for report in reports[1:]:
         for name, each in report["exact"].items():
             assert not each or each["bits"] == steps[name]["bits"], name
+    for report in reports[1:3]:
+        assert report["unlike"]["bits"] == reports[0]["unlike"]["bits"], "ranks that round otherwise part"
     for name, error in reports[0]["mutants"].items():
         assert error > 1e-6, f"without {name} nothing is wrong"
     assert reports[0]["single"]["ratio"] <= 2, "float32 loses more over ranks than whole-image autograd does"
@@ -99,15 +101,18 @@ def test_ranks_that_do_not_mean_the_same_step_are_told_who_differs_and_in_what(t
 
 
 def test_a_rank_that_is_frozen_or_killed_ends_the_step_with_its_name_and_no_gradient(tmp_path: Path) -> None:
-    reports = together(tmp_path, 4, "frozen", "killed")
+    reports = together(tmp_path, 4, "frozen", "killed", "host_frozen")
     for report in reports[:2]:
         frozen, killed = report["frozen"], report["killed"]
         assert frozen["told"].startswith("RankError: rank 2: has not answered for 3 s"), frozen["told"]
         assert killed["told"].startswith("RankError: rank 3: closed its connection"), killed["told"]
         assert "\n" not in killed["told"] and frozen["untouched"] and killed["untouched"]
         assert "broke before" in frozen["again"] and "broke before" in killed["again"]
-    woken = reports[2]["frozen"]
-    assert woken["told"].startswith("RankError: ") and woken["untouched"], "who wakes late goes on as if nothing was"
+    assert reports[1]["host_frozen"]["told"].startswith("RankError: rank 0: has not answered for 2 s")
+    for woken in (reports[2]["frozen"], reports[0]["host_frozen"]):
+        assert woken["told"].startswith("RankError: ") and woken["untouched"], (
+            "who wakes late goes on as if nothing was"
+        )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ on in ``log2 N`` rounds, and large ones around a ring.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, log2
 from typing import TYPE_CHECKING
@@ -85,13 +85,20 @@ def passes(graph: Graph, segment: Segment) -> list[Ref]:
     return [ref for ref, node in nodes.items() if node.needs_grad and node.kind is not Kind.PARAMETER]
 
 
-def parameters(graph: Graph, segments: Iterable[Segment]) -> list[Ref]:
+def parameters(graph: Graph, segments: Sequence[Segment]) -> list[Ref]:
     """The trained parameters that tiles read; the gradients of others every rank has from small values."""
     read = {ref for segment in segments for ref in segment.smalls}
     trained = [Ref(node.index) for node in graph.of_kind(Kind.PARAMETER) if node.needs_grad]
     spread = {graph.nodes[ref.node].operands[0] for segment in segments for ref in segment.maps
               if graph.nodes[ref.node].kind is Kind.SPREAD}  # fmt: skip
     return [ref for ref in trained if ref in read or ref in spread]
+
+
+def small_only(graph: Graph, segments: Sequence[Segment]) -> list[Ref]:
+    """The trained parameters that no tile reads: a norm's slope, a linear layer after pooling."""
+    read = set(parameters(graph, segments))
+    trained = [Ref(node.index) for node in graph.of_kind(Kind.PARAMETER) if node.needs_grad]
+    return [ref for ref in trained if ref not in read]
 
 
 def buckets(sizes: Sequence[int]) -> list[list[int]]:
@@ -113,7 +120,7 @@ def traffic(plan: Plan, rank: int) -> Traffic:
         return Traffic()
     graph, others = plan.graph, plan.bands.ranks - 1
     halos, rounds = _halos(plan, rank)
-    sums, meetings = 0, 4  # two to agree on the step, one on which parameters have gradients, and one at the end
+    sums, meetings = 0, 5  # two to agree on the step, one on which parameters have gradients, two at the end
     for number, part in enumerate(plan.segments):
         segment = part.segment
         meetings += 1 + plan.backward * (2 if segment.outputs else 1) - part.fused
@@ -121,8 +128,12 @@ def traffic(plan: Plan, rank: int) -> Traffic:
             sums += others * _state(plan, number, index, rank)
         if plan.backward:
             sums += others * sum(DOUBLE * graph.spec(ref).numel + NAMED for ref in passes(graph, segment))
-    read = parameters(graph, [part.segment for part in plan.segments]) if plan.backward else []
+    segments = [part.segment for part in plan.segments]
+    read = parameters(graph, segments) if plan.backward else []
     trained = [graph.spec(ref).numel for ref in read]
+    if rank == 0 and plan.backward:  # whose bits all take
+        kept = [*small_only(graph, segments), *graph.updates.values(), *graph.metrics.values()]
+        sums += others * sum(DOUBLE * graph.spec(ref).numel + NAMED for ref in kept)
     groups = sum(ceil(sum(trained[k] for k in bucket) / BUCKET) for bucket in buckets(trained))
     return Traffic(
         halos=halos,
@@ -140,7 +151,7 @@ def shared(spec: Spec, halo: Halo, size: int) -> int:
 
 def at_once(graph: Graph, segments: Sequence[Segment], halos: Mapping[Ref, Halo], bands: Bands) -> int:
     """Bytes that a rank sends and receives at once, whatever runs then: copies of them are made on the way."""
-    sizes = [graph.spec(ref).numel for ref in parameters(graph, segments)]
+    sizes = [graph.spec(ref).numel for ref in (*parameters(graph, segments), *small_only(graph, segments))]
     boxes = [2 * halo.moved(bands.busiest) * graph.spec(ref).pixel_bytes for ref, halo in halos.items()]
     held = sum(spec.held_bytes for node in graph.of_kind(Kind.REDUCTION) for spec in node.outputs)
     gathered = [spec.nbytes for node in graph.of_kind(Kind.REDUCTION) if node.op is GATHER for spec in node.outputs]

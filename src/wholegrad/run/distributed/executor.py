@@ -22,8 +22,8 @@ from wholegrad.graph.rules.reduction import wide
 from wholegrad.plan.halos import boxes_owned
 from wholegrad.plan.plan import Placement, Plan
 from wholegrad.plan.tiles import Grid
-from wholegrad.plan.traffic import parameters, passes
-from wholegrad.run.distributed.sums import added, joined, summed
+from wholegrad.plan.traffic import buckets, parameters, passes, small_only
+from wholegrad.run.distributed.sums import added, joined, of_first, summed
 from wholegrad.run.distributed.wire import Wire
 from wholegrad.run.executor import Executor
 from wholegrad.run.store import MapStore
@@ -135,15 +135,21 @@ class RankExecutor(Executor):
     def backward(self) -> None:
         super().backward()
         self._add_parameters()
-        self.wire.meet()  # nobody goes on before all have all
+        self._take_from_first()
 
     def _add_parameters(self) -> None:
-        """Parameters' gradients of all ranks' tiles, beside what small values gave, which every rank has."""
+        """Parameters' gradients: of all ranks' tiles, and of rank 0's small values, which every rank has computed."""
         refs = parameters(self.graph, [part.segment for part in self.plan.segments])
-        has = torch.tensor([ref in self.of_tiles.grads for ref in refs], dtype=torch.uint8)
-        somewhere = torch.stack([each.cpu() for each in self.wire.meet(has)]).any(0).tolist()
+        first = self.rank == 0
+        mine = [ref in self.of_tiles.grads or (first and ref in self.small.grads) for ref in refs]
+        told = self.wire.meet(torch.tensor(mine, dtype=torch.uint8))
+        somewhere = torch.stack([each.cpu() for each in told]).any(0).tolist()
         refs = [ref for ref, there in zip(refs, somewhere, strict=True) if there]
         shapes = [self.graph.spec(ref).shape for ref in refs]
+        for ref in refs:
+            own = self.small.grads.pop(ref, None)
+            if own is not None and first:
+                self.of_tiles.add_grad(ref, own)
         sizes = [prod(shape) for shape in shapes]
         for k, grad in summed(self.wire, sizes, lambda k: self._of_tiles(refs[k])):
             self.small.add_grad(refs[k], grad.view(shapes[k]))
@@ -153,3 +159,17 @@ class RankExecutor(Executor):
         grad = self.of_tiles.grads.pop(ref, None)
         dtype, where = wide(torch.float64, self.device.torch), self.device.torch
         return torch.zeros(self.graph.spec(ref).shape, dtype=dtype, device=where) if grad is None else grad
+
+    def _take_from_first(self) -> None:
+        """Leave with rank 0's bits: processors of other makes round small values otherwise, and weights would part."""
+        values, grads = self.small.values, self.small.grads
+        own = [ref for ref in small_only(self.graph, [part.segment for part in self.plan.segments]) if ref in grads]
+        assert self.graph.loss is not None
+        kept = {self.graph.loss, *self.graph.updates.values(), *self.graph.metrics.values()}
+        held = {f"value {self._name(ref)}": values[ref] for ref in sorted(kept)}
+        held |= {f"grad {self._name(ref)}": grads[ref] for ref in own}
+        names = list(held)
+        for bucket in buckets([held[name].numel() for name in names]):
+            for name, value in of_first(self.wire, {names[k]: held[names[k]] for k in bucket}).items():
+                held[name].copy_(value)
+        self.wire.meet()  # nobody goes on before all have all

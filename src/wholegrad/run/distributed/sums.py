@@ -67,6 +67,12 @@ def added(wire: Wire, mine: Mapping[str, torch.Tensor], device: torch.device = C
     return result
 
 
+def of_first(wire: Wire, mine: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What rank 0 has of these named tensors; nothing on rank 0 itself."""
+    told = wire.meet(packed(mine) if wire.rank == 0 else None)[0]
+    return {} if wire.rank == 0 else unpacked(told.cpu())
+
+
 def summed(wire: Wire, sizes: Sequence[int], give: Callable[[int], torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
     """The sum over ranks of each of some tensors, flat and in float64, several at a time.
 

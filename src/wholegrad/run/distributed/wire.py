@@ -117,8 +117,7 @@ class Wire:
         if waited >= SILENT * self.timeout:
             how = f"has not answered for {waited:.0f} s"
         if guilty == self.rank:
-            how = f"{how}: it waits for {self.name(self.rank)}, which runs, and neither hears the other"
-            guilty = peer
+            how, guilty = f"{how}, having waited for {self.name(self.rank)} in vain", peer
         elif guilty != peer:
             how = f"keeps {self.name(peer)} waiting, which {how}"
         name = "a rank" if guilty < 0 else self.name(guilty)
