@@ -109,6 +109,9 @@ class Wire:
         except (RuntimeError, ValueError) as error:
             self._left = ops  # what may still be written into
             raise self._lost(peer, time.monotonic() - started, error) from error
+        except BaseException:
+            self._left, self._broken = ops, "a message was interrupted"
+            raise
 
     def _lost(self, peer: int, waited: float, error: Exception) -> RankError:
         """The error for a rank that does not answer, or for the one for which that waits itself."""
