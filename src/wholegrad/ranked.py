@@ -134,6 +134,8 @@ class Together:
         Raises:
             RankError: one does not; names it, and what differs.
         """
+        if self.tiles is None and self.slides is None:
+            return draw()
         trained = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
         buffers = {name: tensor for name, tensor in tensors.items() if name not in trained}
         alike = {"version": versions(), "weights": tensors_digest(trained), "buffers": tensors_digest(buffers)}
