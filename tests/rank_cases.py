@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -321,8 +322,16 @@ def disagreeing(here: Here) -> dict[str, str]:
     image, target = case.image.clone(), case.target.clone()
     image[:, 24:28, 30:40] = 0
     target[:, 24:28, 30:40] = (target[:, 24:28, 30:40] + 1) % 2
+    weighed = Case(case.model, partial(LOSSES["bce"], weights=(1.0, 1.5)), case.image, case.target, torch.float64, SEED)
+    heavier = weighed.plan(ranks=group, tile=(24, 24))
+
+    def with_loss() -> Any:
+        mine, way = (weighed, heavier) if odd else (case, made)
+        return wg.backward(case.model, mine.loss_fn, case.image, case.target, plan=way, group=group, seed=SEED)
+
     told = {
         "plan": _refusal(run(plan=other)),
+        "loss": _refusal(with_loss),
         "seed": _refusal(run(seed=1)),
         "image": _refusal(run(image=image)),
         "labels": _refusal(run(target=target)),

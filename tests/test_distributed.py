@@ -84,8 +84,8 @@ def test_ranks_that_do_not_mean_the_same_step_are_told_who_differs_and_in_what(t
     reports = together(tmp_path, 4, "disagreeing", "erring", "two_axes", "apart")
     for report in reports[:3]:
         told = report["disagreeing"]
-        for name, word in (("plan", "plan"), ("seed", "seed"), ("image", "pixels"), ("labels", "pixels"),
-                           ("weights", "weights")):  # fmt: skip
+        words = {"plan": "plan", "loss": "plan", "seed": "seed", "image": "pixels", "labels": "pixels"}
+        for name, word in (words | {"weights": "weights"}).items():
             assert told[name].startswith(f"RankError: rank 2: has other {word} than rank 0"), told[name]
         assert told["another number of ranks"].startswith("PlanError: plan: is for 2 ranks")
         assert told["afterwards"] == reports[0]["disagreeing"]["afterwards"], "the group is not as it was"

@@ -25,7 +25,7 @@ CHUNK = 1 << 20  # bytes that are summed at once
 OWN = ("budget", "projected", "reserved", "host")  # what of a plan may differ from rank to rank
 REMEDIES = {
     "version": "install the same versions everywhere",
-    "plan": "plan with wg.plan(..., ranks=group) on every rank, or give backward() no plan",
+    "plan": "give every rank the same model, loss and shapes, and plan with wg.plan(..., ranks=group) on all of them",
     "weights": "load the same checkpoint everywhere, or broadcast rank 0's weights before the first step",
     "buffers": "load the same checkpoint everywhere, or broadcast rank 0's buffers before the first step",
     "values": "give every rank the same labels",
@@ -63,10 +63,12 @@ _plans: weakref.WeakKeyDictionary[Plan, str] = weakref.WeakKeyDictionary()
 
 
 def plan_digest(plan: Plan) -> str:
-    """Of every decision of a plan, not of what its process holds already."""
+    """Of every decision of a plan, not of what its process holds already; and of all that its graph computes."""
     if plan not in _plans:
         told = {name: value for name, value in as_dict(plan).items() if name not in OWN}
-        _plans[plan] = _digest(json.dumps(told, sort_keys=True, default=str).encode())
+        ops = [f"{node.op}{node.args}{node.kwargs}{node.outputs}{node.needs_grad}" for node in plan.graph.nodes]
+        parts = [json.dumps(told, sort_keys=True, default=str), *ops, tensors_digest(plan.graph.constants)]
+        _plans[plan] = _digest(*(part.encode() for part in parts))
     return _plans[plan]
 
 
