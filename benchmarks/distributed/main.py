@@ -4,12 +4,14 @@
 
 Writes ``README.md`` beside this file. Two ranks of a Gloo group on this machine, one thread each, take steps together
 and, in turn with them, one of the two takes the same step alone, on one thread too. Seconds are the least and the
-median of some steps of each; other processes slow both down alike. ``--paper`` only plans, and writes nothing.
+median of some steps of each; other processes slow both down alike. ``--only measured`` or ``--only paper`` does half of
+the work; the page is written once both halves are there.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import multiprocessing
@@ -45,6 +47,7 @@ from wholegrad.run.process import machine, peak_resident
 from wholegrad.run.sources import raw_images
 
 HERE = Path(__file__).parent
+KEPT = HERE.parents[1] / "out" / "distributed"  # halves of the page
 EVERY = ["down1", "down2", "middle", "up2", "fuse2", "up1", "head"]
 FABRIC = Link(byte=1 / 20e9, message=2e-5)  # assumed: 200 Gbit/s at four fifths, and a round of NCCL's
 MODEL = {"halos": "halos", "sums": "sums", "parameters": "gradients", "control": "control"}
@@ -54,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=5, help="steps of each kind, after one (default %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the images' edges (default %(default)s)")
-    parser.add_argument("--paper", action="store_true", help="print the projection alone; writes nothing")
+    parser.add_argument("--only", choices=("measured", "paper"), help="half of the work")
     return parser.parse_args()
 
 
@@ -95,6 +98,7 @@ def measured(case: Case, rank: int, times: int, scale: float) -> dict[str, Any]:
     if isinstance(loss, nn.CrossEntropyLoss):
         image, target = image[None], torch.from_numpy(labels).long()
     model, group = make(), wg.open_ranks(dist.group.WORLD).measured()
+    start = copy.deepcopy(model.state_dict())
     options = {"budget": "3GiB", "strategy": "stream", **fixed}
     plans = {1: wg.plan(model, loss, image, target, **options)}
     plans[2] = wg.plan(model, loss, image, target, ranks=group, **{k: v for k, v in options.items() if k != "strategy"})
@@ -109,6 +113,7 @@ def measured(case: Case, rank: int, times: int, scale: float) -> dict[str, Any]:
             started, used = time.perf_counter(), time.process_time()
             wg.backward(model, loss, image, target, plan=plans[count], group=group if count == 2 else None)
             model.zero_grad()
+            model.load_state_dict(start)  # statistics of norms, which the step alone moves on one rank only
             if time_:
                 walls[count].append(time.perf_counter() - started)
                 busy[count].append(time.process_time() - used)
@@ -227,7 +232,7 @@ def projection() -> list[str]:
     return lines
 
 
-def page(cases: list[list[dict[str, Any]]], args: argparse.Namespace) -> str:
+def page(cases: list[list[dict[str, Any]]], paper: list[str], args: argparse.Namespace) -> str:
     link = cases[0][0]["link"]
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     parts = [
@@ -252,19 +257,23 @@ def page(cases: list[list[dict[str, Any]]], args: argparse.Namespace) -> str:
         "",
         *(HERE / "projection.md").read_text().splitlines(),
         "",
-        *projection(),
+        *paper,
     ]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def main() -> None:
     args = arguments()
-    if args.paper:
-        projection()
-        return
-    import monai.networks.nets  # noqa: F401  (once, before there are ranks)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    if args.only != "paper":
+        import monai.networks.nets  # noqa: F401  (once, before there are ranks)
 
-    (HERE / "README.md").write_text(page(on_two_ranks(args), args))
+        (KEPT / "measured.json").write_text(json.dumps(on_two_ranks(args)))
+    if args.only != "measured":
+        (KEPT / "paper.json").write_text(json.dumps(projection()))
+    if all((KEPT / f"{name}.json").exists() for name in ("measured", "paper")):
+        cases, paper = (json.loads((KEPT / f"{name}.json").read_text()) for name in ("measured", "paper"))
+        (HERE / "README.md").write_text(page(cases, paper, args))
 
 
 if __name__ == "__main__":
