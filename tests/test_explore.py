@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -25,6 +26,7 @@ from wholegrad.explore.cells import (
     KILLED,
     REFUSED,
     SLOW,
+    UNTIMELY,
     Cell,
     Result,
     Settings,
@@ -38,7 +40,7 @@ from wholegrad.explore.pixels import Repeated, stained
 from wholegrad.explore.report import drawing, table
 from wholegrad.explore.tradeoff import Row, planner, read_budgets, trade_off
 from wholegrad.explore.tradeoff import drawing as budgets_drawing
-from wholegrad.explore.watch import python, run_limited
+from wholegrad.explore.watch import Ended, python, run_limited
 from wholegrad.graph.geometry import Box
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
@@ -121,7 +123,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch
     cells = [cell("stream", 10 * k, 40 * k) for k in (1, 2, 3)]
     ran: list[Cell] = []
 
-    def measured(each: Cell, settings: Settings) -> Result:
+    def measured(each: Cell, settings: Settings, seconds: float) -> Result:
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.append(each)
@@ -140,6 +142,49 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch
     assert Store(tmp_path, replace(SETTINGS, limit=GIB)).find(cells[2]) is None
     (tmp_path / "cells" / f"{cells[2].name}.json").write_text("{")
     assert store.find(cells[2]) is None
+
+
+def test_what_there_is_no_time_for_is_left_to_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell that is under way when the time is over is ended, those after it do not start, and neither is kept."""
+    clock, cells = [0.0], [cell("stream", 10 * k, 40 * k) for k in (1, 2, 3)]
+    allowed: list[float] = []
+
+    def run(command: object, limit: int, seconds: float) -> Ended:
+        allowed.append(seconds)
+        late = len(allowed) == 2
+        clock[0] += seconds if late else 30.0
+        said = [] if late else [json.dumps({"outcome": DONE, "seconds": 1.0, "peak": GIB})]
+        return Ended(-9 if late else 0, said, [], GIB, "time" if late else "", 0.0)
+
+    monkeypatch.setattr(running, "run_limited", run)
+    monkeypatch.setattr(running.time, "monotonic", lambda: clock[0])
+    store = Store(tmp_path, SETTINGS)
+    results = running.explore(cells, SETTINGS, store, seconds=100.0)
+    assert allowed == [100.0, 70.0] and clock[0] == 100.0
+    assert [(each.outcome, each.said) for each in results[1:]] == [(SLOW, UNTIMELY)] * 2
+    assert [store.find(each) is not None for each in cells] == [True, False, False]
+    again = running.explore(cells, SETTINGS, store)
+    assert [each.outcome for each in again] == [DONE] * 3 and len(allowed) == 4
+    assert allowed[2] == running.STARTING + running.PATIENCE * SETTINGS.seconds
+
+
+def test_conclusions_say_what_there_was_no_time_for() -> None:
+    late = Result(cell("stream", 400, 1600), SLOW, UNTIMELY)
+    said = conclusions([good("stream", 200, 0.1, 1), late], 4 * GIB, HERE)
+    assert "for 400 x 1600 no time was left." in said and "too slow" not in said
+
+
+def test_quick_ends_within_five_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def explore(cells: Any, settings: Any, store: Any, told: Any, seconds: float) -> list[Result]:
+        asked.append(seconds)
+        return [Result(each, DONE, seconds=1.0, steps=(1.0,), peak=GIB) for each in cells]
+
+    monkeypatch.setattr("wholegrad.commands.explore.explore", explore)
+    for more in (["--quick"], []):
+        assert main(["explore", "--out", str(tmp_path), "--sizes", "0.01", "--strategies", "stream", *more]) == 0
+    assert 240 < asked[0] < 300 and asked[1] == float("inf")
 
 
 def test_conclusions_follow_the_figures() -> None:

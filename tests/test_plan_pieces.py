@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from itertools import combinations
 
 import numpy as np
@@ -20,7 +21,7 @@ from wholegrad.graph.layout import Role
 from wholegrad.graph.segment import Segment, cut
 from wholegrad.plan.boundaries import candidates
 from wholegrad.plan.extents import Extents, alike, extent
-from wholegrad.plan.memory import DOUBLE
+from wholegrad.plan.memory import DOUBLE, NEW_SLACK, PAGED, SLACK
 from wholegrad.plan.tiles import axis_tiles
 from wholegrad.plan.walk import Upkeep, Walk
 
@@ -119,19 +120,27 @@ def plain_walk(graph: Graph, segment: Segment, how: Inlined, sizes: dict[int, in
     def drawing(index: int) -> int:
         return upkeep.drawing[index] * (sizes[index] // upkeep.item[index])
 
+    def root(index: int) -> int:
+        operands = graph.nodes[index].operands
+        return root(operands[0].node) if upkeep.view[index] and operands[0].node in sizes and index in ran else index
+
+    ran = set(how.nodes)
+    values = {i: sizes[i] if root(i) == i else 0 for i in sizes}
     summed = [graph.nodes[i].operands[0] for i in segment.reductions if i not in how.sums]
     widest = DOUBLE * max((sizes[ref.node] // graph.spec(ref).dtype.itemsize for ref in summed), default=0)
-    last = {ref: index for index in how.nodes for ref in readers[index]}
-    kept = {ref.node for reading in how.sums.values() for ref in reading.leaves}
+    last = {root(ref): index for index in how.nodes for ref in readers[index]}
+    leaves = [ref for reading in how.sums.values() for ref in reading.leaves]
+    kept = {root(ref.node) for ref in (*leaves, *summed, *segment.outputs) if ref.node in sizes}
     live = peak = inputs
     for index in how.nodes:
-        live += sizes[index]
+        live += values[index]
         peak = max(peak, live + copies(index) + drawing(index))
-        live -= sum(sizes[ref] for ref in set(readers[index]) if last[ref] == index and ref not in kept)
+        read = {root(ref) for ref in readers[index]} - kept
+        live -= sum(sizes[ref] for ref in read if last[ref] == index)
     forward = raw + peak + widest + sum(sizes.get(ref.node, 0) for ref in segment.outputs)
 
     needs = {i: graph.nodes[i].needs_grad for i in sizes}
-    live = inputs + sum(sizes[i] + (copies(i) if needs[i] else 0) for i in how.nodes)
+    live = inputs + sum(values[i] + (copies(i) if needs[i] else 0) for i in how.nodes)
     peak = live + max(widest, max((drawing(i) for i in how.nodes), default=0))
     grads = {ref.node: sizes[ref.node] for ref in segment.owned(graph) if ref.node in sizes}
     for reading in how.sums.values():
@@ -144,7 +153,7 @@ def plain_walk(graph: Graph, segment: Segment, how: Inlined, sizes: dict[int, in
                 fresh += sizes[ref] if ref in grads else 0
                 grads[ref] = sizes[ref]
         peak = max(peak, live + sum(grads.values()) + fresh + copies(index) + rearranged(index))
-        live -= sizes[index] + copies(index)
+        live -= values[index] + copies(index)
         del grads[index]
     backward = raw + peak + sum(sizes[ref.node] for ref in segment.maps if needs[ref.node])
     return forward, backward
@@ -158,12 +167,20 @@ def test_the_bytes_of_many_tiles_are_those_of_each(drawn: Drawn) -> None:
     upkeep = Upkeep(graph)
     for segment in segments_of(graph):
         how = inline(graph, segment)
-        tiles = Walk(upkeep, segment, how)
-        areas = rng.integers(0, 5000, (len(tiles.nodes), 3))
-        found = np.array(tiles.bytes(areas))
-        for k in range(3):
+        tiles = Walk(upkeep, segment, how, new=bool(drawn[2] % 2))
+        areas = rng.integers(0, 5000, (len(tiles.nodes), 4))
+        areas[:, 3] *= 1000
+        wear = rng.random(4)
+        found, seen = np.array(tiles.bytes(areas, wear)), np.array(tiles.bytes(areas))
+        for k in range(4):
             sizes = {i: int(areas[row, k]) * upkeep.pixel[i] for row, i in enumerate(tiles.nodes)}
-            assert found[:, k].tolist() == [int(each * tiles.slack) for each in plain_walk(graph, segment, how, sizes)]
+            assert seen[:, k].tolist() == list(plain_walk(graph, segment, how, sizes))
+            worn = {
+                i: NEW_SLACK + (SLACK - NEW_SLACK) * (0.0 if size >= PAGED else wear[k]) for i, size in sizes.items()
+            }
+            slack = {i: worn[i] if tiles.new else tiles.slack for i in sizes}
+            more = {i: math.ceil(size * slack[i]) for i, size in sizes.items()}
+            assert found[:, k].tolist() == list(plain_walk(graph, segment, how, more))
 
 
 def test_pythons_collector_is_left_as_it_was_found() -> None:

@@ -114,7 +114,7 @@ def test_the_search_comes_close_to_brute_force(channels: int, more: int) -> None
     image = torch.zeros(()).expand(1, 1, 1024, 1536)
     planner = Planner(graph_of(Small(channels), mean_square, image), Request(None, 1 << 20, True, 2))
     budget = planner.smallest() + more
-    found = planner.plan(budget).seconds
+    found = planner.plan(budget).seconds - planner.request.rates.step
     best = everything(planner, budget - planner.request.reserved - planner.always)
     assert best <= found <= FACTOR * best
 

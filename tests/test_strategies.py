@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,11 +19,14 @@ from torch import nn
 import wholegrad as wg
 from memory_networks import NETWORKS
 from oracle import SEED, assert_exact, reference
+from wholegrad.commands.common import blank
 from wholegrad.errors import BudgetError, NumericsError, PlanError, SpillError
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
+from wholegrad.plan import memory
 from wholegrad.plan.memory import LIBRARIES
-from wholegrad.plan.strategies import WHOLE, WholePlan, choices_of_chunks, cut_into_chunks
+from wholegrad.plan.rates import BUILT_IN
+from wholegrad.plan.strategies import WHOLE, WholePlan, choices_of_chunks, cut_into_chunks, whole_seconds
 from wholegrad.run import offload
 from wholegrad.whole_step import HEAP
 
@@ -182,6 +187,16 @@ def test_auto_takes_whole_maps_where_they_are_predicted_to_be_faster(monkeypatch
     assert wg.plan(model, LOSSES["bce"], IMAGE, LABELS).strategy == "stream"
 
 
+def test_whole_maps_of_two_gigabytes_are_predicted_to_be_slow() -> None:
+    """Measured: 11.8 s at 4000 x 16000 and 56.4 s at 5657 x 22628, twice the area, where five channels have 2.6 GB."""
+    seconds = {}
+    for size in ((4000, 16000), (5657, 22628)):
+        graph = wg.plan(unet4492(seed=0), LOSSES["bce"], blank(3, *size), blank(1, *size), budget="4GiB").graph
+        seconds[size] = sum(whole_seconds(graph, 2, BUILT_IN))
+    assert seconds[4000, 16000] == pytest.approx(11.8, rel=0.3)
+    assert seconds[5657, 22628] == pytest.approx(56.4, rel=0.3)
+
+
 def test_offload_writes_what_the_backward_pass_needs_once(tmp_path: Path) -> None:
     moved = []
 
@@ -227,6 +242,29 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_runs(monkeypatch: p
         wg.backward(model, LOSSES["bce"], IMAGE, LABELS, plan=made)
 
 
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_disk_that_fills_up_in_the_middle_of_a_step_is_an_error_with_figures(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, write, calls = unet4492().double(), os.write, []
+    made = wg.plan(model, LOSSES["bce"], IMAGE, LABELS, strategy="offload", spill_dir=tmp_path)
+
+    def fails(descriptor: int, data: memoryview) -> int:
+        calls.append(len(data))
+        if len(calls) > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", fails)
+    held = "after 0 B" if after == 0 else r"after [\d.]+ KiB"
+    with pytest.raises(SpillError, match=rf"saved activations {held} of them: No space left on device \(.* free\)"):
+        wg.backward(model, LOSSES["bce"], IMAGE, LABELS, plan=made)
+    monkeypatch.undo()
+    assert all(p.grad is None for p in model.parameters()) and not list(tmp_path.iterdir())
+    wg.backward(model, LOSSES["bce"], IMAGE, LABELS, plan=made)
+    assert all(p.grad is not None for p in model.parameters())
+
+
 STEP = """
 import json, sys
 import numpy as np
@@ -259,4 +297,4 @@ def test_the_measured_peak_stays_below_the_projected_one(name: str, strategy: st
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["peak"] <= found["projected"]
-    assert found["projected"] - found["peak"] <= LIBRARIES + HEAP + 0.3 * found["counted"]
+    assert found["projected"] - found["peak"] <= LIBRARIES + memory.HEAP + HEAP + 0.3 * found["counted"]

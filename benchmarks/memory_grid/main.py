@@ -142,7 +142,8 @@ def child(cell: Cell, folder: Path) -> None:
         found["seconds"].append(time.perf_counter() - started)
     parts = dict(plan.memory.rows())
     tiles = [
-        [*part.tile, part.tiles, part.fused, part.working.forward, part.working.backward] for part in plan.segments
+        [*part.tile, part.tiles, part.fused, part.working.forward, part.working.backward, part.working.slack]
+        for part in plan.segments
     ]
     print(
         json.dumps(

@@ -107,8 +107,6 @@ def plan(
         cause = f"holds maps whole and takes no {fixed[0]}" if fixed else "is for training steps, and there is no loss"
         raise PlanError(f"strategy {how}", cause, "use strategy stream")
     inputs, where = given(image, target, model_dtype(model)), device_of(model, device)
-    if where.apart and how in WHOLE:
-        raise PlanError(f"strategy {how}", f"runs on the CPU, not on {where.name}", "use strategy stream")
     graph = _capture(model, loss_fn, inputs, metrics)
     tensors = joint_tensors(model, loss_fn, metrics)
     asked: dict[str, Any] = {"rates": rates, "device": where, "host_budget": host_budget}
@@ -222,7 +220,7 @@ def backward(
         if isinstance(made, WholePlan):
             job = Job(Parts(model, loss_fn, metrics or {}), inputs, made.graph, tensors)
             with torch.inference_mode(False):
-                outcome = run_whole(made, job, seed, progress)
+                outcome = run_whole(made, job, seed, progress, where)
         else:
             outcome = _in_tiles(made, tensors, inputs, where, progress=progress, seed=seed, wire=together.tiles)
         outcome = together.combined(outcome, made.graph, tensors)

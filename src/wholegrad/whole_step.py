@@ -11,8 +11,9 @@ import torch
 from wholegrad import clock
 from wholegrad.errors import BudgetError, PlanError
 from wholegrad.given import Given
-from wholegrad.graph.graph import Graph
-from wholegrad.plan import memory, strategies
+from wholegrad.graph.graph import READERS, Graph
+from wholegrad.plan import devices, memory, strategies
+from wholegrad.plan.devices import Host
 from wholegrad.plan.planner import Request
 from wholegrad.plan.strategies import (
     WHOLE,
@@ -25,6 +26,7 @@ from wholegrad.plan.strategies import (
     whole_seconds,
 )
 from wholegrad.run import process
+from wholegrad.run.device import Device
 from wholegrad.run.executor import Progress, ProgressFn
 from wholegrad.run.offload import Spill
 from wholegrad.run.recompute import Recompute
@@ -81,14 +83,22 @@ def plan_whole(job: Job, strategy: Strategy, request: Request) -> WholePlan:
 def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
     """The same plan whether or not it fits or can run."""
     assert strategy in WHOLE
-    graph, threads = job.graph, request.workers
+    graph, threads, apart = job.graph, request.workers, request.apart
+    if apart is not None and strategy is Strategy.OFFLOAD and apart.name.startswith("mps"):
+        raise PlanError(f"strategy {strategy}", "has nowhere to go: the device's memory is the host's", "use in-core")
     interleaved = _may_interleave(graph)
     ahead, back = whole_seconds(graph, threads, request.rates)
 
     def made(foot: Footprint, seconds: float, work: float, chunks: tuple[tuple[int, int], ...] = ()) -> WholePlan:
         scratch = UNFOLDED if _double(graph) else SCRATCH
-        needed = int(foot.peak * scratch) + min(foot.peak, HEAP) + 2 * sum(t.nbytes for t in job.tensors.values())
-        needed += memory.LIBRARIES - memory.libraries(graph)  # PyTorch runs all of it
+        own, host = 2 * sum(tensor.nbytes for tensor in job.tensors.values()), None
+        if apart is None:
+            needed = int(foot.peak * scratch) + min(foot.peak, HEAP) + own
+            needed += memory.LIBRARIES - memory.libraries(graph) + memory.HEAP  # PyTorch runs all of it
+        else:
+            needed = int(foot.peak * devices.SLACK) + own
+            away = sum(node.outputs[0].nbytes for node in graph.of_kind(*READERS)) + int(foot.moved * devices.PINNED)
+            host = Host(apart.host_budget, apart.host_reserved, apart.host_reserved + 2 * own + away)
         return WholePlan(
             graph=graph,
             segments=(),
@@ -101,6 +111,8 @@ def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
             seconds=seconds,
             backward=True,
             workers=threads,
+            apart=apart,
+            host=host,
             spill_dir=request.spill_dir,
             strategy=strategy,
             footprint=foot,
@@ -112,7 +124,7 @@ def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
         away = strategy is Strategy.OFFLOAD
         rehearsal = partial(rehearse_whole, job.parts, job.tensors, job.inputs.inputs, away, interleaved)
         foot = _counted(graph, away, rehearsal)
-        moving = foot.moved * strategies.SECONDS_PER_MOVED_BYTE
+        moving = foot.moved * (strategies.SECONDS_PER_MOVED_BYTE if apart is None else 2 * devices.ACROSS)
         return made(foot, ahead + back + moving, 1.0)
     found = []
     for chunks in choices_of_chunks(graph):
@@ -144,8 +156,8 @@ def _may_interleave(graph: Graph) -> bool:
     return not any(node.op in _VIEWS and graph.spec(node.operands[0]).is_map for node in graph.nodes)
 
 
-def run_whole(made: WholePlan, job: Job, seed: int, progress: ProgressFn | None) -> Outcome:
-    """One step of the plan."""
+def run_whole(made: WholePlan, job: Job, seed: int, progress: ProgressFn | None, device: Device) -> Outcome:
+    """One step of the plan, on the device that it was made for."""
     total = max(2 * len(made.chunks) - 1, 1)
     done = [0]
 
@@ -154,43 +166,48 @@ def run_whole(made: WholePlan, job: Job, seed: int, progress: ProgressFn | None)
         if progress is not None:
             progress(Progress(sweep, done[0], total))
 
-    with clock.span("between ops", "whole maps"):
+    with clock.span("between ops", "whole maps"), device.running():
         if made.strategy == Strategy.RECOMPUTE:
             with torch.autocast("cpu", enabled=False):
-                outcome = _in_chunks(made, job, seed, tick)
+                outcome = _in_chunks(made, job, seed, tick, device)
         else:
-            outcome = _in_one(made, job, seed)
+            outcome = _in_one(made, job, seed, device)
             tick("backward")
+        device.finish()
     process.mark_run()
     return outcome
 
 
-def _images(made: WholePlan, job: Job) -> list[torch.Tensor]:
-    """Images and targets whole, in the order of the inputs."""
+def _images(made: WholePlan, job: Job, device: Device) -> list[torch.Tensor]:
+    """Images and targets whole, in the order of the inputs, where the step runs."""
     found = []
     for each in job.inputs.inputs.tensors:
         if each.name not in job.inputs.sources:
-            found.append(job.inputs.values[each.name])
+            found.append(job.inputs.values[each.name].to(device.torch))
             continue
         whole = job.inputs.sources[each.name].whole()
         interleave = made.interleaved and each.name.startswith("image")
-        found.append(whole if interleave else whole.contiguous())
+        found.append((whole if interleave else whole.contiguous()).to(device.torch))
     return found
 
 
-def _in_chunks(made: WholePlan, job: Job, seed: int, tick: Callable[[str], None]) -> Outcome:
+def _in_chunks(made: WholePlan, job: Job, seed: int, tick: Callable[[str], None], device: Device) -> Outcome:
     names = [each.name for each in job.inputs.inputs.tensors]
-    values = dict(zip(names, _images(made, job), strict=True))
-    return Recompute(job.graph, made.chunks, {**job.tensors, **values}, seed, tick).step()
+    values = dict(zip(names, _images(made, job, device), strict=True))
+    values |= {name: tensor.detach().to(device.torch) for name, tensor in job.tensors.items()}
+    return Recompute(job.graph, made.chunks, values, seed, tick, device=device.torch).step()
 
 
-def _in_one(made: WholePlan, job: Job, seed: int) -> Outcome:
-    leaves = StandIns(job.parts, job.tensors, copied)
-    given = job.inputs.inputs.nested(_images(made, job))
+def _in_one(made: WholePlan, job: Job, seed: int, device: Device) -> Outcome:
+    def moved(tensor: torch.Tensor, buffer: bool) -> torch.Tensor:
+        return copied(tensor, buffer and tensor.device == device.torch).to(device.torch)
+
+    leaves = StandIns(job.parts, job.tensors, moved)
+    given = job.inputs.inputs.nested(_images(made, job, device))
     numbers = seed if job.graph.random else None
     if made.strategy != Strategy.OFFLOAD:
         return whole_step(job.parts, leaves, given, numbers)
-    if made.footprint.moved:
+    if made.footprint.moved and not device.apart:
         check_space(made.footprint.moved, spill_folder(made.spill_dir))
     spill = Spill(made.spill_dir, tuple(leaves.named.values()))
     try:

@@ -23,6 +23,7 @@ ASPECT = 4  # width over height
 DONE, REFUSED, KILLED = "done", "does not fit", "out of memory"
 IMPOSSIBLE, SLOW, FAILED = "impossible", "too slow", "failed"
 OUTCOMES = (DONE, REFUSED, KILLED, IMPOSSIBLE, SLOW, FAILED)
+UNTIMELY = "no time was left for it: the same command goes on with it"
 
 
 @dataclass(frozen=True)

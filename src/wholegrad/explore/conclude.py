@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wholegrad.explore.cells import DONE, FULL, IMPOSSIBLE, KILLED, REFUSED, Result
+from wholegrad.explore.cells import DONE, FULL, IMPOSSIBLE, KILLED, REFUSED, UNTIMELY, Result
 from wholegrad.plan.plan import show_bytes
 
 PAPER = "Remedios et al., MIDL 2023"
@@ -68,6 +68,8 @@ def _reach(name: str, done: Sequence[Result], every: Sequence[Result], limit: in
     beyond = next((each for each in every if each.cell.pixels > top.cell.pixels), None)
     if beyond is None:
         return f"{text}, the largest size tried."
+    if beyond.said == UNTIMELY:
+        return f"{text}; for {size(beyond)} no time was left."
     if beyond.outcome in OVER and beyond.projected:
         return (
             f"{text}; {size(beyond)} would need {show_bytes(beyond.projected)}, and {show_bytes(limit)} were allowed."

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from wholegrad.explore.cells import DONE, FAILED, KILLED, SLOW, Cell, Result, Settings, Store, stamped
+from wholegrad.explore.cells import DONE, FAILED, KILLED, SLOW, UNTIMELY, Cell, Result, Settings, Store, stamped
 from wholegrad.explore.watch import Ended, python, run_limited
 from wholegrad.plan.plan import show_bytes
 from wholegrad.plan.strategies import Strategy
@@ -19,6 +20,7 @@ STEP = "wholegrad.explore.step"
 PATIENCE = 3.0  # times the seconds of a step that a whole process may take, beside
 STARTING = 90.0  # seconds for imports, capture, planning and warming up
 SIGKILL = -9
+LEAST = 8.0  # seconds that the smallest cell takes on a machine that does little else
 
 Told = Callable[[Cell, Result | None], None]
 
@@ -34,37 +36,48 @@ def devices() -> list[str]:
 
 
 def kinds(strategies: Sequence[str], on: Sequence[str]) -> list[tuple[str, str]]:
-    """Strategies with the devices that they run on: of accelerators whole maps only, ``offload`` on CUDA alone."""
-    able = {"cpu": set(Strategy), "cuda": {Strategy.IN_CORE, Strategy.OFFLOAD}, "mps": {Strategy.IN_CORE}}
-    return [(name, device) for device in on for name in strategies if Strategy(name) in able[device]]
+    """Strategies with the devices that they run on: all, but no ``offload`` where a device's memory is the host's."""
+    return [(name, device) for device in on for name in strategies if (name, device) != (Strategy.OFFLOAD, "mps")]
 
 
 def explore(
-    cells: Sequence[Cell], settings: Settings, store: Store, told: Told = lambda cell, result: None
+    cells: Sequence[Cell],
+    settings: Settings,
+    store: Store,
+    told: Told = lambda cell, result: None,
+    seconds: float = float("inf"),
 ) -> list[Result]:
     """The result of every cell, those that are there already and those measured now.
 
     Args:
         told: called before a cell is measured, without result, and with its result once there is one.
+        seconds: after which nothing is measured any more; such cells have no result that is kept, so that another run
+            goes on with them.
     """
-    found = []
+    found, until = [], time.monotonic() + seconds
     for cell in cells:
         result = store.find(cell)
         if result is None:
             told(cell, None)
-            result = measured(cell, settings)
-            store.keep(result)
+            left = until - time.monotonic()
+            result = measured(cell, settings, left) if left >= LEAST else Result(cell, SLOW, UNTIMELY)
+            if result.said != UNTIMELY:
+                store.keep(result)
         told(cell, result)
         found.append(result)
     return found
 
 
-def measured(cell: Cell, settings: Settings) -> Result:
-    """Run one cell."""
+def measured(cell: Cell, settings: Settings, seconds: float = float("inf")) -> Result:
+    """Run one cell, for at most so many seconds."""
     asked = json.dumps({"cell": asdict(cell), "settings": asdict(settings)})
-    ended = run_limited(python(STEP, asked), settings.limit, STARTING + PATIENCE * settings.seconds)
+    patience = STARTING + PATIENCE * settings.seconds
+    ended = run_limited(python(STEP, asked), settings.limit, min(patience, seconds))
     date = datetime.datetime.now().astimezone().isoformat(timespec="minutes")
-    return stamped(_result(cell, settings, ended), date, ended.others)
+    result = _result(cell, settings, ended)
+    if ended.over == "time" and seconds < patience:
+        result = replace(result, said=UNTIMELY)
+    return stamped(result, date, ended.others)
 
 
 def _result(cell: Cell, settings: Settings, ended: Ended) -> Result:

@@ -18,17 +18,12 @@ import torch
 from torch import nn
 
 import wholegrad as wg
-from wholegrad.api import LossFn
 from wholegrad.errors import BudgetError, TooLargeError, WholegradError
 from wholegrad.explore.cells import DONE, IMPOSSIBLE, KILLED, REFUSED, SLOW, Cell, Settings
 from wholegrad.explore.pixels import EDGE, Repeated, stained
-from wholegrad.given import given
 from wholegrad.plan.strategies import WHOLE, WholePlan
-from wholegrad.run.offload import Spill
+from wholegrad.run.device import Device, open_device
 from wholegrad.run.process import peak_resident
-from wholegrad.run.sources import model_dtype
-from wholegrad.run.whole_image import Parts, StandIns, whole_step
-from wholegrad.signature import joint_tensors
 from wholegrad.train.made_up import blobs, model_and_loss, target_of
 
 TRIED = 1.5  # times the limit: plans on whole maps of up to this are run all the same, and seen to fail
@@ -72,17 +67,17 @@ def _measure(cell: Cell, settings: Settings) -> None:
     target: Any = Repeated(labels, cell.height, cell.width)
     if settings.target != "labels":
         target = target_of(settings.target, (cell.height, cell.width))
-    if cell.device != "cpu":
-        _measured(cell, model, lambda: _on_device(cell, model, loss_fn, image, target))
-        return
+    device = open_device(cell.device)
+    options: dict[str, Any] = {"strategy": cell.strategy, "device": device}
+    options |= {"host_budget": settings.limit} if device.apart else {"budget": settings.limit}
     try:
-        plan = wg.plan(model, loss_fn, image, target, budget=settings.limit, strategy=cell.strategy)
+        plan = wg.plan(model, loss_fn, image, target, **options)
     except BudgetError as error:
         whole = cell.strategy in WHOLE and error.smallest is not None and error.smallest <= TRIED * settings.limit
-        if not whole:
+        if not whole or device.apart:
             _say(outcome=REFUSED, said=str(error), projected=error.smallest)
             return
-        plan = wg.plan(model, loss_fn, image, target, budget=error.smallest, strategy=cell.strategy)
+        plan = wg.plan(model, loss_fn, image, target, **{**options, "budget": error.smallest})
     except TooLargeError as error:
         _say(outcome=IMPOSSIBLE, said=str(error), projected=error.needed)
         return
@@ -97,13 +92,14 @@ def _measure(cell: Cell, settings: Settings) -> None:
     if settings.target == "labels":  # libraries load, kernels are made
         warm = np.ascontiguousarray(image.pattern[:, :height, :width])
         small = np.ascontiguousarray(labels[:, :height, :width])
-        wg.backward(model, loss_fn, warm, small, strategy=cell.strategy)
+        wg.backward(model, loss_fn, warm, small, strategy=cell.strategy, device=device)
         model.zero_grad()
-    _measured(cell, model, lambda: wg.backward(model, loss_fn, image, target, plan=plan))
+    _measured(device, model, lambda: wg.backward(model, loss_fn, image, target, plan=plan))
 
 
-def _measured(cell: Cell, model: nn.Module, step: Any) -> None:
-    """Steps, each with the optimiser's; one where it is long."""
+def _measured(device: Device, model: nn.Module, step: Any) -> None:
+    """Steps, each with the optimiser's; one where it is long. A device's peak is that of its own memory."""
+    device.forget_peak()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     seconds: list[float] = []
     used: list[float] = []
@@ -117,37 +113,10 @@ def _measured(cell: Cell, model: nn.Module, step: Any) -> None:
         if not np.isfinite(float(loss)):
             raise WholegradError("loss", f"is {float(loss)}", "check the network")
     counted = seconds[1:] or seconds
-    peak = peak_resident() if cell.device in ("cpu", "mps") else torch.cuda.max_memory_allocated()
-    middle = sorted(counted)[len(counted) // 2]
+    shared = device.torch.type in ("cpu", "mps")  # with the host: the process has it all
+    peak = peak_resident() if shared else device.peak()
+    middle = sorted(counted)[(len(counted) - 1) // 2]
     _say(outcome=DONE, seconds=middle, steps=seconds, cpu_seconds=used[seconds.index(middle)], peak=peak)
-
-
-def _on_device(cell: Cell, model: nn.Module, loss_fn: LossFn, image: Repeated, target: Any) -> torch.Tensor:
-    """Whole-image autograd on a GPU; with strategy ``offload``, what is saved waits in the host's pinned memory.
-
-    Written by construction: no GPU was at hand to try it on.
-    """
-    inputs = given(image, target, model_dtype(model))
-    tensors = joint_tensors(model, loss_fn, None)
-
-    def moved(tensor: torch.Tensor, buffer: bool) -> torch.Tensor:
-        return tensor.detach().to(cell.device, copy=buffer)
-
-    leaves = StandIns(Parts(model, loss_fn, {}), tensors, moved)
-    found = [
-        (inputs.sources[each.name].whole() if each.name in inputs.sources else inputs.values[each.name])
-        for each in inputs.inputs.tensors
-    ]
-    whole = inputs.inputs.nested([tensor.contiguous().to(cell.device) for tensor in found])
-    spill = Spill(None, tuple(leaves.named.values())) if cell.strategy == "offload" else None
-    try:
-        outcome = whole_step(Parts(model, loss_fn, {}), leaves, whole, keeping=spill.saving() if spill else None)
-    finally:
-        if spill is not None:
-            spill.close()
-    for name, grad in outcome.grads.items():
-        tensors[name].grad = grad.to(tensors[name].device)
-    return outcome.loss.cpu()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ With ``A_i`` the pixels of node ``i`` summed over all tiles (rows times columns,
 
 ``macs_i`` are multiply-adds of a pixel, ``f``, ``x`` and ``w`` the rates of the forward run and of the gradients of
 input and weight (where they are wanted at all), ``made_i`` bytes of a pixel that an op makes, at the rate ``m`` of
-whoever makes them, and ``b`` of the pull-back. Tensors of ``LARGE`` bytes or more come in fresh pages, which cost more.
+whoever makes them, and ``b`` of the pull-back. Tensors of ``LARGE`` bytes or more come in fresh pages, which cost more;
+so do all of a thread's first tile, since a step gives its memory back when it ends.
 """
 
 from __future__ import annotations
@@ -65,10 +66,15 @@ def again_macs(graph: Graph, macs: Sequence[float], segment: Segment, rows: Axis
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of one thread for tiles of some heights (down) and widths (across): tables of one number each."""
+    """Seconds of one thread for tiles of some heights (down) and widths (across): tables of one number each.
+
+    Attributes:
+        once: of the pages that a thread's first tile touches, which later ones use again.
+    """
 
     forward: Table
     backward: Table
+    once: Table
 
 
 class Price(NamedTuple):
@@ -85,10 +91,14 @@ class Prices:
 
     Attributes:
         macs: multiply-adds of each node for a pixel.
+        borders: of nodes that make nothing but at their map's ends, at how many of these along rows and columns.
     """
 
     def __init__(self, graph: Graph, rates: Rates) -> None:
         self.graph, self.rates, self.macs = graph, rates, pixel_macs(graph)
+        rules = {node.index: rule_for(node.op) for node in graph.nodes if node.op is not None}
+        ends = {index: rule.borders(graph.nodes[index]) for index, rule in rules.items() if rule is not None}
+        self.borders = {index: found for index, found in ends.items() if found is not None}
         self._known: dict[tuple[int, bool, bool, bool], Price] = {}
 
     def of(self, index: int, thin: bool, chained: bool, recalled: bool) -> Price:
@@ -102,6 +112,8 @@ class Prices:
         key = (index, thin, chained, recalled)
         if key not in self._known:
             size = max(spec.pixel_bytes for spec in self.graph.nodes[index].outputs)
+            rule = rule_for(self.graph.nodes[index].op)
+            size = 0 if rule is not None and rule.view else size
             (forward, backward), made = self.multiplied(index, thin, recalled), self.made(size, thin, chained)
             self._known[key] = made._replace(forward=forward + made.forward, backward=backward + made.backward)
         return self._known[key]
@@ -134,6 +146,7 @@ class Bill:
         summed = [graph.nodes[i].operands[0].node for i in segment.reductions if i not in how.summed]
         self.nodes = sorted({*segment.nodes, *(ref.node for ref in segment.maps), *summed})
         self.place = {index: k for k, index in enumerate(self.nodes)}
+        self._borders: list[tuple[int, Price, int, int]] = []  # of what makes nothing but at its map's ends
         self._columns: list[list[float]] = [[0.0] * len(self.nodes) for _ in range(5)]  # lists: filled one by one
         forward, backward, fresh, pixel, _ = self._columns
         recalled = {ref.node for ref in recallable(graph, segment, set(segment.outputs))}
@@ -148,6 +161,8 @@ class Bill:
                     backward[self.place[i]] += back
             else:
                 price = prices.of(index, thin, chained, index in recalled)
+            if index in prices.borders:
+                self._borders.append((at, price, *prices.borders[index]))
             forward[at] += price.forward
             backward[at] += price.backward
             fresh[at] += price.fresh
@@ -194,16 +209,29 @@ class Bill:
         tiles = np.outer(rows.counts, cols.counts)
         count = tiles * self.each * self.rates.call
         lines = np.outer(self.rows @ down, cols.counts)
-        ahead = down.T @ (self.forward[:, None] * across) + count + lines
-        back = down.T @ (self.backward[:, None] * across) + 3 * count + lines + tiles * self.merging
+        ahead: Table = down.T @ (self.forward[:, None] * across) + count + lines
+        back: Table = down.T @ (self.backward[:, None] * across) + 3 * count + lines + tiles * self.merging
+        for at, price, top, side in self._borders:
+            inside = np.outer(down[at] * _inside(rows.counts, top), across[at] * _inside(cols.counts, side))
+            ahead -= inside * price.forward
+            back -= inside * price.backward
+        first = rows.largest.T @ (self.pixel[:, None] * cols.largest)
         large = np.flatnonzero(rows.largest.max(1) * cols.largest.max(1) * self.pixel >= LARGE)
         if not large.size:
-            return Seconds(ahead, back)
+            return Seconds(ahead, back, first * self.rates.fresh)
         high, wide = rows.largest[large, :, None], cols.largest[large, None, :]  # (nodes, heights or 1, widths or 1)
         fresh = high * wide * self.pixel[large, None, None] >= LARGE
         area = np.where(fresh, down[large, :, None] * across[large, None, :], 0.0)
         more = area * self.fresh[large, None, None]
-        return Seconds(np.concatenate(([ahead], more)).sum(0), np.concatenate(([back], more)).sum(0))
+        first -= np.where(fresh, high * wide * self.pixel[large, None, None], 0.0).sum(0)
+        once = np.maximum(first, 0.0) * self.rates.fresh
+        return Seconds(np.concatenate(([ahead], more)).sum(0), np.concatenate(([back], more)).sum(0), once)
+
+
+def _inside(counts: Sequence[int], ends: int) -> Table:
+    """What share of so many tiles along an axis meets none of its ends where something happens."""
+    found: Table = np.array([max(count - ends, 0) / count for count in counts])
+    return found
 
 
 def disk_seconds(rates: Rates, stored: int, gradient: int) -> float:

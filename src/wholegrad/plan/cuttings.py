@@ -23,6 +23,7 @@ from wholegrad.plan.storage import stored_bytes
 from wholegrad.plan.traffic import at_once, shared
 
 Bytes = npt.NDArray[np.int64]
+FEW = 2  # segments, of which a step's heap comes apart only as their own tiles make it: the first often counts labels
 WAYS = 16  # numbers of boundaries in host memory that are tried, in each order
 
 
@@ -298,7 +299,7 @@ class Cuttings:
         self.graph, self.terms, self.placement, self.dtype = graph, terms, placement, dtype
         self.ground = Ground(graph, terms)
         self._cutter = Cutter(graph, apart=dtype is not None)  # sums see boundaries as they are stored
-        self._pieces: dict[tuple[int, bool], Piece] = {}
+        self._pieces: dict[tuple[int, bool, bool], Piece] = {}
         self._known: dict[frozenset[Ref], list[Cutting]] = {}
         self._boundaries: dict[Ref, Boundary] = {}
         self._one_pass: dict[tuple[int, ...], tuple[bool, frozenset[int]]] = {}
@@ -311,8 +312,8 @@ class Cuttings:
         return self._known[boundaries]
 
     def _cutting(self, segments: Sequence[Segment], fused: bool, boundaries: frozenset[Ref]) -> Cutting:
-        last = len(segments) - 1
-        pieces = [self._piece(segment, fused and k == last) for k, segment in enumerate(segments)]
+        last, new = len(segments) - 1, len(segments) <= FEW
+        pieces = [self._piece(segment, fused and k == last, new) for k, segment in enumerate(segments)]
         kept = {ref: self._boundary(ref) for ref in boundaries if ref not in self._written}
         return Cutting(self.graph, self.terms, pieces, kept, self.placement, self.dtype)
 
@@ -324,10 +325,10 @@ class Cuttings:
             self._boundaries[ref] = Boundary(int(stored * share), int(gradient * share), is_wide(self.graph, node))
         return self._boundaries[ref]
 
-    def _piece(self, segment: Segment, fused: bool) -> Piece:
-        key = (id(segment), fused)  # the cutter keeps segments, each once
+    def _piece(self, segment: Segment, fused: bool, new: bool) -> Piece:
+        key = (id(segment), fused, new)  # the cutter keeps segments, each once
         if key not in self._pieces:
-            self._pieces[key] = Piece(self.ground, segment, fused)
+            self._pieces[key] = Piece(self.ground, segment, fused, new)
         return self._pieces[key]
 
     def _variants(self, boundaries: frozenset[Ref]) -> list[tuple[tuple[Segment, ...], bool]]:

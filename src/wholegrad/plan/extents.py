@@ -23,9 +23,11 @@ from wholegrad.graph.segment import Segment
 from wholegrad.plan.bands import carried
 from wholegrad.plan.tiles import AxisTiles, cuts
 
+LOOKED_AT = 3  # tiles of each size
 EMPTY = Interval(1 << 40, -(1 << 40))  # beyond any map: a union with it changes nothing
 
 Table = npt.NDArray[np.float64]
+Pads = Sequence[tuple[int, int]]
 
 
 class Extent(NamedTuple):
@@ -35,11 +37,15 @@ class Extent(NamedTuple):
         largest: pixels of the longest interval that a tile looks at.
         total: of the intervals of all tiles, what is computed several times counted each time.
         counts: tiles of each size.
+        each: where there are no more than ``LOOKED_AT`` tiles, the interval of each; 0 beyond the last.
+        padded: the longest of tiles in which padding makes anything; 0 if there are none.
     """
 
     largest: Table
     total: Table
     counts: list[int]
+    each: Table
+    padded: Table
 
 
 class Extents:
@@ -55,8 +61,12 @@ class Extents:
         self._read = [tuple(ref.node for ref in node.operands if graph.spec(ref).is_map) for node in graph.nodes]
         self._axes: dict[tuple[Role, tuple[int, ...], int], _Axis] = {}
 
-    def of(self, segment: Segment, nodes: Sequence[int], role: Role, edges: Sequence[int]) -> Extent:
-        """Of these nodes of a segment, along rows or columns, for tiles that are so long there on its base map."""
+    def of(self, segment: Segment, nodes: Sequence[int], role: Role, edges: Sequence[int], pads: Pads = ()) -> Extent:
+        """Of these nodes of a segment, along rows or columns, for tiles that are so long there on its base map.
+
+        Args:
+            pads: places in ``nodes`` of what pads and of what it reads.
+        """
         base = _size(self.graph, segment.base, role)
         key = (role, tuple(edges), base)
         axis = self._axes.get(key)
@@ -75,7 +85,8 @@ class Extents:
                 if mine != other:
                     need[operand] = axis.union(mine, other)
         sizes = axis.sizes[[need[index] for index in nodes]]
-        return Extent(sizes[:, 0].copy(), sizes[:, 1].copy(), axis.counts)
+        each = sizes[:, 2:].transpose(0, 2, 1)
+        return Extent(sizes[:, 0].copy(), sizes[:, 1].copy(), axis.counts, each, _padded(each, pads))
 
 
 class _Axis:
@@ -96,8 +107,13 @@ class _Axis:
                 tiles.append((ends[i], ends[i + 1]))
                 weights.append(weight)
         self.tiles, self.weights, self.firsts = tiles, np.array(weights), firsts
+        looked_at, slots = np.diff([*firsts, len(tiles)]), np.arange(LOOKED_AT)[:, None]
+        self.there = slots < looked_at
+        self.slots = np.where(self.there, np.array(firsts) + slots, 0)
         self.bundles: list[npt.NDArray[np.int64]] = []
-        self.sizes = np.zeros((64, 2, len(firsts)))  # of each bundle: largest and total, by size of tiles
+        self.sizes = np.zeros(
+            (64, 2 + LOOKED_AT, len(firsts))
+        )  # of each bundle: largest, total, each, by size of tiles
         self.steps: defaultdict[int, dict[int, tuple[int, ...]]] = defaultdict(dict)  # by kind of node and bundle
         self._numbers: dict[bytes, int] = {}
         self._owned: dict[int, int] = {}
@@ -147,13 +163,27 @@ class _Axis:
             lengths = np.maximum(bundle[1] - bundle[0], 0)
             self.sizes[number, 0] = np.maximum.reduceat(lengths, self.firsts)
             self.sizes[number, 1] = np.add.reduceat(self.weights * lengths, self.firsts)
+            self.sizes[number, 2:] = lengths[self.slots] * self.there
         return self._numbers[key]
 
 
-def extent(tiles: AxisTiles, nodes: Sequence[int]) -> Extent:
+def _padded(each: Table, pads: Pads) -> Table:
+    """Of the tiles in which one of ``pads`` is longer than what it reads, the longest intervals."""
+    if not pads:
+        return np.zeros(each.shape[:2])
+    longer = [each[pad] != each[read] for pad, read in pads]
+    found: Table = (each * np.logical_or.reduce(longer)).max(2)
+    return found
+
+
+def extent(tiles: AxisTiles, nodes: Sequence[int], pads: Pads = ()) -> Extent:
     """Of one size of tiles, each of which was looked at."""
     largest, total = ([[float(sizes.get(i, 0))] for i in nodes] for sizes in (tiles.largest, tiles.total))
-    return Extent(np.array(largest), np.array(total), [tiles.count])
+    few = tiles.spans if pads else tiles.spans[:LOOKED_AT]
+    each = np.zeros((len(nodes), 1, max(len(few), LOOKED_AT)))
+    for k, span in enumerate(few):
+        each[:, 0, k] = [span[i].size if i in span else 0 for i in nodes]
+    return Extent(np.array(largest), np.array(total), [tiles.count], each[:, :, :LOOKED_AT], _padded(each, pads))
 
 
 def _size(graph: Graph, ref: Ref, role: Role) -> int:
@@ -162,7 +192,7 @@ def _size(graph: Graph, ref: Ref, role: Role) -> int:
 
 def _sampled(count: int) -> list[tuple[int, float]]:
     """Which of ``count`` tiles to look at, and how many each stands for: the ends, and one for all in between."""
-    if count <= 3:
+    if count <= LOOKED_AT:
         return [(i, 1.0) for i in range(count)]
     return [(0, 1.0), (count // 2, count - 2.0), (count - 1, 1.0)]
 

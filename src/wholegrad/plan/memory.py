@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from wholegrad.graph.graph import READERS, Graph, Kind, Node, Ref
@@ -26,7 +28,11 @@ from wholegrad.plan.storage import stored_bytes
 
 SLACK = 1.5
 LIBRARY_SLACK = 2.0
-KERNELS = 104 << 20  # LLVM, our own kernels' code, thread stacks, autograd and decoders
+PAGED = 1 << 25  # bytes of a block that has pages of its own, which go back to the system when it is freed
+NEW_SLACK = 1.15  # of such blocks, and of a heap that has not come apart yet, in place of ``SLACK``
+WORN = 7  # tiles of each worker after which it has
+HEAP = 48 << 20  # bytes by which it has grown then beside
+KERNELS = 56 << 20  # LLVM, our own kernels' code, thread stacks, autograd and decoders
 LIBRARY = 84 << 20  # beside that: oneDNN's code and what it keeps for each thread
 LIBRARIES = KERNELS + LIBRARY
 LEFTOVER = 12 << 20  # what each further segment leaves in pieces of the heap that cannot be given back
@@ -74,6 +80,16 @@ def by_library(graph: Graph, node: Node) -> bool:
         return node.op in PRODUCTS
     weight = graph.spec(node.operands[1])
     return not suits(weight.shape, weight.dtype, node.args[3], node.args[8])
+
+
+def wear(tiles: npt.NDArray[np.int64], workers: int) -> npt.NDArray[np.float64]:
+    """How far the heap comes apart while so many tiles come and go on so many workers: from 0 to 1.
+
+    A worker's first tile finds the heap in one piece; what later ones leave behind fits the next ones ever worse.
+    """
+    rounds = -(-tiles // workers)
+    found: npt.NDArray[np.float64] = np.clip((rounds - 1) / (WORN - 1), 0.0, 1.0)
+    return found
 
 
 def leftover(segments: int) -> int:

@@ -22,11 +22,11 @@ from wholegrad.graph.segment import Segment
 from wholegrad.plan import cost, devices, memory
 from wholegrad.plan.bands import Bands
 from wholegrad.plan.devices import Apart
-from wholegrad.plan.extents import Extent, Extents, extent
+from wholegrad.plan.extents import LOOKED_AT, Extent, Extents, extent
 from wholegrad.plan.halos import beyond_band
 from wholegrad.plan.plan import SegmentPlan
 from wholegrad.plan.rates import Rates
-from wholegrad.plan.tiles import Grid, grid
+from wholegrad.plan.tiles import AHEAD, ALIGNED, Grid, even, grid
 from wholegrad.plan.traffic import ASSUMED, Link
 from wholegrad.plan.walk import Upkeep, Walk
 
@@ -34,9 +34,10 @@ ELEMENT_LIMIT = 2**31  # rule 8
 HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 2048)
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 COARSE = (64, 256, 512, 1024)  # both, while boundaries are being chosen
-WIDEST = 32  # times its height that a tile is wide at most
+WIDEST, UPRIGHT = 32, 0.7  # times its height that a tile is wide at most, and at least
 
 Tile = tuple[int, int]
+Wear = npt.NDArray[np.float64] | None
 
 
 def too_large(area: int, spec: Spec, most_bytes: int | None) -> bool:
@@ -102,15 +103,26 @@ class _Tiles(NamedTuple):
     cols: Extent
 
 
+def side_by_side(tiles: Sequence[int], workers: int) -> int:
+    """The most bytes that so many workers may need at once, of tiles that need so many each and start in this order.
+
+    Of any ``workers + AHEAD`` in a row, at most as many run as there are workers; one further on has not started.
+    """
+    window = workers + AHEAD
+    runs = [sorted(tiles[k : k + window])[-workers:] for k in range(max(len(tiles) - window, 0) + 1)]
+    return max(map(sum, runs), default=0)
+
+
 class Piece:
     """One segment.
 
     Args:
         fused: whether it runs in one pass (rule 4), so that it has no forward sweep of its own.
+        new: whether hardly anything of a step has run before.
     """
 
-    def __init__(self, ground: Ground, segment: Segment, fused: bool) -> None:
-        self.ground, self.segment, self.fused = ground, segment, fused
+    def __init__(self, ground: Ground, segment: Segment, fused: bool, new: bool = False) -> None:
+        self.ground, self.segment, self.fused, self.new = ground, segment, fused, new
         self.graph, self.terms = ground.graph, ground.terms
         self._needs: dict[Tile, tuple[int, int]] = {}
         self._exact: dict[Tile, tuple[Grid, memory.Working]] = {}
@@ -138,11 +150,24 @@ class Piece:
 
     @cached_property
     def _walk(self) -> Walk:
-        return Walk(self.ground.upkeep, self.segment, self._how, devices.SLACK if self.terms.apart else None)
+        return self._walks[0][0]
 
     @cached_property
-    def _walk_pulled(self) -> Walk:
-        return Walk(self.ground.upkeep, self.segment, self._pulled, devices.SLACK if self.terms.apart else None)
+    def _walks(self) -> list[tuple[Walk, Walk]]:
+        """Of tiles that run forward, and if those differ of tiles that are pulled back; each also without padding."""
+        slack, found = devices.SLACK if self.terms.apart else None, []
+        for how in (self._how,) if self._pulled is self._how else (self._how, self._pulled):
+            given = self.ground.upkeep, self.segment, how, slack, self.new
+            walk = Walk(*given)
+            found.append((walk, Walk(*given, True) if self._pads else walk))
+        return found
+
+    @cached_property
+    def _pads(self) -> list[tuple[int, int]]:
+        """Places among the bill's nodes of what pads at its map's ends, and of what it reads."""
+        place, graph = self._bill.place, self.graph
+        found = [i for i in self._how.nodes if self.ground.upkeep.pads[i]]
+        return [(place[i], place[graph.nodes[i].operands[0].node]) for i in found]
 
     @cached_property
     def coarse(self) -> list[Option]:
@@ -191,9 +216,12 @@ class Piece:
         """Look at every tile of a grid, for :meth:`needs`."""
         if tile not in self._exact:
             found = grid(self.graph, self.segment, tile, self.terms.bands)
-            rows, cols = (extent(each, self._bill.nodes) for each in (found.rows, found.cols))
+            rows, cols = (extent(each, self._bill.nodes, self._pads) for each in (found.rows, found.cols))
             (forward,), (backward,) = self._weigh(rows, cols)
-            self._exact[tile] = found, memory.Working(forward, backward, self._walk.slack)
+            seen, needed = self._weigh(rows, cols, seen=True), (forward, backward)
+            sweep = int(self.terms.backward)
+            slack = max(needed[sweep] / max(seen[sweep][0], 1), 1.0)
+            self._exact[tile] = found, memory.Working(forward, backward, slack)
             self._needs[tile] = self._asked(forward, backward)
 
     def planned(self, option: Option) -> tuple[SegmentPlan, Grid]:
@@ -221,11 +249,17 @@ class Piece:
         if fixed is not None:
             high, wide = [fixed[0]], [fixed[1]]
         else:
-            rows, cols = self._reach(spec)
-            high = list(dict.fromkeys(min(h, rows) for h in heights))
-            wide = list(dict.fromkeys(min(w, cols) for w in widths))
-        of, nodes = self.ground.extents.of, self._bill.nodes
-        return _Tiles(high, wide, of(self.segment, nodes, Role.ROW, high), of(self.segment, nodes, Role.COL, wide))
+            reach = self._reach(spec)
+            high, wide = self._edges(reach[0], heights), self._edges(reach[1], widths)
+        of, given = self.ground.extents.of, (self.segment, self._bill.nodes)
+        rows, cols = of(*given, Role.ROW, high, self._pads), of(*given, Role.COL, wide, self._pads)
+        return _Tiles(high, wide, rows, cols)
+
+    def _edges(self, size: int, edges: Sequence[int]) -> list[int]:
+        """Edges of tiles, such that all tiles of a map are nearly equal; also one that gives each worker its share."""
+        share = even(size, -(-size // (self.terms.workers * ALIGNED)) * ALIGNED)
+        shares = [share] if len(edges) > len(COARSE) and edges[0] <= share <= edges[-1] else []
+        return list(dict.fromkeys([*(even(size, edge) for edge in edges), *shares]))
 
     def _reach(self, spec: Spec) -> tuple[int, int]:
         """Rows and columns of a map that one rank owns, at most."""
@@ -252,21 +286,22 @@ class Piece:
     def _options(self, tiles: _Tiles) -> list[Option]:
         rows, cols, workers = tiles.rows, tiles.cols, self.terms.workers
         found = self._bill.seconds(rows, cols)
-        pulled = found if self._pulled is self._how else self._bill_pulled.seconds(rows, cols)
-        ahead, back = found.forward.tolist(), pulled.backward.tolist()
-        bands, (talk, talk_back) = self.terms.bands, self.talk
+        again = found if self._pulled is self._how else self._bill_pulled.seconds(rows, cols)
+        ahead, back, once = (each.tolist() for each in (found.forward, again.backward, again.once))
+        pulled, bands, (talk, talk_back) = self.terms.backward, self.terms.bands, self.talk
         fixed, (height, width) = self.terms.tile is not None, self._reach(self.graph.spec(self.segment.base))
         narrowest, gigantic = tiles.wide[0], self._gigantic(rows, cols).tolist()
         options = []
         for (i, h), (j, w) in product(enumerate(tiles.high), enumerate(tiles.wide)):
-            if fixed or (min(h, width) <= w <= max(WIDEST * h, narrowest) and not gigantic[i][j]):
+            if fixed or (min(UPRIGHT * h, width) <= w <= max(WIDEST * h, narrowest) and not gigantic[i][j]):
                 count = rows.counts[i] * cols.counts[j]
                 share = 1.0
                 if bands is not None:
                     count, share = -(-height // h) * -(-width // w), bands.share
                 of_thread = 1.0 if self.terms.apart else -(-count // workers) / count  # an idle worker is time lost
-                forward = talk if self.fused else ahead[i][j] * of_thread * share + talk
-                backward = back[i][j] * of_thread * share + talk_back if self.terms.backward else talk_back
+                forward = 0.0 if self.fused else ahead[i][j] * of_thread * share + once[i][j] * (not pulled)
+                backward = back[i][j] * of_thread * share + once[i][j] if pulled else 0.0
+                forward, backward = forward + talk, backward + talk_back
                 options.append(Option(forward + backward, (h, w), forward, backward))
         return sorted(options)
 
@@ -280,22 +315,71 @@ class Piece:
         large: npt.NDArray[np.float64] = (sizes[:, :, None] * cols.largest[:, None, :]).max(0)
         return (most >= ELEMENT_LIMIT) | (large >= self.terms.apart.most_bytes)
 
-    def _weigh(self, rows: Extent, cols: Extent) -> tuple[list[int], list[int]]:
+    def _weigh(self, rows: Extent, cols: Extent, seen: bool = False) -> tuple[list[int], list[int]]:
         """A tile's bytes forward and backward, of all that run at once, and those of the row of tiles that sinks hold.
 
-        One after another for each height with each width.
+        One after another for each height with each width; ``seen``: without what the heap may take beside.
         """
-        terms, areas = self.terms, self._areas(self._walk, rows, cols)
-        found = self._walk.bytes(areas)
-        if self._pulled is not self._how:
-            found = found[0], self._walk_pulled.bytes(self._areas(self._walk_pulled, rows, cols))[1]
-        side = np.minimum(np.outer(rows.counts, cols.counts).ravel(), terms.workers)  # of a rank, no more than of all
-        if terms.apart is None:
-            beside = self._band(rows, cols)
-        else:
-            beside = self._in_flight(rows, cols) * self._walk.arriving(areas, terms.raw)
-        forward, backward = ((side * each + beside).tolist() for each in found)
-        return forward, backward
+        terms = self.terms
+        count: npt.NDArray[np.int64] = np.outer(rows.counts, cols.counts).ravel()
+        run = count * (2 if terms.backward and not self.fused else 1)  # in both sweeps
+        side, wear = np.minimum(count, terms.workers), None if seen else memory.wear(run, terms.workers)
+        forward, backward = (side * each for each in self._largest(rows, cols, wear))
+        if terms.apart is not None:
+            beside = self._in_flight(rows, cols) * self._walk.arriving(self._areas(self._walk, rows, cols), terms.raw)
+            return (forward + beside).tolist(), (backward + beside).tolist()
+        self._weigh_few(rows, cols, wear, forward, backward)
+        if wear is not None:
+            new = self._walk.new
+            for each in (forward, backward):
+                each += (np.minimum(each // 2, memory.HEAP) * wear).astype(np.int64) if new else memory.HEAP
+        beside = self._band(rows, cols)
+        return (forward + beside).tolist(), (backward + beside).tolist()
+
+    def _largest(self, rows: Extent, cols: Extent, wear: Wear) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Bytes of the largest tile: of one that meets no padding, or of the largest in a row or column that does."""
+        found = []
+        for walk, inside in self._walks:
+            each = [inside.bytes(self._areas(walk, rows, cols), wear)]
+            if self._pads:
+                at_ends = rows._replace(largest=rows.padded), cols._replace(largest=cols.padded)
+                met = self._areas(walk, at_ends[0], cols), self._areas(walk, rows, at_ends[1])
+                each += [walk.bytes(areas, wear) for areas in met]
+            found.append([np.max(sweep, 0) for sweep in zip(*each, strict=True)])
+        return found[0][0], found[-1][1]
+
+    def _weigh_few(
+        self,
+        rows: Extent,
+        cols: Extent,
+        wear: Wear,
+        forward: npt.NDArray[np.int64],
+        backward: npt.NDArray[np.int64],
+    ) -> None:
+        """Where there are few tiles, count those that may really run side by side, not the largest several times."""
+        few = [
+            (i, j)
+            for (i, high), (j, wide) in product(enumerate(rows.counts), enumerate(cols.counts))
+            if high <= LOOKED_AT and wide <= LOOKED_AT and high * wide > 1
+        ]
+        if not few or self.terms.workers == 1 or self.terms.bands is not None:
+            return
+        tiles = [(i, r, j, c) for i, j in few for r in range(rows.counts[i]) for c in range(cols.counts[j])]
+        i, r, j, c = np.array(tiles).T
+        counts = [rows.counts[i] * cols.counts[j] for i, j in few]
+        worn = None if wear is None else np.repeat([wear[i * len(cols.counts) + j] for i, j in few], counts)
+        found = []
+        for walk, _ in self._walks:
+            chosen = [self._bill.place[index] for index in walk.nodes]
+            areas = rows.each[chosen][:, i, r] * cols.each[chosen][:, j, c]
+            found.append([each.tolist() for each in walk.bytes(areas.astype(np.int64), worn)])
+        ahead, back = found[0][0], found[-1][1]
+        first = 0
+        for high, wide in few:
+            at, last = high * len(cols.counts) + wide, first + rows.counts[high] * cols.counts[wide]
+            for largest, each in ((forward, ahead), (backward, back)):
+                largest[at] = min(largest[at], side_by_side(each[first:last], self.terms.workers))
+            first = last
 
     def _areas(self, walk: Walk, rows: Extent, cols: Extent) -> npt.NDArray[np.int64]:
         """Pixels of the largest box of each node of the walk, for each height with each width."""

@@ -76,7 +76,8 @@ def make_plan(graph: Graph, request: Request) -> Plan:
         PlanError: what the caller fixed cannot be planned.
     """
     try:
-        return Planner(graph, request).plan(request.budget)
+        with no_collection():  # until what was found on the way is gone again
+            return Planner(graph, request).plan(request.budget)
     finally:
         graph.spans_known.clear()  # megabytes, which a step would miss
 
@@ -237,7 +238,7 @@ class Planner:
             projected=request.reserved + self.always + cutting.peak(choice),
             whole_image=memory.whole_image(graph),
             recompute=macs / max(cost.whole_macs(graph, self.cuttings.ground.prices.macs), 1.0),
-            seconds=choice.seconds,
+            seconds=choice.seconds + request.rates.step,
             backward=request.backward,
             workers=request.workers,
             spill_dir=request.spill_dir,

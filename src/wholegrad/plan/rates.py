@@ -35,6 +35,7 @@ class Rates:
         row: of a row of one channel of a tile that is read.
         call: of an op on a tile, whatever its size.
         parameter: of an element of a parameter for each tile that adds to its gradient.
+        step: of a step whatever its plan: what it looks at before, threads, the optimiser.
     """
 
     wide: tuple[tuple[float, float, float], ...] = (
@@ -62,6 +63,7 @@ class Rates:
     row: float = 1.2e-6
     call: float = 3e-5
     parameter: float = 4e-9
+    step: float = 0.01
 
     def convolution(self, channels: int, own: bool) -> tuple[float, float, float]:
         """Seconds of a multiply-add forward, for the input's gradient and for the weight's."""

@@ -56,6 +56,8 @@ CHUNKS = (
 WIDE = 16  # channels from which on a convolution keeps the vector units busy
 SECONDS_PER_MAC = 2.0e-11
 MACS_BACKWARD = 2.2
+FAR = 2**31  # bytes of a map from which on the gradient of a convolution's weight leaves oneDNN's fast kernels
+SECONDS_PER_FAR_MAC = 5.5e-9  # which costs so much more: 20 to 30 times as long in torch 2.13
 SECONDS_PER_BYTE = 5e-10  # of a map that an op makes: fresh pages
 BYTES_BACKWARD = 1.5
 SECONDS_PER_CALL = 2e-5
@@ -97,18 +99,21 @@ class WholePlan(Plan):
     def __str__(self) -> str:
         foot = self.footprint
         shape = " x ".join(map(str, self.image_shape))
+        where = "a file" if self.apart is None else "the host's memory"
         how = {
             Strategy.IN_CORE: f"whole-image autograd; {show_bytes(foot.saved)} kept for the backward pass",
             Strategy.RECOMPUTE: f"whole maps in {len(self.chunks)} chunks; {show_bytes(foot.saved)} kept between them",
-            Strategy.OFFLOAD: f"whole-image autograd; {show_bytes(foot.moved)} kept in a file for the backward pass",
+            Strategy.OFFLOAD: f"whole-image autograd; {show_bytes(foot.moved)} kept in {where} for the backward pass",
         }[Strategy(self.strategy)]
         return "\n".join(
             [
                 f"{self.strategy}: {how}",
                 "",
                 f"image {shape}; forward work x {self.recompute:.2f}; predicted {self.seconds:.2f} s a step",
-                f"projected peak {show_bytes(self.projected)} (of which reserved {show_bytes(self.reserved)})"
+                f"projected peak {self._of_device}{show_bytes(self.projected)} "
+                f"(of which reserved {show_bytes(self.reserved)})"
                 + (f" of a budget of {show_bytes(self.budget)}" if self.budget else ""),
+                *self._host_lines(),
             ]
         )
 
@@ -144,6 +149,24 @@ def check_whole(plan: WholePlan) -> None:
             plan.projected,
             plan.seconds,
         )
+    item = plan.graph.image.outputs[0].dtype.itemsize
+    if plan.apart is not None and plan.apart.most_bytes is not None and foot.largest * item >= plan.apart.most_bytes:
+        raise TooLargeError(
+            f"strategy {plan.strategy}",
+            f"has a tensor of {foot.largest * item} bytes ({foot.place}) at {shape}; {plan.device} takes fewer than "
+            f"{plan.apart.most_bytes}",
+            "use strategy stream",
+            plan.projected,
+            plan.seconds,
+        )
+    host = plan.host
+    if host is not None and host.budget is not None and host.projected > host.budget:
+        raise BudgetError(
+            f"host budget {show_bytes(host.budget)}",
+            f"too small for strategy {plan.strategy} on an image of {shape}",
+            f"the smallest that would do is {show_bytes(host.projected)} ({host.projected} bytes)",
+            host.projected,
+        )
     if plan.budget is not None and plan.projected > plan.budget:
         smallest = plan.projected + MARGIN
         raise BudgetError(
@@ -173,7 +196,16 @@ def whole_seconds(graph: Graph, threads: int, rates: Rates) -> tuple[float, floa
         ahead += work + made + SECONDS_PER_CALL
         if node.needs_grad:
             back += work * MACS_BACKWARD + made * BYTES_BACKWARD + 2 * SECONDS_PER_CALL
+            back += _far_macs(graph, node, each) * SECONDS_PER_FAR_MAC / threads
     return ahead * slower, back * slower
+
+
+def _far_macs(graph: Graph, node: Node, macs: float) -> float:
+    """Multiply-adds of the gradient of a weight if it is a convolution's that reads or makes a map past ``FAR``."""
+    if node.op is not aten.convolution.default or not graph.nodes[node.operands[1].node].needs_grad:
+        return 0.0
+    far = max(graph.spec(node.operands[0]).nbytes, node.outputs[0].nbytes) >= FAR
+    return macs * node.outputs[0].rows * node.outputs[0].cols if far else 0.0
 
 
 def _thinness(graph: Graph, node: Node) -> float:

@@ -1,8 +1,9 @@
 """Tiles: a grid over the largest map that a segment owns, carried over to its other maps. Rule 1 lives here.
 
-Cuts along the base map are multiples of the tile size. A map with n' rows where the base has n is cut at
-``floor(cut * n' / n)``: monotone, from 0 to n', so that its tiles partition it too, whatever the ratio. A tile may own
-nothing of a small map. Where ranks share the image, tiles are counted anew from each rank's cuts.
+Cuts along the base map are multiples of the tile size, which a plan chooses so that tiles are nearly equal. A map with
+n' rows where the base has n is cut at ``floor(cut * n' / n)``: monotone, from 0 to n', so that its tiles partition it
+too, whatever the ratio. A tile may own nothing of a small map. Where ranks share the image, tiles are counted
+anew from each rank's cuts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from wholegrad.graph.layout import Role
 from wholegrad.graph.segment import Segment, spans
 from wholegrad.plan.bands import Bands, carried
 
+AHEAD = 1  # tiles that may be done, or wait to start, beyond those that workers run
+ALIGNED = 32  # pixels: a multiple of most networks' strides, so that their maps are cut where kernels like it
+
 
 def cuts(size: int, tile: int, edges: Sequence[int] = ()) -> list[int]:
     """Positions ``0 = c0 < c1 < ... = size`` at multiples of ``tile``, counted anew from each of ``edges``."""
@@ -26,6 +30,12 @@ def cuts(size: int, tile: int, edges: Sequence[int] = ()) -> list[int]:
 
 
 AXES = (Role.ROW, Role.COL)
+
+
+def even(size: int, tile: int) -> int:
+    """The least multiple of ``ALIGNED`` that cuts ``size`` into no more tiles than ``tile`` does, if it is less."""
+    count = -(-size // tile)
+    return min(tile, size if count == 1 else -(-size // (count * ALIGNED)) * ALIGNED)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from wholegrad.graph.inline import Inlined
 from wholegrad.graph.rules import rule_for
 from wholegrad.graph.rules.random import is_random
 from wholegrad.graph.segment import Segment
-from wholegrad.plan.memory import DOUBLE, LIBRARY_SLACK, SLACK, by_library
+from wholegrad.plan.memory import DOUBLE, LIBRARY_SLACK, NEW_SLACK, PAGED, SLACK, by_library
 
 BLOCKS = 1 << 20  # bytes that a thread takes beside the maps of a block: calls written down, totals, what is staged
 Bytes = npt.NDArray[np.int64]  # a row for each map or step, a column for each tile
+Share = npt.NDArray[np.float64]
 
 
 class Upkeep:
@@ -31,6 +32,7 @@ class Upkeep:
     Attributes:
         pixel: bytes of all outputs; ``item`` of an element of the first.
         inputs, outputs: padded or cropped copies of its first operand and of its output that a rule makes.
+        view: whether its output lies in the memory of its first operand; ``pads`` whether it does so but at the ends.
         library: whether PyTorch's convolutions or products of matrices run it.
         drawing: bytes for each element while random numbers are drawn: a counter, a shifted copy and the result.
         grad: whether a gradient flows through it.
@@ -43,11 +45,13 @@ class Upkeep:
         self.library = [by_library(graph, node) for node in graph.nodes]
         self.drawing = [3 * DOUBLE * (node.op is not None and is_random(node.op)) for node in graph.nodes]
         self.grad = [node.needs_grad for node in graph.nodes]
-        self.inputs, self.outputs = [], []
+        self.inputs, self.outputs, self.view, self.pads = [], [], [], []
         for node in graph.nodes:
             rule = None if node.op is None else rule_for(node.op)
             inputs, outputs = (0, 0) if rule is None else rule.copies
             transposed = node.op is torch.ops.aten.convolution.default and node.args[6]
+            self.view.append(rule is not None and rule.view)
+            self.pads.append(rule is not None and rule.borders(node) is not None)
             self.inputs.append(inputs)
             self.outputs.append(int(outputs or (inputs and transposed)))
 
@@ -57,41 +61,60 @@ class Walk:
 
     Args:
         slack: of a device with memory of its own, where what a reader reads lies elsewhere; None for the host.
+        new: whether hardly anything has run before, so that the heap is in one piece.
+        inside: whether the tiles meet none of the ends where padding makes anything: it passes its input on.
     """
 
-    def __init__(self, upkeep: Upkeep, segment: Segment, how: Inlined, slack: float | None = None) -> None:
+    def __init__(
+        self,
+        upkeep: Upkeep,
+        segment: Segment,
+        how: Inlined,
+        slack: float | None = None,
+        new: bool = False,
+        inside: bool = False,
+    ) -> None:
         self.upkeep, self.segment, self.how, self.apart = upkeep, segment, how, slack is not None
         graph = upkeep.graph
         self.nodes = list(dict.fromkeys([*how.nodes, *(ref.node for ref in segment.maps)]))  # what runs comes first
         place = self.place = {index: k for k, index in enumerate(self.nodes)}
         self.readers = [[place[ref.node] for ref in how.reads(graph, i) if ref.node in place] for i in how.nodes]
+        alien = any(upkeep.library[i] and i not in how.convolutions for i in how.nodes)
+        self.slack = slack or (LIBRARY_SLACK if alien else SLACK)
+        self.new = new and not self.apart and not alien
         self.late = [ref for reading in how.sums.values() for ref in reading.leaves]  # read after all that runs
         self.late += [] if how.tail is None else how.tail.leaves(how)
         self.beside = 0 if how.tail is None else how.tail.bytes + BLOCKS
-        alien = any(upkeep.library[i] and i not in how.convolutions for i in how.nodes)
-        self.slack = slack or (LIBRARY_SLACK if alien else SLACK)
+        summed = (graph.nodes[i].operands[0] for i in segment.reductions if i not in how.summed)
+        owned = {*segment.outputs, *summed, *self.late}  # a tile keeps these until it is done
+        self.lasting = [place[ref.node] for ref in owned if ref.node in place]
+        self.roots = list(range(len(self.nodes)))  # whose memory each lies in
         self.first: list[int] = []  # where the first operand of what runs is; where it runs itself if that is nowhere
         times: list[tuple[int, int, int, int]] = []
         for k, index in enumerate(how.nodes):
             own, operands = index in how.convolutions, graph.nodes[index].operands
             at = None if own or not operands else place.get(operands[0].node)
             self.first.append(k if at is None else at)
+            if (upkeep.view[index] or (inside and upkeep.pads[index])) and at is not None:
+                self.roots[k] = self.roots[at]
             again = int(at is not None and upkeep.library[index])
             copies = (0, 0) if own else (upkeep.inputs[index], upkeep.outputs[index])
             times.append((*copies, again, upkeep.drawing[index]))
+        self.makes = np.array([[root == k] for k, root in enumerate(self.roots[: len(how.nodes)])], np.int64)
         # Copies of the first operand and of the output, whether both gradients are laid out anew, bytes while drawing.
         self.times = np.array(times, np.int64).reshape(-1, 4).T[:, :, None]
 
-    def bytes(self, areas: Bytes) -> tuple[Bytes, Bytes]:
+    def bytes(self, areas: Bytes, wear: Share | None = None) -> tuple[Bytes, Bytes]:
         """What each tile needs forward only, and forward with pull-back.
 
         Args:
             areas: pixels of the largest box of each of ``nodes``.
+            wear: of the heap, between 0 and 1 for each tile (:func:`~wholegrad.plan.memory.wear`); without it nothing
+                is added for what is not seen.
         """
-        tiles = self._sized(areas)
-        found = tiles.forward() + tiles.made(), tiles.backward() + tiles.pulled() + self.beside
-        forward, backward = (((tiles.raw * (not self.apart) + each) * self.slack).astype(np.int64) for each in found)
-        return forward, backward
+        tiles = self._sized(areas, wear)
+        raw, beside = tiles.raw * (not self.apart), int(self.beside * (1.0 if wear is None else self.slack))
+        return raw + tiles.forward() + tiles.made(), raw + tiles.backward() + tiles.pulled() + beside
 
     def handed_on(self, areas: Bytes) -> Bytes:
         """What each tile hands on, in either sweep."""
@@ -108,8 +131,18 @@ class Walk:
                 total += areas[self.place[ref.node]] * pixel
         return total
 
-    def _sized(self, areas: Bytes) -> _Tiles:
-        return _Tiles(self, areas * np.array(self._pixels())[:, None])
+    def _sized(self, areas: Bytes, wear: Share | None = None) -> _Tiles:
+        sizes = areas * np.array(self._pixels())[:, None]
+        if wear is not None:
+            sizes = np.ceil(sizes * self.slacks(sizes, wear)).astype(np.int64)
+        return _Tiles(self, sizes)
+
+    def slacks(self, sizes: Bytes, wear: Share) -> Share:
+        """The factor for what is not seen of each of these blocks."""
+        if not self.new:
+            return np.full(sizes.shape, self.slack)
+        found: Share = NEW_SLACK + (SLACK - NEW_SLACK) * np.where(sizes >= PAGED, 0.0, wear)
+        return found
 
     def _pixels(self) -> list[int]:
         """Bytes of a pixel of what exists of each of ``nodes``."""
@@ -136,6 +169,7 @@ class _Tiles:
         # The reader's own copies of boxes, before they become tensors.
         self.raw = sizes[[k for k in maps if graph.nodes[walk.nodes[k]].kind in READERS]].sum(0)
         self.ran, read = sizes[: len(how.nodes)], sizes[walk.first]
+        self.values = self.ran * walk.makes.reshape(-1, 1)
         into, out, again, drawing = walk.times
         # Padded or cropped copies that a rule makes of a node's input and output, and the library's own.
         self.copies = into * read + out * self.ran
@@ -166,14 +200,17 @@ class _Tiles:
         return found
 
     def forward(self) -> Bytes:
-        """Peak of a walk that frees every value after its last reader."""
-        walk = self.walk
-        last = {k: step for step, read in enumerate(walk.readers) for k in read}
-        for ref in walk.late:
-            last.pop(walk.place.get(ref.node, -1), None)
-        dead = [[k for k in dict.fromkeys(read) if last.get(k) == step] for step, read in enumerate(walk.readers)]
+        """Peak of a walk that frees every value after its last reader, and the last of what lies in its memory."""
+        walk, roots = self.walk, self.walk.roots
+        last = {roots[k]: step for step, read in enumerate(walk.readers) for k in read}
+        for k in walk.lasting:
+            last.pop(roots[k], None)
+        dead = [
+            [k for k in dict.fromkeys(roots[each] for each in read) if last.get(k) == step]
+            for step, read in enumerate(walk.readers)
+        ]
         freed = self._each(dead)
-        live = self.inputs + self.ran.cumsum(0) - (freed.cumsum(0) - freed)
+        live = self.inputs + self.values.cumsum(0) - (freed.cumsum(0) - freed)
         peak: Bytes = np.maximum((live + self.copies + self.drawing).max(0, initial=0), self.inputs)
         return peak + DOUBLE * self._widest()
 
@@ -190,8 +227,8 @@ class _Tiles:
         walk, ran = self.walk, self.ran
         grad = [walk.upkeep.grad[i] for i in walk.nodes]
         back = [k for k in reversed(range(len(ran))) if grad[k]]
-        kept = ran[back] + self.copies[back]
-        live = self.inputs + ran.sum(0) - ran[back].sum(0) + kept.sum(0)
+        kept = self.values[back] + self.copies[back]
+        live = self.inputs + self.values.sum(0) + self.copies[back].sum(0)
         peak = live + np.maximum(DOUBLE * self._widest(), self.drawing.max(0, initial=0))
         there = {walk.place[ref.node] for ref in walk.segment.owned(walk.upkeep.graph) if ref.node in walk.place}
         leaves = (walk.place.get(ref.node) for ref in walk.late)

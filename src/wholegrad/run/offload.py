@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from wholegrad.errors import SpillError
+from wholegrad.plan.plan import show_bytes
 
 LEAST = 1 << 20  # bytes of a tensor from which on it is moved
 PIECE = 1 << 24  # bytes that are read or written at once
@@ -58,8 +60,8 @@ class Spill:
 
     def __init__(self, folder: Path | None, leaves: tuple[torch.Tensor, ...] = ()) -> None:
         self.moved = 0
-        self._leaves = {leaf.untyped_storage().data_ptr() for leaf in leaves}
-        self._known: dict[tuple[Any, ...], tuple[weakref.ref[Any], _Away]] = {}
+        self._leaves = {leaf.untyped_storage()._cdata for leaf in leaves}
+        self._known: dict[tuple[Any, ...], tuple[weakref.ref[Any], _Away | _Pinned]] = {}
         self._where = str(folder or tempfile.gettempdir())
         try:
             self._file = tempfile.TemporaryFile(prefix="wholegrad-", suffix=".saved", dir=folder, buffering=0)  # noqa: SIM115
@@ -77,26 +79,33 @@ class Spill:
             yield
 
     def _failed(self, error: OSError) -> SpillError:
-        cause = f"cannot hold saved activations: {error.strerror}"
+        try:
+            free = show_bytes(shutil.disk_usage(self._where).free)
+        except OSError:
+            free = "unknown"
+        cause = f"cannot hold saved activations after {show_bytes(self.moved)} of them: {error.strerror} ({free} free)"
         return SpillError(self._where, cause, "free space, choose another spill_dir, or another strategy")
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         if tensor.numel() * tensor.element_size() < LEAST or tensor.is_sparse:
             return tensor
-        if tensor.device.type == "cuda":
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self.moved += host.nbytes
-            return _Pinned(host.copy_(tensor), tensor.device)
         storage = tensor.untyped_storage()
-        if tensor.device.type != "cpu" or storage.data_ptr() in self._leaves:
+        if storage._cdata in self._leaves:
             return tensor
         key = (id(storage), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
         known = self._known.get(key)
         if known is not None and known[0]() is storage:
             return known[1]
-        away = self._write(tensor.detach())
+        away = self._write(tensor.detach()) if tensor.device.type == "cpu" else self._fetch(tensor.detach())
         self._known[key] = (weakref.ref(storage), away)
         return away
+
+    def _fetch(self, tensor: torch.Tensor) -> _Pinned:
+        strides = tensor.stride() if _is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
+        pinned = tensor.device.type == "cuda"
+        host = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, pin_memory=pinned)
+        self.moved += host.nbytes
+        return _Pinned(host.copy_(tensor), tensor.device)
 
     def _write(self, tensor: torch.Tensor) -> _Away:
         dense = tensor if _is_dense(tensor) else tensor.contiguous()

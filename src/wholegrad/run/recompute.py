@@ -9,10 +9,12 @@ Ops are PyTorch's own on whole tensors (:mod:`wholegrad.run.whole`), so norms ru
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
 from wholegrad.graph.graph import SOURCES, Graph, Kind, Node, Ref
+from wholegrad.graph.rules.base import CPU
 from wholegrad.run.whole import meaning
 from wholegrad.run.whole_image import Outcome
 
@@ -30,6 +32,7 @@ class Recompute:
         seed: of random ops.
         progress: called after each chunk, with the sweep.
         run: what a node does; for rehearsals, which draw no numbers.
+        device: where tensors lie.
     """
 
     def __init__(
@@ -39,11 +42,13 @@ class Recompute:
         tensors: Mapping[str, torch.Tensor],
         seed: int,
         progress: Callable[[str], None] = lambda sweep: None,
-        run: Meaning = meaning,
+        run: Meaning | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        self.graph, self.chunks, self.seed, self.progress, self.run = graph, chunks, seed, progress, run
+        self.graph, self.chunks, self.seed, self.progress = graph, chunks, seed, progress
+        self.run = run or partial(meaning, device=device)
         self.values: Values = {
-            Ref(node.index): graph.constants[node.name] if node.kind is Kind.CONSTANT else tensors[node.name].detach()
+            Ref(node.index): (graph.constants if node.kind is Kind.CONSTANT else tensors)[node.name].detach().to(device)
             for node in graph.of_kind(*SOURCES)
         }
         self.grads: Values = {}

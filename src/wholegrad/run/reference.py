@@ -16,6 +16,8 @@ from wholegrad.graph.geometry import Box
 from wholegrad.graph.layout import plain
 from wholegrad.graph.rules.random import FUNCTIONAL, NUMBERS, drawn, is_random
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -62,15 +64,22 @@ class DrawnByCoordinate(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not is_random(func):
             return func(*args, **kwargs)
         call, self.calls = self.calls, self.calls + 1
-        if func in FUNCTIONAL:
-            shape, dtype = tuple(args[0].shape), args[0].dtype
-        elif func in NUMBERS:
-            like = func(*args, **kwargs)
-            shape, dtype = tuple(like.shape), like.dtype
-        else:
+        if func is aten.native_dropout.default:  # which a GPU takes for what a CPU does by an op that is drawn
+            return self._dropped(call, *args)
+        if func not in FUNCTIONAL and func not in NUMBERS:
             return func(*args, **kwargs)
-        numbers = drawn(func, args, kwargs, dtype, self.seed, call, plain(shape), Box(0, 1, 0, 1))
+        like: torch.Tensor = args[0] if func in FUNCTIONAL else func(*args, **kwargs)
+        shape, dtype = tuple(like.shape), like.dtype
+        numbers = drawn(func, args, kwargs, dtype, self.seed, call, plain(shape), Box(0, 1, 0, 1), like.device)
         return args[0].copy_(numbers) if func in FUNCTIONAL else numbers
+
+    def _dropped(self, call: int, x: torch.Tensor, p: float, train: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What dropout leaves, and where: the result of an op that the device has for it."""
+        if train is False:
+            return x.clone(), torch.ones_like(x, dtype=torch.bool)
+        op, shape = aten.bernoulli_.float, plain(tuple(x.shape))
+        kept = drawn(op, (x, 1 - p), {}, x.dtype, self.seed, call, shape, Box(0, 1, 0, 1), x.device)
+        return x * kept / (1 - p), kept.bool()
 
 
 def parts(model: nn.Module, loss_fn: Any) -> list[tuple[str, nn.Module]]:

@@ -8,6 +8,7 @@ import torch
 
 from wholegrad.graph.graph import SOURCES, Graph, Kind, Node, Ref
 from wholegrad.graph.layout import full_box
+from wholegrad.graph.rules.base import CPU
 from wholegrad.graph.rules.fill import FILLS, filled
 from wholegrad.graph.rules.random import drawn
 from wholegrad.graph.rules.reduction import GATHER
@@ -16,19 +17,22 @@ aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 
-def meaning(node: Node, values: Mapping[Ref, torch.Tensor], seed: int) -> tuple[torch.Tensor, ...]:
+def meaning(
+    node: Node, values: Mapping[Ref, torch.Tensor], seed: int, device: torch.device = CPU
+) -> tuple[torch.Tensor, ...]:
     """The outputs of a node that is no source, on whole operands, differentiable.
 
     Args:
         seed: of the step, for random ops.
+        device: where tensors lie, for what is made from nothing.
     """
     spec = node.outputs[0]
     box = full_box(spec.layout)
     if node.op in FILLS:
-        return (filled(node, spec, box, seed),)
+        return (filled(node, spec, box, seed, device),)
     if node.draw >= 0:
         args = [values.get(arg, arg) if isinstance(arg, Ref) else arg for arg in node.args]
-        return (drawn(node.op, args, node.kwargs, spec.dtype, seed, node.draw, spec.layout, box),)
+        return (drawn(node.op, args, node.kwargs, spec.dtype, seed, node.draw, spec.layout, box, device),)
     if node.op is aten.copy.default:  # the functional form has no derivative
         return (values[node.operands[-1]].to(spec.dtype).expand(spec.shape),)
     if node.op in _VIEWS or node.op is GATHER or node.kind is Kind.SPREAD:  # strides may differ from the traced ones

@@ -15,9 +15,10 @@ from typing import TypeVar
 
 import torch
 
+from wholegrad.plan.tiles import AHEAD
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-AHEAD = 1  # results that may wait beyond the tiles being run
 
 
 def default_workers() -> int:

@@ -73,6 +73,7 @@ class Tile:
 class Rule:
     """One op's rule. Subclass :class:`MapRule` or :class:`ReductionRule`."""
 
+    view = False  # whether its output lies in the memory of its first operand
     copies = (0, 0)  # of its first operand and of its output that it holds beside them (padded, cropped, rearranged)
     aligned = False  # whether a small operand that runs along the image lines up with the maps, as in broadcasting
 
@@ -95,6 +96,10 @@ class Rule:
             out: non-empty interval of the node's own map along that axis.
         """
         return out
+
+    def borders(self, node: Node) -> tuple[int, int] | None:
+        """At how many ends of rows and columns it makes anything, and else passes its input on; None: everywhere."""
+        return None
 
     def macs(self, node: Node, specs: Sequence[Spec]) -> float:
         """Multiply-adds for one output pixel (all channels); 0 for anything cheaper than a convolution."""

@@ -37,6 +37,10 @@ class BorderPad(MapRule):
     def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
         return planar(request)
 
+    def borders(self, node: Node) -> tuple[int, int] | None:
+        left, right, top, bottom = node.args[1]
+        return (top > 0) + (bottom > 0), (left > 0) + (right > 0)
+
     def sources(self, node: Node, size: int, role: Role, out: Interval) -> tuple[Interval, Interval, Interval]:
         """The inputs that outputs before, on and after the map read; empty where there are no such outputs."""
         before = node.args[1][2 if role is Role.ROW else 0]

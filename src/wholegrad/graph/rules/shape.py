@@ -44,6 +44,8 @@ class View(MapRule):
 class Unsqueeze(MapRule):
     """A new dimension of size one."""
 
+    view = True
+
     def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
         layout = request.layout(request.args[0])
         dim = request.args[1] % (len(layout) + 1)
@@ -53,6 +55,8 @@ class Unsqueeze(MapRule):
 @register(aten.permute.default, aten.transpose.int, aten.t.default)
 class Permute(MapRule):
     """Dimensions in another order."""
+
+    view = True
 
     def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
         layout = list(request.layout(request.args[0]))
@@ -67,6 +71,8 @@ class Permute(MapRule):
 class Select(MapRule):
     """One index of a dimension that is not spatial."""
 
+    view = True
+
     def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
         ref, dim = request.args[:2]
         dim = dim_of(request, ref, dim)
@@ -77,6 +83,8 @@ class Select(MapRule):
 @register(aten.expand.default)
 class Expand(MapRule):
     """Plain dimensions of size one repeated; rows and columns stay."""
+
+    view = True
 
     def layouts(self, request: LayoutRequest) -> tuple[Layout, ...]:
         source = request.layout(request.args[0])
@@ -96,7 +104,8 @@ def place(tile: torch.Tensor, have: Interval, want: Interval, dim: int, fill: fl
     lo, hi = max(have.lo, want.lo), min(have.hi, want.hi)
     if lo >= hi:
         lo, hi = have.lo, have.lo  # nothing in common: all fill
-    tile = tile.narrow(dim, lo - have.lo, hi - lo)
+    if (lo, hi) != (have.lo, have.hi):  # else a slice whose gradient would be copied
+        tile = tile.narrow(dim, lo - have.lo, hi - lo)
     before, after = (lo - want.lo, want.hi - hi) if lo < hi else (want.size, 0)
     if before == after == 0:
         return tile
@@ -127,6 +136,16 @@ class ConstantPad(MapRule):
         before = self._before(node, role)
         size = specs[0].rows if role is Role.ROW else specs[0].cols
         return clip(Interval(out.lo - before, out.hi - before), size)
+
+    def borders(self, node: Node) -> tuple[int, int] | None:
+        layout = node.outputs[0].layout
+        ends = {Role.ROW: 0, Role.COL: 0}
+        for dim, pads in self._pads(node.args, len(layout)).items():
+            if max(pads) > 0 and layout[dim][0].role is Role.PLAIN:
+                return None
+            if max(pads) > 0:
+                ends[layout[dim][0].role] += sum(pad > 0 for pad in pads)
+        return ends[Role.ROW], ends[Role.COL]
 
     def _before(self, node: Node, role: Role) -> int:
         layout = node.outputs[0].layout
@@ -162,6 +181,8 @@ def clip(interval: Interval, size: int) -> Interval:
 @register(aten.slice.Tensor, aten.narrow.default)
 class Slice(MapRule):
     """``x[start:end:step]`` along one dimension, spatial or not."""
+
+    view = True
 
     def _range(self, args: tuple[object, ...], op: object, size: int) -> tuple[int, int]:
         """First index and step."""
