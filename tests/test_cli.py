@@ -19,6 +19,7 @@ import tifffile
 
 import wholegrad
 from wholegrad.cli import main
+from wholegrad.commands import demo
 from wholegrad.slide.slide import open_slide
 from wholegrad.slide.write import PyramidWriter
 from wholegrad.train.made_up import blobs
@@ -458,3 +459,8 @@ def test_made_up_labels_have_all_kinds() -> None:
     labels = blobs(100, 130)
     assert labels.shape == (1, 100, 130)
     assert set(np.unique(labels)) == {0, 1, 255}
+
+
+def test_demo_compares_only_what_is_alike() -> None:
+    assert "of the same job" in demo._fair(demo.FULL.whole)
+    assert "not to be compared" in demo._fair(demo.QUICK.whole)

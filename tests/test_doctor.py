@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import wholegrad_start
 from wholegrad import doctor
 from wholegrad.cli import main
 from wholegrad.doctor import folders, machine, reading, software, step, threads
@@ -99,10 +101,34 @@ def test_a_library_that_does_not_load_is_broken(monkeypatch: pytest.MonkeyPatch)
     def load(name: str) -> None:
         raise OSError("libopenslide.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(software.importlib, "import_module", load)
+    monkeypatch.setattr(wholegrad_start.importlib, "import_module", load)
     told = software._package("openslide-python", None, False)
     assert told.state is State.BROKEN and "does not load (OSError: libopenslide.so.1" in told.text
     assert software._package("openslide-python", None, True).state is State.OK
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "where"), [(["doctor"], 1, "err"), (["doctor", "--json"], 1, "out"), (["plan"], 2, "err")]
+)
+def test_a_library_without_which_nothing_starts_is_one_line(
+    words: list[str], code: int, where: str, tmp_path: Path
+) -> None:
+    (tmp_path / "imagecodecs").mkdir()
+    (tmp_path / "imagecodecs/__init__.py").write_text("raise OSError('libjpeg.so: cannot open\\nshared object file')\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(wholegrad_start.__file__).parent)])
+    start = "import sys, wholegrad_start; sys.exit(wholegrad_start.main())"
+    command = [sys.executable, "-c", start, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == code
+    line = (
+        f"imagecodecs {software.version('imagecodecs')}: does not load (OSError: libjpeg.so: cannot open shared object "
+    )
+    line += "file); pip install --force-reinstall imagecodecs"
+    if where == "out":
+        told = json.loads(done.stdout)
+        assert told["ok"] is False and {"state": "broken", "what": line} in told["mend"]
+    else:
+        assert f"wholegrad: error: {line}" in done.stderr.splitlines() and "Traceback" not in done.stderr
 
 
 def test_requirements_are_those_of_the_package() -> None:

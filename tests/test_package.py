@@ -103,13 +103,13 @@ def test_the_wheel_holds_all_of_the_package_and_nothing_else(dist: Path) -> None
         for each in package.rglob("*")
         if each.is_file() and "__pycache__" not in each.parts
     }
-    assert {name for name in names if ".dist-info/" not in name} == wanted
+    assert {name for name in names if ".dist-info/" not in name} == wanted | {"wholegrad_start.py"}
     for data in ("py.typed", "nets/weights/tissue4492.safetensors", "view/assets/openseadragon.min.js"):
         assert f"wholegrad/{data}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert told["Version"] == version() and told["License-Expression"] == "Apache-2.0 AND BSD-3-Clause"
     assert told["Description-Content-Type"] == "text/markdown" and told.get_payload().startswith("# wholegrad")
-    assert "wholegrad = wholegrad.cli:main" in scripts
+    assert "wholegrad = wholegrad_start:main" in scripts
 
 
 def test_the_sdist_builds_the_wheel_that_the_sources_build(dist: Path, sources: Path, tmp_path: Path) -> None:

@@ -14,8 +14,6 @@ import yaml
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-if not (ROOT / "mkdocs.yml").exists():
-    TARGETS.add("docs")  # which comes with the site
 
 
 def jobs(path: Path) -> dict[str, Any]:

@@ -9,7 +9,13 @@ import griffe
 
 SHADOWED = {
     f"wholegrad.{name}": f"wholegrad.{module}.{name}"
-    for name, module in {"plan": "api", "predict": "predict", "segment": "segment", "verify": "verify"}.items()
+    for name, module in {
+        "export": "export.network",
+        "plan": "api",
+        "predict": "predict",
+        "segment": "segment",
+        "verify": "verify",
+    }.items()
 }  # also modules
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):`~?([\w.]+)`")
 

@@ -13,7 +13,9 @@ import numpy as np
 from wholegrad.errors import ConfigError, SlideError
 from wholegrad.slide.arrays import as_reader
 from wholegrad.slide.grid import Grid, OutlineOptions
+from wholegrad.slide.origin import describe
 from wholegrad.slide.output import Array, ClassNames, Output, PyramidOutput
+from wholegrad.slide.placement import Placement
 from wholegrad.slide.write import PyramidWriter
 from wholegrad.slide.zarr_write import ZarrWriter, check_replaceable
 
@@ -151,8 +153,19 @@ def _open(path: Path, result: Result) -> Output:
         reader = as_reader(result.image)
         title = Path(reader.name).name if reader.name != "image" else ""
         return OverlayWriter(path, result.shape[1:], reader, result.classes, result.mpp, title)
-    tiff = PyramidWriter(path, result.shape, result.stored, mpp=result.mpp, label=label, channels=result.channels)
-    return PyramidOutput(tiff)
+    how: dict[str, Any] = {"mpp": result.mpp, "label": label, "channels": result.channels}
+    return PyramidOutput(PyramidWriter(path, result.shape, result.stored, description=_part(result.image), **how))
+
+
+def _part(image: Any) -> str | None:
+    """What a file remembers of where on its slide a part of it lies; None if it is all of a slide, or no slide."""
+    placed = getattr(image, "placement", None)
+    if not isinstance(placed, Placement):
+        return None
+    axes = zip((placed.rows, placed.cols), image.shape[1:], placed.size, strict=True)
+    if all(axis.start == 0 and axis.step * length == size for axis, length, size in axes):
+        return None
+    return describe(Path(as_reader(image).name).name, placed, image.shape[1:])
 
 
 class Several(Output):

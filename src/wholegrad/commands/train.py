@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from wholegrad.commands.common import CONSOLE, NOTES, Commands, add_command
+from wholegrad.commands.live import LivePage
+from wholegrad.errors import ConfigError
 from wholegrad.run.profile import Profile
 from wholegrad.run.roofline import measure
 from wholegrad.train.config import Config, load_config
-from wholegrad.train.events import Outcome
+from wholegrad.train.events import Outcome, Watch
 from wholegrad.train.loop import train
 from wholegrad.train.progress import display, score_table
 
@@ -32,6 +35,7 @@ EXAMPLES = """\
   wholegrad train run.toml --epochs 20 --optimizer AdamW --schedule cosine --accumulate 4 --ema 0.99
   wholegrad train run.toml --folds 5 --fold 0 --out out/fold0
   wholegrad train run.toml --set data.mpp=4 --set train.optimizer.args.weight_decay=0.01
+  wholegrad train run.toml --live
   wholegrad train run.toml --steps 3 --profile --out out/profiled
   wholegrad train run.toml --resume"""
 
@@ -72,17 +76,40 @@ def add(commands: Commands) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint, if it has one")
     help_text = "print where the steps' time went, by op and stage, and write it to profile.json"
     parser.add_argument("--profile", action="store_true", help=help_text)
+    live = parser.add_argument_group("a page of the run while it goes on (docs/viewer.md)")
+    help_text = "serve curves, memory, speed and the latest prediction to a browser of this machine, until the run ends"
+    live.add_argument("--live", action="store_true", help=help_text)
+    live.add_argument("--port", type=int, help="that the page listens on (any that is free)")
+    live.add_argument("--live-slide", metavar="NAME", help="validation slide that the page shows (the first)")
+    live.add_argument("--live-keep", action="store_true", help="keep the page after the run, until Ctrl-C")
 
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, overrides(args))
     profile = Profile(measure(config.train.threads or torch.get_num_threads())) if args.profile else None
-    with display(NOTES) as shown:
-        outcome = train(config, shown.watch(), resume=args.resume, profile=profile)
+    given = {"--port": args.port is not None, "--live-slide": args.live_slide, "--live-keep": args.live_keep}
+    if not args.live and (alone := next((flag for flag, value in given.items() if value), None)):
+        raise ConfigError(alone, "is of a live page", "add --live")
+    opened = LivePage(config.out, args.port or 0, args.live_slide, NOTES.print) if args.live else nullcontext()
+    with opened as page:
+        outcome = _train(config, args.resume, profile, page)
+        if page is not None and args.live_keep:
+            NOTES.print(f"the page stays until Ctrl-C: {page.url}")
+            page.wait()
     if profile is not None and profile.steps:
         CONSOLE.print(profile.table(), markup=False)  # not a rich table, which cuts cells off where it is narrow
         CONSOLE.print(f"profile: {config.out / 'profile.json'}")
     return tell(config, outcome)
+
+
+def _train(config: Config, resume: bool, profile: Profile | None, page: LivePage | None) -> Outcome:
+    """The run, told to the terminal and to its page, if it has one."""
+    with display(NOTES) as shown:
+        watch = shown.watch() if page is None else Watch.joined(shown.watch(), page.live.watch())
+        outcome = train(config, watch, resume=resume, profile=profile)
+    if page is not None:
+        page.live.end("interrupted" if outcome.interrupted else "finished")
+    return outcome
 
 
 def overrides(args: argparse.Namespace) -> list[str]:

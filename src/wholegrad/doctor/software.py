@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import platform
 import re
@@ -10,10 +9,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from wholegrad.doctor.finding import Finding, Findings, State
+from wholegrad_start import module, trouble
 
-MODULES = {  # of packages whose module has another name
-    "openslide-python": "openslide", "openslide-bin": "openslide_bin", "pillow": "PIL", "mlflow-skinny": "mlflow",
-}  # fmt: skip
 EXTRAS = {  # what each is for
     "dicom": "DICOM whole-slide images",
     "zarr": "Zarr and OME-Zarr",
@@ -82,11 +79,6 @@ def requirements() -> dict[str, list[tuple[str, str | None]]] | None:
     return found
 
 
-def module(package: str) -> str:
-    """What is imported of it."""
-    return MODULES.get(package, package.replace("-", "_"))
-
-
 def numbers(text: str) -> tuple[int, ...]:
     """The leading numbers of a version, for comparison."""
     return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[+a-z]", text, maxsplit=1)[0]))
@@ -101,10 +93,8 @@ def _package(name: str, since: str | None, quick: bool) -> Finding:
     if since is not None and numbers(found) < numbers(since):
         return Finding(name, f"{found} is older than {since}", found, State.BROKEN, install)
     if not quick:
-        try:
-            importlib.import_module(module(name))
-        except Exception as error:  # a shared library that does not load raises what it likes
-            said = " ".join(str(error).split())[:200]
+        said = trouble(name)
+        if said is not None:
             again = f"pip install --force-reinstall {name}"
-            return Finding(name, f"{found} does not load ({type(error).__name__}: {said})", found, State.BROKEN, again)
+            return Finding(name, f"{found} does not load ({said})", found, State.BROKEN, again)
     return Finding(name, found, found)

@@ -103,6 +103,7 @@ class TileDecoder:
         white_is_zero: grey values are inverted.
         premultiplied: colours are already multiplied by the opacity.
         background: what shows through where opacity is below 255.
+        first: which value of a pixel is taken, where ``channels`` is 1.
     """
 
     def __init__(
@@ -114,11 +115,12 @@ class TileDecoder:
         white_is_zero: bool = False,
         premultiplied: bool = False,
         background: Background = WHITE_BELOW,
+        first: int = 0,
     ) -> None:
         self._segments = tuple(segments)
         self._planes, self._samples, self._channels = planes, samples, channels
         self._white_is_zero = white_is_zero and channels == 3
-        self._premultiplied, self._background = premultiplied, background
+        self._premultiplied, self._background, self._first = premultiplied, background, first
         self.direct = planes == 1 and samples == channels and not self._white_is_zero
 
     def __call__(self, data: Sequence[bytes], index: Sequence[int], out: Pixels) -> None:
@@ -137,7 +139,9 @@ class TileDecoder:
     def _colour(self, stored: Pixels, out: Pixels) -> None:
         if self._white_is_zero:
             np.subtract(255, stored[..., :1], out=stored[..., :1])
-        if self._channels == 1 or stored.shape[2] < 3:
+        if self._channels == 1:
+            out[...] = stored[..., self._first : self._first + 1]
+        elif stored.shape[2] < 3:
             out[...] = stored[..., :1]
         elif stored.shape[2] == 3:
             out[...] = stored

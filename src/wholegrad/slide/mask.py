@@ -130,15 +130,39 @@ def open_lower_levels(path: str | os.PathLike[str], like: MapReader, cache_bytes
 def _open_tiff(
     path: Path, like: MapReader, mpp: float | None, cache_bytes: int, threads: int, number: int = 0
 ) -> LabelMask:
+    stored, container = stored_labels(path, cache_bytes, threads, number)
+    told = container.mpp if number == 0 and container.mpp and math.isfinite(container.mpp) else None
+    try:
+        return StoredMask(stored, like, mpp or told)
+    except BaseException:
+        stored.close()
+        raise
+
+
+def stored_labels(
+    path: Path,
+    cache_bytes: int = SMALL,
+    threads: int = 1,
+    number: int = 0,
+    plane: int | None = None,
+    sample: int | None = None,
+) -> tuple[StoredLabels, Container]:
+    """The labels of one level of a TIFF as stored, and what the file tells of itself.
+
+    Args:
+        plane, sample: which of several channels, where these lie apart or beside each other; without, there is one.
+
+    Raises:
+        SlideError, ShapeError: as ``open_mask``.
+    """
     file = PositionedFile(path)
     try:
-        container = read_container(path, file.size)
-        level = _one_channel(path, container, number)
+        container = read_container(path, file.size, plane)
+        level = _one_channel(path, container, number) if sample is None else container.levels[number]
         small = level.height * level.width <= cache_bytes
-        source = TiffTiles(file, level, channels=1)
+        source = TiffTiles(file, level, channels=1, first=sample or 0)
         tiles = TileReader(source, str(path), number, cache_bytes=0 if small else cache_bytes, threads=threads)
-        told = container.mpp if number == 0 and container.mpp and math.isfinite(container.mpp) else None
-        return StoredMask(_StoredLabels(file, tiles, keep=small), like, mpp or told)
+        return StoredLabels(file, tiles, keep=small), container
     except BaseException:
         file.close()
         raise
@@ -181,7 +205,7 @@ def _check_on_slide(path: str, drawing: Drawing, like: MapReader) -> None:
         raise SlideError(path, f"{cause}, beyond {like.name} ({width} x {height} pixels)", remedy)
 
 
-class _StoredLabels:
+class StoredLabels:
     """The label map as stored, ``(1, h, w)``: decoded at the first read and kept, or read by box."""
 
     def __init__(self, file: PositionedFile, tiles: TileReader, keep: bool) -> None:
@@ -277,6 +301,15 @@ class StoredMask(LabelMask):
         self.placement = placement_of(like)
         self._on = _shown(stored.name, self.stored_shape, mpp, like)
         self._out = ReusedBuffer()
+
+    @classmethod
+    def of(cls, stored: MapReader, like: MapReader, on: Placement) -> StoredMask:
+        """One whose field of view nobody checks: ``on`` has ``like``'s pixels on what the label map shows."""
+        made = cls.__new__(cls)
+        made._stored, made._on, made._out, made.mpp = stored, on, ReusedBuffer(), None
+        made.shape, made.stored_shape = (1, like.shape[1], like.shape[2]), (stored.shape[1], stored.shape[2])
+        made.placement = placement_of(like)
+        return made
 
     @property
     def name(self) -> str:

@@ -1,10 +1,12 @@
-"""What a copy of a slide remembers of where it came from, as text in the copy's own file."""
+"""What a copy of a slide, or a prediction of a part of it, remembers of where it came from, as text in its own file."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from fractions import Fraction
+from xml.sax.saxutils import unescape
 
 from wholegrad.slide.placement import Axis, Placement
 
@@ -30,7 +32,10 @@ def describe(source: str, placement: Placement, shape: tuple[int, int]) -> str:
 
 
 def read_origin(description: str) -> Origin | None:
-    """The origin that a file's description tells; None if it is no copy."""
+    """The origin that a file's description, or that within its OME-XML, tells; None if it is no copy."""
+    if description.startswith("<?xml"):
+        within = re.search(r"<Description>(.*?)</Description>", description, re.DOTALL)
+        description = unescape(within[1]) if within else ""
     if not description.startswith(MARK):
         return None
     told = json.loads(description[len(MARK) :])

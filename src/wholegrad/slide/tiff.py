@@ -75,8 +75,11 @@ class Container:
     origin: Origin | None = None
 
 
-def read_container(path: Path, size: int) -> Container:
+def read_container(path: Path, size: int, plane: int | None = None) -> Container:
     """Levels and resolution of the file at ``path``, which is ``size`` bytes long.
+
+    Args:
+        plane: of an OME-TIFF whose channels lie apart: the one to read, in place of the first or of three colours.
 
     Raises:
         SlideError: not a TIFF, truncated, no image in it, or a layout that cannot be read by box.
@@ -84,7 +87,7 @@ def read_container(path: Path, size: int) -> Container:
     try:
         with TiffFile(path) as tiff:
             pages = [page for page in tiff.pages if isinstance(page, TiffPage) and page.imagewidth > 0]
-            base = _base_planes(pages)
+            base = _base_planes(pages) if plane is None else [_channel_planes(pages)[plane]]
             levels = tuple(_level(path, group, base[0]) for group in _pyramid(base, pages))
             mpp = read_mpp(pages[0] if pages else base[0], base[0])
             origin = read_origin(base[0].description)
@@ -120,6 +123,29 @@ def _base_planes(pages: list[TiffPage]) -> list[TiffPage]:
     if base.is_ome and base.samplesperpixel == 1 and 'SizeC="3"' in base.description and len(planes) == 3:
         return planes
     return [base]
+
+
+def count_planes(path: Path, size: int) -> int:
+    """How many channels lie apart in an OME-TIFF; 1 of any other file.
+
+    Raises:
+        SlideError: it is no TIFF that can be read.
+    """
+    try:
+        with TiffFile(path) as tiff:
+            return len(_channel_planes([p for p in tiff.pages if isinstance(p, TiffPage) and p.imagewidth > 0]))
+    except (TiffFileError, ValueError, IndexError, KeyError, TypeError, OSError, RuntimeError) as error:
+        raise SlideError(str(path), *_why_unreadable(path, size, str(error))) from None
+
+
+def _channel_planes(pages: list[TiffPage]) -> list[TiffPage]:
+    """The page of level 0 of each channel of an OME-TIFF that has one a channel; of other files that of level 0."""
+    base = _base_planes(pages)[:1]
+    told = re.search(r'SizeC="(\d+)"', base[0].description) if base[0].is_ome else None
+    count = int(told[1]) if told and base[0].samplesperpixel == 1 else 1
+    first = pages.index(base[0])
+    planes = [page for page in pages[first : first + count] if page.shape == base[0].shape]
+    return planes if len(planes) == count else base
 
 
 def _pyramid(base: list[TiffPage], pages: list[TiffPage]) -> Iterator[list[TiffPage]]:

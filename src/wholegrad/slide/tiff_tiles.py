@@ -25,10 +25,17 @@ class TiffTiles:
         level: what to read.
         channels: 3 (RGB, see ``decode``) or 1 (values as stored).
         background: the colour of tiles that were never written, and below transparent pixels; labels are 0 there.
+        first: which value of a pixel is taken, where ``channels`` is 1.
     """
 
     def __init__(
-        self, file: PositionedFile, level: Level, *, channels: int, background: Background = WHITE_BELOW
+        self,
+        file: PositionedFile,
+        level: Level,
+        *,
+        channels: int,
+        background: Background = WHITE_BELOW,
+        first: int = 0,
     ) -> None:
         self.shape = (channels, level.height, level.width)
         self.tile_height, self.tile_width = level.tile_height, level.tile_width
@@ -41,6 +48,7 @@ class TiffTiles:
             level.white_is_zero,
             level.premultiplied,
             background,
+            first,
         )
         self._raw = self._decode.direct and level.segments[0] is decode_raw
         scratch = 0 if self._decode.direct else 2 * level.tile_height * level.tile_width * max(3, level.channels)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from typing import Literal
-from xml.sax.saxutils import quoteattr
+from xml.sax.saxutils import escape, quoteattr
 
 import imagecodecs
 import numpy as np
@@ -42,7 +42,7 @@ class PyramidWriter(LevelWriter):
         levels: how many, or "auto": until the smallest fits in one tile.
         label: lower levels take one of the labels instead of the mean.
         ome: OME-TIFF, its lower levels as SubIFDs; by default if the name ends in .ome.tif or .ome.tiff.
-        description: text for the file's first directory, where OME-XML does not stand.
+        description: text for the file's first directory, or for the image in its OME-XML.
         channels: names of channels that are not colours, in OME-XML; None: three channels are RGB.
         threads: that encode tiles; by default two.
 
@@ -159,6 +159,7 @@ class PyramidWriter(LevelWriter):
             f'<Channel ID="Channel:0:{c}"{names[c] if names else ""} SamplesPerPixel="{samples}"/>'
             for c in range(channels // samples)
         )
+        said = f"<Description>{escape(self._description)}</Description>" if self._description else ""
         planes = "".join(f'<TiffData FirstC="{c}" IFD="{c}" PlaneCount="1"/>' for c in range(len(self._places)))
         return (
             '<?xml version="1.0" encoding="UTF-8"?>'
@@ -166,7 +167,7 @@ class PyramidWriter(LevelWriter):
             ' xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xsi:schemaLocation='
             '"http://www.openmicroscopy.org/Schemas/OME/2016-06'
             ' http://www.openmicroscopy.org/Schemas/OME/2016-06/ome.xsd" Creator="wholegrad">'
-            f'<Image ID="Image:0" Name={quoteattr(self.path.name)}>'
+            f'<Image ID="Image:0" Name={quoteattr(self.path.name)}>{said}'
             f'<Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="{pixel}" SizeX="{width}" SizeY="{height}"'
             f' SizeC="{channels}" SizeZ="1" SizeT="1" BigEndian="false"'
             f' Interleaved="{"true" if samples > 1 else "false"}"{size}>{described}{planes}'

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
+
 import wholegrad as wg
 from wholegrad.plan.plan import show_bytes
+from wholegrad.train.cases import Case, Readers
 from wholegrad.train.metrics import Score
 from wholegrad.train.split import Entry
 
@@ -98,6 +101,24 @@ def as_line(event: Event) -> dict[str, Any]:
     return {"kind": event.kind, **dataclasses.asdict(event)}
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A network that was just scored on the validation slides, to be used before the loop goes on.
+
+    Attributes:
+        model: holds the weights to use, the average if there is one; what its mode was must be put back.
+        step: steps taken.
+        budget, progress, where: as the evaluation had them; ``progress`` raises when the run is interrupted.
+    """
+
+    model: nn.Module
+    cases: Sequence[Case]
+    step: int
+    budget: Callable[[Readers], int]
+    progress: Callable[[wg.Progress], None]
+    where: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass
 class Watch:
     """What the loop tells whoever looks on; every one may be replaced, none needs to be."""
@@ -109,8 +130,22 @@ class Watch:
     on_step: Callable[[Step], None] = lambda step: None
     on_skip: Callable[[Skip], None] = lambda skip: None
     on_validation: Callable[[Validation], None] = lambda validation: None
+    on_judged: Callable[[Judged], None] = lambda judged: None
     on_score: Callable[[Score], None] = lambda score: None
     on_note: Callable[[str], None] = lambda text: None
+
+    @staticmethod
+    def joined(*watches: Watch) -> Watch:
+        """One that tells all of them, in this order."""
+
+        def both(name: str) -> Callable[..., None]:
+            def tell(*told: Any) -> None:
+                for watch in watches:
+                    getattr(watch, name)(*told)
+
+            return tell
+
+        return Watch(**{each.name: both(each.name) for each in dataclasses.fields(Watch)})
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from wholegrad.run.process import peak_resident, resident
 from wholegrad.run.profile import Profile
 from wholegrad.train.cases import Case, Readers, open_cases
 from wholegrad.train.draws import draw_change, draw_region, draw_seed, pick, seed_everything
-from wholegrad.train.events import Event, Outcome, Skip, Step, Validation, Watch, as_line
+from wholegrad.train.events import Event, Judged, Outcome, Skip, Step, Validation, Watch, as_line
 from wholegrad.train.folder import Folder
 from wholegrad.train.interrupt import Interrupt
 from wholegrad.train.metrics import METRICS, Score, evaluate, mean_dice
@@ -336,6 +336,9 @@ class Run:
             better = self.best is None or dice > self.best + self.config.validation.delta
             if better:
                 save_weights(self.folder.best, self.model, self._card(scores, self.step))
+            progress = self._progress(interrupt)
+            judged = Judged(self.model, self.val_cases, self.step, self.plans.budget, progress, self.plans.where)
+            self.watch.on_judged(judged)
         finally:
             self.mover.swap()
         self.sound = False

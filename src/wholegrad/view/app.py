@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from wholegrad.graph.geometry import Box
+from wholegrad.view.follow import Follower
 from wholegrad.view.jobs import Jobs, Publish
 from wholegrad.view.layers import Look, Picture
 from wholegrad.view.run import RunFolder, StepWish, plan_of
@@ -20,8 +21,15 @@ from wholegrad.view.score import score
 from wholegrad.view.step import as_passes
 
 MIMES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+BITS = 32  # of what a legend can hide
 NUMBER = r"(\d{1,7})"
-LOOKS = {"line": r"[01]", "hide": r"\d{1,3}", "t": r"\d{1,3}"}
+LOOKS = {
+    "line": r"[01]",
+    "hide": r"\d{1,10}",
+    "t": r"\d{1,3}",
+    "c": r"\d{1,3}",
+    "v": r"\d{1,9}",
+}  # v only tells tiles apart
 
 
 @dataclass(frozen=True)
@@ -53,10 +61,14 @@ class App:
         scene: stays the caller's to close.
         run: the folder of a run, if there is one.
         step: which step to plan where there is no run.
+        renewing: whether the run's new predictions of the slide take the place of those that the scene shows.
     """
 
-    def __init__(self, scene: Scene, run: RunFolder | None = None, step: StepWish | None = None) -> None:
+    def __init__(
+        self, scene: Scene, run: RunFolder | None = None, step: StepWish | None = None, renewing: bool = False
+    ) -> None:
         self.scene, self.run, self.step = scene, run, step or StepWish()
+        self.follower = None if run is None else Follower(scene, run, renewing)
         self.assets, self.jobs = load_assets(), Jobs()
         self._routes: tuple[tuple[re.Pattern[str], Callable[..., Answer | None]], ...] = tuple(
             (re.compile(pattern), answer)
@@ -89,6 +101,10 @@ class App:
                 return answer(look, *match.groups())
         return None
 
+    def note(self, problem: str) -> None:
+        """Keep what went wrong, to be shown."""
+        self.scene.note(problem)
+
     def close(self) -> None:
         """End what goes on in the background."""
         self.jobs.close()
@@ -96,7 +112,11 @@ class App:
     def _about(self, look: Look) -> Answer:
         scene, run = self.scene, self.run
         told = None if run is None else run.told(run.entry(scene.files.slide))
-        return _json({**scene.about(), "score": scene.error is not None, "run": told})
+        return _json({**scene.about(), "score": self._scored(), "run": told})
+
+    def _scored(self) -> bool:
+        """Whether prediction and truth are compared: not while a run needs the processor for better."""
+        return self.scene.error is not None and not (self.follower is not None and self.follower.going())
 
     def _tile(self, look: Look, key: str, rung: str, col: str, row: str) -> Answer | None:
         return _picture(self.scene.tile(key, int(rung), int(col), int(row), look))
@@ -107,22 +127,24 @@ class App:
         return _picture(self.scene.thumb(box, look.threshold))
 
     def _at(self, look: Look, x: str, y: str) -> Answer | None:
-        found = self.scene.at(int(y), int(x), look.threshold)
+        found = self.scene.at(int(y), int(x), look)
         return None if found is None else _json(found)
 
     def _score(self, look: Look) -> Answer | None:
         error = self.scene.error
         if error is None:
             return None
+        if not self._scored():
+            return _json({"state": "put off"})
         threshold = look.threshold if "threshold" in error.drawn_by else self.scene.threshold
 
         def work(publish: Publish) -> None:
             score(self.scene, error, threshold, publish)
 
-        return _json(self.jobs.state(("score", threshold), work))
+        return _json(self.jobs.state(("score", self.scene.version, threshold), work))
 
     def _log(self, look: Look, start: str) -> Answer | None:
-        return None if self.run is None else _json(self.run.log(int(start)))
+        return None if self.follower is None else _json(self.follower.look(int(start)))
 
     def _plan(self, look: Look) -> Answer:
         return _json(self.jobs.state("plan", self._make_plan))
@@ -146,8 +168,9 @@ def _look(query: str, threshold: int) -> Look | None:
         return None
     if any(name not in LOOKS or not re.fullmatch(LOOKS[name], value) for name, value in given.items()):
         return None
-    look = Look(given.get("line") == "1", int(given.get("hide", 0)), int(given.get("t", threshold)))
-    return look if look.hidden < 256 and 0 < look.threshold < 256 else None
+    line, hidden, threshold = given.get("line") == "1", int(given.get("hide", 0)), int(given.get("t", threshold))
+    look = Look(line, hidden, threshold, int(given.get("c", 255)))  # 255: the layer's own choice
+    return look if look.hidden < 1 << BITS and 0 < look.threshold < 256 else None
 
 
 def _json(value: Any) -> Answer:

@@ -7,24 +7,16 @@ no more pixels than they; otherwise from level 0, which is what masks up to 64 M
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import tifffile
 
-from wholegrad.errors import ShapeError
 from wholegrad.graph.geometry import Box
-from wholegrad.metrics.files import source
-from wholegrad.slide.arrays import open_npy
-from wholegrad.slide.mask import SMALL, LabelMask, StoredMask, open_lower_levels, open_mask
-from wholegrad.slide.reader import MapReader
+from wholegrad.slide.mask import SMALL, LabelMask
+from wholegrad.slide.partial import PartMask
 
 Labels = npt.NDArray[np.uint8]
-
-TIFFS = (".tif", ".tiff")
-SOFTWARE = "wholegrad"  # what our own files say that they were written by
 
 
 class Screen:
@@ -32,14 +24,15 @@ class Screen:
 
     Attributes:
         full: the map at the slide's resolution.
+        lower: its smaller levels, largest first, where these are fit to look at.
     """
 
     def __init__(self, full: LabelMask, lower: Sequence[LabelMask], sizes: Sequence[tuple[int, int]]) -> None:
-        self.full, self._lower, self._sizes = full, lower, sizes
+        self.full, self.lower, self._sizes = full, lower, sizes
         self._rungs = [self._choose(size) for size in sizes]
 
     def _choose(self, size: tuple[int, int]) -> LabelMask:
-        enough = [level for level in self._lower if isinstance(level, StoredMask) and level.stored_shape[0] >= size[0]]
+        enough = [level for level in self.lower if (stored_shape(level) or (0, 0))[0] >= size[0]]
         return (enough[-1] if enough else self.full).at(*size)
 
     def read(self, rung: int, box: Box) -> Labels:
@@ -68,72 +61,72 @@ class Screen:
 
     def labels(self) -> list[int]:
         """Those on the smallest rung; none where reading it means reading a large map to the end."""
-        if isinstance(self.full, StoredMask) and not self._lower and math.prod(self.full.stored_shape) > SMALL:
+        stored = stored_shape(self.full)
+        if stored is not None and not self.lower and math.prod(stored) > SMALL:
             return []
         height, width = self._sizes[-1]
         return [int(label) for label in np.unique(self.read(len(self._sizes) - 1, Box(0, height, 0, width)))]
 
     def close(self) -> None:
         """Close the files."""
-        for mask in (self.full, *self._lower):
+        for mask in (self.full, *self.lower):
             mask.close()
 
-
-def open_labels(
-    path: Path,
-    slide: MapReader,
-    sizes: Sequence[tuple[int, int]],
-    classes: Mapping[str, int | None] | None = None,
-) -> Screen:
-    """The labels of a slide: what ``open_mask`` opens, Zarr, too.
-
-    Raises:
-        WholegradError: as ``open_mask``.
-    """
-    full = open_mask(source(path), like=slide, classes=classes)
-    lower = []
-    if path.suffix.lower() in TIFFS and _written_by_us(path):
-        lower = open_lower_levels(path, slide)
-    return Screen(full, lower, sizes)
+    def beyond(self, rung: int, box: Box) -> npt.NDArray[np.bool_] | None:
+        """Which pixels of a box lie beyond the part of the slide that the map shows; None if it shows all of it."""
+        mask = self._rungs[rung]
+        if not isinstance(mask, PartMask):
+            return None
+        outside = np.ones((box.height, box.width), np.bool_)
+        inner = mask.inner(box)
+        if inner is not None:
+            outside[inner.slices(box)] = False
+        return outside
 
 
-def open_probability(path: Path, slide: MapReader, sizes: Sequence[tuple[int, int]]) -> Screen:
-    """One channel of probabilities, as bytes times 255 or (.npy) as floating-point numbers.
+class Likeliest(LabelMask):
+    """The number of the mask, of several of probabilities, that has the largest value; the first of equal ones."""
 
-    Raises:
-        ShapeError: several channels, or numbers that are no probabilities.
-        SlideError: it cannot be read, or does not fit the slide.
-    """
-    if path.suffix.lower() == ".npy":
-        return Screen(open_mask(_Bytes(open_npy(path)), like=slide), [], sizes)
-    full = open_mask(source(path), like=slide)
-    if not isinstance(full, StoredMask):
-        full.close()
-        raise ShapeError(str(path), "holds outlines, which are no probabilities", "give it as --prediction")
-    return Screen(full, open_lower_levels(path, slide) if path.suffix.lower() in TIFFS else [], sizes)
+    def __init__(self, masks: Sequence[LabelMask]) -> None:
+        self._masks = masks
+        self.shape, self.placement = masks[0].shape, masks[0].placement
+        self.stored_shape = stored_shape(masks[0])
+
+    @staticmethod
+    def of(masks: Sequence[LabelMask]) -> LabelMask:
+        """The likeliest of masks of a whole slide, or all of the same part of it."""
+        parts = [mask for mask in masks if isinstance(mask, PartMask)]
+        if not parts:
+            return Likeliest(masks)
+        return PartMask(Likeliest([part.mask for part in parts]), parts[0].part, parts[0].grid)
+
+    @property
+    def name(self) -> str:
+        return self._masks[0].name
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(mask.cache_bytes for mask in self._masks)
+
+    def read(self, box: Box) -> Labels:
+        best = self._masks[0].read(box).copy()
+        labels = np.zeros(best.shape, np.uint8)
+        for number, mask in enumerate(self._masks[1:], 1):
+            values = mask.read(box)
+            more = values > best
+            labels[more] = number
+            np.copyto(best, values, where=more)
+        return labels
+
+    def at(self, height: int, width: int) -> Likeliest:
+        return Likeliest([mask.at(height, width) for mask in self._masks])
 
 
-def _written_by_us(path: Path) -> bool:
-    with tifffile.TiffFile(path) as tiff:
-        return str(tiff.pages.first.tags.valueof(305, default="")) == SOFTWARE
-
-
-class _Bytes:
-    """Probabilities as bytes."""
-
-    def __init__(self, reader: MapReader) -> None:
-        if reader.dtype.kind != "f" and reader.dtype != np.uint8:
-            raise ShapeError(reader.name, f"holds {reader.dtype} values", "give probabilities as floats or as uint8")
-        self._reader, self.shape, self.name = reader, reader.shape, reader.name
-        self.dtype: np.dtype[np.generic] = np.dtype(np.uint8)
-        self.cache_bytes = reader.cache_bytes
-        self.concurrent = bool(getattr(reader, "concurrent", False))
-
-    def read(self, box: Box) -> npt.NDArray[np.generic]:
-        values = self._reader.read(box)
-        if values.dtype == np.uint8:
-            return values
-        return np.rint(np.clip(values.astype(np.float32), 0, 1) * 255).astype(np.uint8)
+def stored_shape(mask: LabelMask) -> tuple[int, int] | None:
+    """``(h, w)`` of the whole slide in pixels as large as those that are stored; None of outlines."""
+    if isinstance(mask, PartMask):
+        return mask.grid
+    return getattr(mask, "stored_shape", None)
 
 
 class Thresholded(LabelMask):

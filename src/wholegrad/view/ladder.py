@@ -108,6 +108,11 @@ class Ladder:
         mean: Pixels = ((total + 2) >> 2).astype(np.uint8)
         return mean
 
+    @property
+    def from_all(self) -> bool:
+        """Whether the overview is made of all of the slide's pixels, since the file has no level near it."""
+        return any(self._source(rung) is None for rung in range(len(self.sizes)))
+
     def _source(self, rung: int) -> _Rung | None:
         """The reader of a rung; None if its tiles are made of those below."""
         with self._lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from wholegrad.graph.geometry import Box
 from wholegrad.slide.output import IGNORE, ClassNames
+from wholegrad.slide.partial import PartMask
 from wholegrad.view import paint
 from wholegrad.view.labels import Labels, Screen
 from wholegrad.view.ladder import Ladder
@@ -27,11 +28,13 @@ class Look:
         line: outlines in place of areas.
         hidden: bit ``k - 1`` hides what the legend has as ``k``.
         threshold: probability times 255 from which it is a prediction.
+        channel: of probabilities.
     """
 
     line: bool = False
     hidden: int = 0
     threshold: int = 128
+    channel: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,13 @@ class LabelLayer(Layer):
     screen: Screen
     names: ClassNames
     drawn_by: tuple[str, ...] = ("line", "hidden")
-    colours: Mapping[int, paint.Colour] = field(init=False)
+    colours: dict[int, paint.Colour] = field(init=False)
 
     def __post_init__(self) -> None:
         labels = [*range(1, max(8, len(self.names.names)) + 1), IGNORE]
         self.colours = {label: self.names.colour(label) for label in labels}
+        if isinstance(self.screen.full, PartMask):
+            del self.colours[IGNORE]  # beyond the part nothing was said
         if len(self.names.names) == 1 and self.key in ALONE:
             self.colours[1] = paint.VERDICTS[ALONE[self.key]][1]
 
@@ -117,6 +122,12 @@ class LabelLayer(Layer):
             return self.screen.read(rung, box)
         return _inner(paint.rims(self.screen.read_around(rung, box, paint.RIM)))
 
+    def said(self, label: int) -> str:
+        """A label in words."""
+        if label == IGNORE and isinstance(self.screen.full, PartMask):
+            return "not predicted"
+        return self.names.name(label) if label else "background"
+
     def about(self) -> dict[str, Any]:
         legend = [
             {"bit": label, "name": name, "colour": _css(self.colours[label])}
@@ -127,21 +138,44 @@ class LabelLayer(Layer):
 
 @dataclass
 class ProbabilityLayer(Layer):
-    """Probabilities from dark violet to yellow, the more transparent the nearer to nothing."""
+    """Probabilities from dark violet to yellow, the more transparent the nearer to nothing.
+
+    Attributes:
+        screens: one a channel.
+        names: of the channels, where there are several.
+    """
 
     file: str
-    screen: Screen
+    screens: Sequence[Screen]
+    names: Sequence[str] = ()
     key: str = "probability"
     title: str = "Probability"
 
     def __post_init__(self) -> None:
         self._palette = paint.scale_palette()
+        self.drawn_by = ("channel",) if len(self.screens) > 1 else ()
+
+    @property
+    def first(self) -> int:
+        """The channel that is shown at first: that of label 1."""
+        return min(1, len(self.screens) - 1)
+
+    def values(self, rung: int, box: Box, look: Look) -> Labels:
+        """Probabilities times 255 of the channel that is looked at; nothing beyond what the map shows.
+
+        Raises:
+            SlideError: they cannot be read.
+        """
+        screen = self.screens[look.channel if look.channel < len(self.screens) else self.first]
+        values, beyond = screen.read(rung, box), screen.beyond(rung, box)
+        return values if beyond is None else np.where(beyond, np.uint8(0), values)
 
     def draw(self, rung: int, box: Box, look: Look) -> Picture:
-        return _drawn(self.screen.read(rung, box), self._palette)
+        return _drawn(self.values(rung, box, look), self._palette)
 
     def about(self) -> dict[str, Any]:
-        return {**super().about(), "scale": [_css(colour) for colour in paint.SCALE]}
+        several = {"channels": list(self.names), "channel": self.first} if len(self.screens) > 1 else {}
+        return {**super().about(), "scale": [_css(colour) for colour in paint.SCALE], **several}
 
 
 @dataclass
@@ -151,10 +185,13 @@ class ThresholdLayer(LabelLayer):
     drawn_by: tuple[str, ...] = ("line", "hidden", "threshold")
 
     def labels(self, rung: int, box: Box, look: Look) -> Labels:
+        beyond = self.screen.beyond(rung, box)
         if not look.line:
-            return (self.screen.read(rung, box) >= look.threshold).view(np.uint8)
+            found = (self.screen.read(rung, box) >= look.threshold).view(np.uint8)
+            return found if beyond is None else np.where(beyond, np.uint8(IGNORE), found)
         around = self.screen.read_around(rung, box, paint.RIM) >= look.threshold
-        return _inner(paint.rims(around.view(np.uint8)))
+        rims = _inner(paint.rims(around.view(np.uint8)))
+        return rims if beyond is None else np.where(beyond, np.uint8(0), rims)
 
 
 @dataclass

@@ -32,14 +32,14 @@ SCALE: Sequence[Colour] = (
 
 
 def judge(truth: Labels, said: Labels) -> Labels:
-    """What each pixel is, by ``NOTHING`` to ``LEFT_OUT``; truth 255 does not count."""
+    """What each pixel is, by ``NOTHING`` to ``LEFT_OUT``; 255 in either does not count."""
     verdict = np.zeros(truth.shape, np.uint8)
     real, found = truth != 0, said != 0
     verdict[real & found] = RIGHT
     verdict[real & found & (truth != said)] = MIXED
     verdict[found & ~real] = EXTRA
     verdict[real & ~found] = MISSED
-    verdict[truth == 255] = LEFT_OUT
+    verdict[(truth == 255) | (said == 255)] = LEFT_OUT
     return verdict
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import wholegrad as wg
-from wholegrad.errors import ConfigError
+from wholegrad.errors import ConfigError, WholegradError
 from wholegrad.metrics.files import stem
 from wholegrad.plan.plan import Room, show_bytes
 from wholegrad.plan.storage import NARROW
 from wholegrad.slide.mask import open_mask
 from wholegrad.slide.placement import Placement
 from wholegrad.slide.slide import Slide, open_slide
+from wholegrad.train.live import FOLDER, predictions, read_status
 from wholegrad.train.log import read_log
 from wholegrad.train.loop import build_loss
 from wholegrad.train.made_up import model_and_loss, target_of
@@ -25,11 +27,13 @@ from wholegrad.train.plans import Conditions
 from wholegrad.train.split import Entry, from_json
 from wholegrad.train.state import Card, read_card
 from wholegrad.train.tables import DataConfig, TrainConfig
+from wholegrad.view.scene import Files
 
 MOST = 4 << 20  # bytes of a log that are looked at for one answer
 COLUMNS = {
-    "step": ("step", "slide", "loss", "dice", "seconds", "rss", "peak", "projected"),
+    "step": ("step", "slide", "loss", "dice", "seconds", "rss", "peak", "projected", "lr"),
     "validation": ("step", "dice"),
+    "replan": ("step", "budget"),
 }  # of the log's lines, as the page gets them
 
 
@@ -87,9 +91,48 @@ class RunFolder:
         return next(iter(same or named), None)
 
     def prediction(self, entry: Entry) -> Path | None:
-        """The mask that the run predicted, if it drew pictures of its test slides."""
-        path = self.path / "predictions" / f"{entry.name}.tif"
-        return path if path.exists() else None
+        """The newest mask that the run predicted of a slide; None if there is none yet."""
+        found = self.newest(entry)
+        return None if found is None else found[1]
+
+    def newest(self, entry: Entry) -> tuple[int | None, Path, int] | None:
+        """The newest prediction of a slide: after which step (None: with the weights to use), path, time of change."""
+        found: list[tuple[int, Path, int | None]] = []
+        last = self.path / "predictions" / f"{entry.name}.tif"
+        for step, path in ((None, last), *predictions(self.path / FOLDER, entry.name)):
+            try:
+                found.append((path.stat().st_mtime_ns, path, step))
+            except OSError:  # it is not there, or no longer
+                continue
+        if not found:
+            return None
+        changed, path, step = max(found, key=lambda each: each[0])
+        return step, path, changed
+
+    def first(self) -> Entry:
+        """The slide to show where none is named: the one that is predicted, else one that is judged, else any."""
+        told = (self.status() or {}).get("predicts")
+        order = {"val": 0, "test": 1, "train": 2}
+        return min(self.entries, key=lambda entry: (entry.name != told, order[entry.part]))
+
+    def status(self) -> dict[str, Any] | None:
+        """What the run says of itself, if it was started to."""
+        return read_status(self.path)
+
+    def limits(self) -> dict[str, Any]:
+        """``budget`` in bytes and ``steps`` in all, as far as the folder tells."""
+        found: dict[str, Any] = {"budget": None, "total": None}
+        with suppress(WholegradError):
+            found["budget"] = Conditions.read(self.path / "run.json").budget
+        status = self.status()
+        if status is not None and status.get("total"):
+            found["total"] = status["total"]
+            return found
+        with suppress(WholegradError, KeyError):
+            train = self.card().config["train"]
+            slides = sum(entry.part == "train" for entry in self.entries)
+            found["total"] = train["steps"] or (train["epochs"] or 0) * slides or None
+        return found
 
     def card(self) -> Card:
         """What the run's weights say of it.
@@ -131,6 +174,7 @@ class RunFolder:
             "next": 0 if size < start else start,
             "steps": [],
             "validations": [],
+            "replans": [],
         }
         if not size:
             return found
@@ -197,3 +241,21 @@ def _room(conditions: Conditions, slide: Slide) -> int:
     """What the run leaves to a plan, whatever this process holds."""
     room = conditions.room(slide.cache_bytes)
     return Room(room) if room > 0 else conditions.budget
+
+
+def completed(files: Files, folder: RunFolder) -> Files:
+    """The run's own labels and prediction of the slide, where none were given."""
+    entry = folder.entry(files.slide)
+    if entry is None:
+        return files
+    mask = files.mask or (entry.mask if entry.mask.exists() else None)
+    prediction = files.prediction
+    if prediction is None and files.probability is None:
+        prediction = folder.prediction(entry)
+    try:
+        painted = folder.card().config["data"].get("classes")
+    except ConfigError:  # no checkpoint yet
+        painted = None
+    return replace(
+        files, mask=mask, prediction=prediction, slide_mpp=files.slide_mpp or entry.mpp, painted=painted or None
+    )

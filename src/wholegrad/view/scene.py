@@ -18,7 +18,7 @@ from wholegrad.metrics.files import is_outlines
 from wholegrad.slide.output import IGNORE, ClassNames
 from wholegrad.slide.slide import open_slide
 from wholegrad.view import paint
-from wholegrad.view.labels import Screen, open_labels, open_probability
+from wholegrad.view.labels import Screen
 from wholegrad.view.ladder import TILE, Ladder, tile_box
 from wholegrad.view.layers import (
     ErrorLayer,
@@ -31,6 +31,7 @@ from wholegrad.view.layers import (
     ThresholdLayer,
 )
 from wholegrad.view.lru import Lru
+from wholegrad.view.opened import likeliest, open_labels, open_probability, part_of_region
 
 KEEP = 128 << 20  # bytes of tiles as they are sent, and as many of tiles made of others
 LEVEL_CACHE = 48 << 20  # bytes of decoded tiles for each level of the file that is in use
@@ -51,6 +52,8 @@ class Files:
         threshold: probability from which it is a prediction, where there is no ``prediction``.
         slide_mpp: um a pixel of level 0, where the slide does not say.
         quality: of JPEG, in place of exact pixels.
+        region: ``(x, y, width, height)`` in level-0 pixels that prediction and probability show, where their files do
+            not tell.
     """
 
     slide: Path
@@ -62,26 +65,35 @@ class Files:
     slide_mpp: float | None = None
     painted: Mapping[str, int | None] | None = None
     quality: int | None = None
+    region: tuple[int, int, int, int] | None = None
 
 
 class Scene:
     """An opened slide with its layers. Thread-safe.
+
+    Args:
+        keep: bytes of tiles as they are sent, and as many of tiles made of others.
+        level_cache: bytes of decoded tiles for each level of the file that is in use.
+        threads: that draw at once; one a core without.
 
     Raises:
         ConfigError: names of classes, a threshold or quality that cannot be.
         SlideError: a file cannot be opened, or is not of this slide.
     """
 
-    def __init__(self, files: Files, keep: int = KEEP) -> None:
+    def __init__(self, files: Files, keep: int = KEEP, level_cache: int = LEVEL_CACHE, threads: int = 0) -> None:
         _check(files)
         self.files, self.threshold = files, -int(-files.threshold * 255 // 1)
-        self.slide = open_slide(files.slide, slide_mpp=files.slide_mpp, cache_bytes=LEVEL_CACHE, threads=1)
+        self.slide = open_slide(files.slide, slide_mpp=files.slide_mpp, cache_bytes=level_cache, threads=1)
         self.ladder = Ladder(self.slide, keep)
         self.layers: dict[str, Layer] = {}
         self.problems: list[str] = []
         self.tiles: Lru[Picture] = Lru(keep)
+        self.version = 0  # counts predictions, where a run makes new ones
         self._screens: list[Screen] = []
-        self._turns = threading.BoundedSemaphore(max(2, os.cpu_count() or 1))
+        self._retired: Screen | None = None
+        self._renewing = threading.Lock()
+        self._turns = threading.BoundedSemaphore(threads or max(2, os.cpu_count() or 1))
         try:
             for layer in self._open():
                 self.layers[layer.key] = layer
@@ -95,30 +107,63 @@ class Scene:
         given = files.painted
         if files.classes is not None:
             given = {name: label for label, name in enumerate(files.classes, 1)}
+        part = None if files.region is None else part_of_region(files.region)
         screens = {
-            key: self._held(open_labels(path, self.slide, sizes, given if is_outlines(path) else None))
-            for key, path in (("truth", files.mask), ("prediction", files.prediction))
+            key: self._held(open_labels(path, self.slide, sizes, given if is_outlines(path) else None, shows))
+            for key, path, shows in (("truth", files.mask, None), ("prediction", files.prediction, part))
             if path is not None
         }
-        names = self._names(list(screens.values()))
+        channels = open_probability(files.probability, self.slide, sizes, part) if files.probability else []
+        self._screens += channels
+        names = self._names(list(screens.values()), len(channels))
         made: dict[str, LabelLayer] = {}
         for key, screen in screens.items():
             yield made.setdefault(key, LabelLayer(key, key.capitalize(), Path(screen.full.name).name, screen, names))
         if files.probability:
-            screen = self._held(open_probability(files.probability, self.slide, sizes))
-            if "prediction" not in made:
-                layer = ThresholdLayer("prediction", "Prediction", files.probability.name, screen, names)
+            told = files.probability.name
+            if "prediction" not in made and len(channels) == 1:
+                layer: LabelLayer = ThresholdLayer("prediction", "Prediction", told, channels[0], names)
                 yield made.setdefault("prediction", layer)
-            yield ProbabilityLayer(files.probability.name, screen)
+            elif "prediction" not in made:
+                layer = LabelLayer(
+                    "prediction", "Prediction", f"likeliest in {told}", likeliest(channels, sizes), names
+                )
+                yield made.setdefault("prediction", layer)
+            yield ProbabilityLayer(told, channels, ["background", *map(names.name, range(1, len(channels)))])
         if len(made) == 2:
             yield ErrorLayer(made["truth"], made["prediction"], len(names.names))
 
-    def _names(self, screens: Sequence[Screen]) -> ClassNames:
-        """The names given, or one for each label up to the largest that a small picture shows."""
+    def renew(self, path: Path) -> None:
+        """Show another prediction in place of the one before, which was made of the same slide.
+
+        Raises:
+            SlideError: it cannot be opened, or is not of this slide; the one before stays.
+        """
+        with self._renewing:
+            given = self.files.painted if is_outlines(path) else None
+            screen = open_labels(path, self.slide, self.ladder.sizes, given)
+            truth = self.layers.get("truth")
+            known = [truth.screen] if isinstance(truth, LabelLayer) else []
+            names = self._names([*known, screen], 0)
+            layers = {key: layer for key, layer in self.layers.items() if key not in ("prediction", "error")}
+            made = layers["prediction"] = LabelLayer("prediction", "Prediction", path.name, screen, names)
+            if isinstance(truth, LabelLayer):
+                layers["error"] = ErrorLayer(truth, made, len(names.names))
+            before = self.layers.get("prediction")
+            self.layers = layers  # whoever draws by the old ones goes on: their file stays open until the next change
+            self.version += 1
+            if self._retired is not None:
+                self._retired.close()
+                self._screens.remove(self._retired)
+            self._retired = before.screen if isinstance(before, LabelLayer) else None
+            self._screens.append(screen)
+
+    def _names(self, screens: Sequence[Screen], channels: int) -> ClassNames:
+        """The names given, or one for each label up to the largest that a small picture shows or has a channel."""
         if self.files.classes is not None:
             return ClassNames.of(self.files.classes, len(self.files.classes))
         found = [label for screen in screens for label in screen.labels() if label != IGNORE]
-        return ClassNames.of(None, max([1, *found]))
+        return ClassNames.of(None, max([1, channels - 1, *found]))
 
     def _held(self, screen: Screen) -> Screen:
         self._screens.append(screen)
@@ -145,7 +190,9 @@ class Scene:
             "levels": levels,
             "tile": TILE,
             "rungs": len(self.ladder.sizes),
+            "from_all": self.ladder.from_all,
             "threshold": self.threshold,
+            "version": self.version,
             "layers": [layer.about() for layer in self.layers.values()],
         }
 
@@ -155,14 +202,15 @@ class Scene:
         Raises:
             SlideError: it cannot be read.
         """
-        layer = self.layers.get(key)
+        version, layer = self.version, self.layers.get(key)
         if layer is None or not 0 <= rung < len(self.ladder.sizes):
             return None
         box = tile_box(self.ladder.sizes[rung], col, row)
         if box is None:
             return None
         how = tuple(getattr(look, part) for part in layer.drawn_by)
-        return self.tiles.get((key, rung, col, row, how), lambda: self._draw(layer, rung, box, look))
+        made = version if key in ("prediction", "error") else 0
+        return self.tiles.get((key, made, rung, col, row, how), lambda: self._draw(layer, rung, box, look))
 
     def _draw(self, layer: Layer, rung: int, box: Box, look: Look) -> Picture:
         with self._turns:
@@ -182,7 +230,7 @@ class Scene:
         _, height, width = self.slide.shape
         if not (0 <= box.y0 < box.y1 <= height and 0 <= box.x0 < box.x1 <= width):
             return None
-        return self.tiles.get(("thumb", box, threshold), lambda: self._thumb(box, threshold))
+        return self.tiles.get(("thumb", self.version, box, threshold), lambda: self._thumb(box, threshold))
 
     def _thumb(self, box: Box, threshold: int) -> Picture:
         rung = 0
@@ -200,19 +248,19 @@ class Scene:
                     pixels[where] += WASH * (paint.VERDICTS[wrong][1] - pixels[where])
             return Picture(paint.jpeg(pixels.round().astype("u1"), 88), "image/jpeg")
 
-    def at(self, y: int, x: int, threshold: int) -> dict[str, Any] | None:
+    def at(self, y: int, x: int, look: Look) -> dict[str, Any] | None:
         """What every layer has at a pixel of level 0; None beyond the slide."""
         _, height, width = self.slide.shape
         if not (0 <= y < height and 0 <= x < width):
             return None
         box = Box(y, y + 1, x, x + 1)
-        found: dict[str, Any] = {"rgb": self.slide.read(box)[:, 0, 0].tolist()}
-        for layer in self.layers.values():
-            if isinstance(layer, LabelLayer):
-                label = int(layer.labels(0, box, Look(threshold=threshold))[0, 0])
-                found[layer.key] = layer.names.name(label) if label else "background"
-            elif isinstance(layer, ProbabilityLayer):
-                found[layer.key] = round(int(layer.screen.read(0, box)[0, 0]) / 255, 3)
+        with self._turns:
+            found: dict[str, Any] = {"rgb": self.slide.read(box)[:, 0, 0].tolist()}
+            for layer in self.layers.values():
+                if isinstance(layer, LabelLayer):
+                    found[layer.key] = layer.said(int(layer.labels(0, box, Look(threshold=look.threshold))[0, 0]))
+                elif isinstance(layer, ProbabilityLayer):
+                    found[layer.key] = round(int(layer.values(0, box, look)[0, 0]) / 255, 3)
         return found
 
     def close(self) -> None:

@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from wholegrad.graph.geometry import Box
 from wholegrad.metrics.compare import METRICS, SlideScore, compare
-from wholegrad.slide.mask import LabelMask, StoredMask
+from wholegrad.slide.mask import LabelMask
+from wholegrad.slide.partial import PartMask
 from wholegrad.view import paint
 from wholegrad.view.jobs import Publish
-from wholegrad.view.labels import Thresholded
+from wholegrad.view.labels import Thresholded, stored_shape
 from wholegrad.view.ladder import Ladder, tile_box
 from wholegrad.view.layers import ErrorLayer, ThresholdLayer
 from wholegrad.view.scene import Scene
@@ -38,6 +39,8 @@ def score(scene: Scene, error: ErrorLayer, threshold: int, publish: Publish) -> 
         WholegradError: labels cannot be read, or are no labels.
     """
     truth, said = error.truth.screen.full, error.prediction.screen.full
+    if isinstance(said, PartMask):
+        truth = PartMask(truth, said.part)  # beyond what was predicted nothing counts
     if isinstance(error.prediction, ThresholdLayer):
         said = Thresholded(said, threshold)
     height, width = _grid(error, truth)
@@ -53,8 +56,8 @@ def score(scene: Scene, error: ErrorLayer, threshold: int, publish: Publish) -> 
 def _grid(error: ErrorLayer, truth: LabelMask) -> tuple[int, int]:
     """The pixels that are counted: the prediction's as they are stored, else the truth's, else the slide's."""
     for mask in (error.prediction.screen.full, truth):
-        if isinstance(mask, StoredMask):
-            return mask.stored_shape
+        if (stored := stored_shape(mask)) is not None:
+            return stored
     return truth.shape[1], truth.shape[2]
 
 

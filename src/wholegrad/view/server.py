@@ -19,15 +19,16 @@ import secrets
 import select
 import socket
 import threading
+import time
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from wholegrad.errors import ConfigError, WholegradError
-from wholegrad.view.app import Answer, App
+from wholegrad.view.app import Answer
 
 HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 LOOPBACK = "127.0.0.1"
@@ -45,7 +46,17 @@ HEADERS = {
     "X-Frame-Options": "DENY",
 }
 IDLE = 60.0  # seconds after which a connection that says nothing is closed
+FIRST = 10.0  # likewise, before it has shown the token
 LONGEST = 2048  # bytes of an address
+CONNECTIONS = 64  # at a time, each with a thread; a browser opens six
+
+
+class Answering(Protocol):
+    """What a server asks. Thread-safe."""
+
+    def answer(self, path: str, query: str) -> Answer | None: ...
+    def note(self, problem: str) -> None: ...
+    def close(self) -> None: ...
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -53,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "wholegrad", ""
-    timeout = IDLE
+    timeout = FIRST
     disable_nagle_algorithm = True  # or a small tile waits 40 ms for the browser to acknowledge its headers
     server: Server
 
@@ -77,21 +88,28 @@ class Handler(BaseHTTPRequestHandler):
         """What to send; None if nobody waits for it."""
         if len(self.path) > LONGEST or not self.server.allowed(self.headers.get_all("Host") or []):
             return NOT_FOUND
-        parts = urlsplit(self.path)
+        try:
+            parts = urlsplit(self.path)
+        except ValueError:  # such as "http://[/"
+            return NOT_FOUND
         _, _, below = parts.path.partition("/")
         token, slash, path = below.partition("/")
         if not slash or not hmac.compare_digest(token.encode(), self.server.token.encode()):
+            self.close_connection = True  # connections are few, and for whom has the token
             return NOT_FOUND
+        self.connection.settimeout(IDLE)
         if self._gone():
             self.close_connection = True
             return None
+        app = self.server.app
+        self.server.asked = time.monotonic()
         try:
-            return self.server.app.answer(path, parts.query) or NOT_FOUND
+            return app.answer(path, parts.query) or NOT_FOUND
         except WholegradError as error:
-            self.server.app.scene.note(str(error))
+            app.note(str(error))
             return BROKEN
         except Exception as error:  # a mistake of ours must not look like the end of the server
-            self.server.app.scene.note(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            app.note(f"{type(error).__name__}: {' '.join(str(error).split())}")
             return BROKEN
 
     def _gone(self) -> bool:
@@ -130,8 +148,11 @@ class Server(ThreadingHTTPServer):
     """Serves an app until it is closed.
 
     Args:
-        app: stays the caller's to close.
+        app: stays the caller's to close; may be replaced while requests come.
         port: 0 for any that is free.
+
+    Attributes:
+        asked: when something was asked for last, by ``time.monotonic``.
 
     Raises:
         ConfigError: the port is taken.
@@ -141,8 +162,9 @@ class Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 64
 
-    def __init__(self, app: App, port: int = 0) -> None:
+    def __init__(self, app: Answering, port: int = 0) -> None:
         self.app, self.token = app, secrets.token_urlsafe(24)
+        self.asked = float("-inf")
         self._thread: threading.Thread | None = None
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -176,7 +198,12 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
-            self._open.add(request)
+            full = len(self._open) >= CONNECTIONS
+            if not full:
+                self._open.add(request)
+        if full:
+            self.shutdown_request(request)
+            return
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:

@@ -1,6 +1,7 @@
 // The panel's layers: shown or not, how strongly, as areas or outlines, which classes, from which probability on.
 import { el } from "./net.js";
 
+const BITS = 32; // classes that can be hidden
 const START = { truth: 0.45, prediction: 0.45, probability: 0.6, error: 0.6 };
 
 export class Layers {
@@ -8,18 +9,37 @@ export class Layers {
     this.scene = scene;
     this.slide = slide;
     this.threshold = scene.threshold;
+    this.touched = false; // whether someone chose what to see
     this.changed = new EventTarget();
     this.states = new Map();
-    const over = scene.layers.filter((layer) => layer.key !== "slide");
+    this.list();
+    this.last = [...this.states.values()].find((state) => state.on)?.layer.key;
+    slide.show("slide", 1);
+    for (const key of this.states.keys()) this.apply(key);
+  }
+
+  // Rows for the scene's layers; those that were there before stay as they are, the first of all is shown.
+  list() {
+    const before = this.states;
+    this.states = new Map();
+    const over = this.scene.layers.filter((layer) => layer.key !== "slide");
     const first = ["error", "prediction", "truth", "probability"].find((key) => over.some((layer) => layer.key === key));
-    const list = document.getElementById("layers");
     document.getElementById("no-layers").hidden = over.length > 0;
     for (const layer of over) {
-      this.states.set(layer.key, { layer, on: layer.key === first, opacity: START[layer.key], line: false, hidden: 0 });
+      const known = before.get(layer.key);
+      const fresh = { on: layer.key === first && !this.touched, opacity: START[layer.key], line: false, hidden: 0 };
+      this.states.set(layer.key, { ...(known || fresh), layer });
     }
-    for (const { layer } of [...this.states.values()].reverse()) list.append(this.row(layer)); // topmost first
-    this.last = first;
-    slide.show("slide", 1);
+    const rows = [...this.states.values()].reverse().map(({ layer }) => this.row(layer)); // topmost first
+    document.getElementById("layers").replaceChildren(...rows);
+  }
+
+  // The scene has another prediction, perhaps its first.
+  renew(scene) {
+    const had = new Set(this.states.keys());
+    this.scene = scene;
+    this.list();
+    if (!this.touched && !had.has("error") && this.states.has("error")) this.states.get("truth").on = false; // its errors tell more
     for (const key of this.states.keys()) this.apply(key);
   }
 
@@ -36,17 +56,25 @@ export class Layers {
       state.picks = ["Areas", "Outlines"].map((text, line) => el("button", { type: "button", text, onclick: () => this.set(key, { line: line === 1 }) }));
       more.append(el("span", { class: "pick", role: "group", "aria-label": `How ${layer.title.toLowerCase()} is drawn` }, ...state.picks));
     }
-    state.keys = (layer.legend || []).map(({ bit, name, colour }) => {
+    state.keys = (layer.legend || []).filter(({ bit }) => bit <= BITS).map(({ bit, name, colour }) => {
       const swatch = el("i");
       swatch.style.setProperty("--colour", colour);
-      const button = el("button", { type: "button", class: "key", title: `Hide or show ${name.toLowerCase()}`, onclick: () => this.set(key, { hidden: state.hidden ^ (1 << (bit - 1)) }) }, swatch, name);
+      const button = el("button", { type: "button", class: "key", title: `Hide or show ${name.toLowerCase()}`, onclick: () => this.set(key, { hidden: (state.hidden ^ (1 << (bit - 1))) >>> 0 }) }, swatch, name);
       more.append(button);
       return { bit, button };
     });
+    if (layer.channels) more.append(this.channels(layer, state));
     if (layer.scale) more.append(this.ramp(layer));
     if (layer.looks.includes("threshold") && key === "prediction") more.append(this.slider());
     if (more.children.length) state.row.append(more);
     return state.row;
+  }
+
+  channels(layer, state) { // of which class the probability is
+    state.channel ??= layer.channel;
+    state.choice = el("select", { "aria-label": "Class whose probability is shown", onchange: () => this.set(layer.key, { channel: Number(state.choice.value) }) },
+      ...layer.channels.map((name, number) => el("option", { value: number, text: name })));
+    return state.choice;
   }
 
   ramp(layer) {
@@ -88,6 +116,7 @@ export class Layers {
   set(key, change) {
     const state = this.states.get(key);
     if (!state) return;
+    this.touched = true;
     Object.assign(state, change);
     this.last = key;
     this.apply(key);
@@ -120,7 +149,17 @@ export class Layers {
     if (state.line) parts.push("line=1");
     if (state.hidden) parts.push(`hide=${state.hidden}`);
     if (state.layer.looks.includes("threshold") && this.threshold !== this.scene.threshold) parts.push(`t=${this.threshold}`);
+    if (state.layer.channels && state.channel !== state.layer.channel) parts.push(`c=${state.channel}`);
+    if (this.scene.version && ["prediction", "error"].includes(state.layer.key)) parts.push(`v=${this.scene.version}`);
     return parts.join("&");
+  }
+
+  // What tells an address that asks for one pixel how the layers are looked at.
+  pointed() {
+    const parts = this.threshold === this.scene.threshold ? [] : [`t=${this.threshold}`];
+    const chosen = this.states.get("probability");
+    if (chosen?.layer.channels && chosen.channel !== chosen.layer.channel) parts.push(`c=${chosen.channel}`);
+    return parts.length ? `?${parts.join("&")}` : "";
   }
 
   apply(key) {
@@ -129,6 +168,7 @@ export class Layers {
     state.row.classList.toggle("off", !state.on);
     state.range.value = Math.round(100 * state.opacity);
     state.range.style.setProperty("--at", `${(100 * state.opacity - 5) / 0.95}%`);
+    if (state.choice) state.choice.value = state.channel;
     state.picks?.forEach((button, line) => button.setAttribute("aria-pressed", String(state.line === (line === 1))));
     state.keys.forEach(({ bit, button }) => button.setAttribute("aria-pressed", String(!(state.hidden >> (bit - 1) & 1))));
     this.sayThreshold(this.threshold);
@@ -140,15 +180,19 @@ export class Layers {
   // For links: "truth.45.line,error.60.hide1", with what is off left out.
   toText() {
     const on = [...this.states.values()].filter((state) => state.on);
-    return on.map(({ layer, opacity, line, hidden }) => [layer.key, Math.round(100 * opacity), ...(line ? ["line"] : []), ...(hidden ? [`hide${hidden}`] : [])].join(".")).join(",");
+    return on.map(({ layer, opacity, line, hidden, channel }) => [layer.key, Math.round(100 * opacity), ...(line ? ["line"] : []), ...(hidden ? [`hide${hidden}`] : []),
+      ...(layer.channels && channel !== layer.channel ? [`c${channel}`] : [])].join(".")).join(",");
   }
 
   fromText(text) {
+    this.touched = true;
     const given = new Map(text.split(",").filter(Boolean).map((part) => { const [key, ...rest] = part.split("."); return [key, rest]; }));
     for (const [key, state] of this.states) {
       const [opacity, ...looks] = given.get(key) || [];
       const hidden = looks.find((look) => /^hide\d+$/.test(look));
-      Object.assign(state, { on: given.has(key), line: looks.includes("line") && state.layer.looks.includes("line"), hidden: hidden ? Number(hidden.slice(4)) & 127 : 0 });
+      Object.assign(state, { on: given.has(key), line: looks.includes("line") && state.layer.looks.includes("line"), hidden: hidden ? Number(hidden.slice(4)) >>> 0 : 0 });
+      const channel = Number(looks.find((look) => /^c\d+$/.test(look))?.slice(1));
+      if (state.layer.channels) state.channel = channel < state.layer.channels.length ? channel : state.layer.channel;
       if (Number(opacity) >= 5 && Number(opacity) <= 100) state.opacity = Number(opacity) / 100;
       this.apply(key);
     }

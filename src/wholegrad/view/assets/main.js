@@ -34,7 +34,7 @@ class Page {
     this.layers = new Layers(scene, this.slide);
     this.scores = new Scores(scene, this.slide, this.layers);
     this.step = new Step(scene, this.slide, () => this.redraw());
-    this.run = new Run(scene);
+    this.run = new Run(scene, () => this.renew());
     const viewer = this.slide.viewer;
     for (const event of ["update-viewport", "animation", "resize", "open"]) viewer.addHandler(event, () => this.redraw());
     viewer.world.addOnceHandler("add-item", () => setTimeout(() => { // OpenSeadragon goes home right after this event
@@ -52,6 +52,17 @@ class Page {
     this.buttons();
     this.shortcuts();
     this.pointer();
+  }
+
+  // The run has made another prediction, or is over.
+  async renew() {
+    let scene;
+    try { scene = await ask("scene.json"); } catch { return; }
+    const other = scene.version !== this.scene.version;
+    this.scene = scene;
+    if (other) this.layers.renew(scene);
+    this.scores.renew(scene);
+    this.redraw();
   }
 
   // Drawing over the slide.
@@ -145,7 +156,7 @@ class Page {
       running?.abort();
       soon = setTimeout(async () => {
         running = new AbortController();
-        const query = this.layers.threshold === this.scene.threshold ? "" : `?t=${this.layers.threshold}`;
+        const query = this.layers.pointed();
         try { this.say(x, y, await ask(`at/${x}_${y}${query}`, { signal: running.signal })); } catch { /* said already */ }
       }, 70);
     });

@@ -17,17 +17,17 @@ export function complain(said) {
 }
 
 export function settled() { // the server answers again
-  if (shown === CLOSED) banner.hidden = true;
+  if (shown === closed.said) banner.hidden = true;
 }
 
-export const CLOSED = "The viewer was closed: wholegrad view no longer runs. Start it again to go on.";
+export const closed = { said: "The viewer was closed: wholegrad view no longer runs. Start it again to go on." };
 
 export async function ask(path, options) {
   let response;
   try {
     response = await fetch(path, options);
   } catch (error) {
-    if (error.name !== "AbortError") complain(CLOSED);
+    if (error.name !== "AbortError") complain(closed.said);
     throw error;
   }
   if (!response.ok) {

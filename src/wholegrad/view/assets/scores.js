@@ -20,13 +20,21 @@ export function area(pixels, mpp) {
 export class Scores {
   constructor(scene, slide, layers) {
     Object.assign(this, { scene, slide, layers, regions: [], at: -1 });
+    layers.changed.addEventListener("threshold", () => { if (this.scene.score) this.ask(); });
+    this.renew(scene);
+  }
+
+  // The scene as it is now: a run that ended may be scored, one that goes on needs the processor.
+  renew(scene) {
+    this.scene = scene;
     this.told = scene.run;
-    if (!scene.score && !this.told) return;
     get("scores-part").hidden = !scene.score && !this.recorded();
-    if (!scene.score) { this.draw({}); return; }
-    get("worst-part").hidden = false;
-    this.ask();
-    layers.changed.addEventListener("threshold", () => this.ask());
+    get("worst-part").hidden = !scene.score;
+    if (scene.score) { this.ask(); return; }
+    this.stop?.();
+    this.regions = [];
+    this.at = -1;
+    this.draw({});
   }
 
   ask() {

@@ -35,6 +35,11 @@ export class Slide {
     });
     this.viewer.addHandler("canvas-key", (event) => { event.preventDefaultAction = true; event.preventVerticalPan = true; });
     this.viewer.addHandler("tile-load-failed", () => explain());
+    if (scene.from_all) { // until something is seen, which takes as long as reading the file
+      const reading = document.getElementById("reading");
+      const soon = setTimeout(() => { reading.hidden = false; }, 800);
+      this.viewer.addOnceHandler("tile-drawn", () => { clearTimeout(soon); reading.hidden = true; });
+    }
     this.viewer.addHandler("zoom", () => this.sharpen());
     this.viewer.canvas.setAttribute("role", "application");
     this.viewer.canvas.setAttribute("aria-label", "Slide. Arrow keys pan, plus and minus zoom, 0 shows all of it.");
@@ -85,7 +90,7 @@ export class Slide {
   }
 
   arrange() { // the scene's order, whichever was there first
-    const order = this.scene.layers.map((layer) => layer.key);
+    const order = ["slide", "truth", "prediction", "probability", "error"];
     const world = this.viewer.world;
     const items = Array.from({ length: world.getItemCount() }, (_, at) => world.getItemAt(at));
     items.sort((a, b) => order.indexOf(a.layer) - order.indexOf(b.layer)).forEach((item, at) => world.setItemIndex(item, at));

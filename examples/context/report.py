@@ -1,0 +1,154 @@
+"""The tables, curves and picture of this folder's README, from what the trainings left."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from main import BUDGET, PATCHES, TEST, UPDATES, WAYS, accuracy, result_of, todo
+from PIL import Image
+from task import TASKS, Task, draw
+
+from wholegrad.train.svg import HEIGHT, WIDTH, Line, chart
+
+HERE = Path(__file__).parent
+MARKS = ("<!-- results: written by main.py --write -->", "<!-- end of results -->")
+COLOURS = {"c1": "#2b6fd6", "c2": "#e07b00"}
+LOOKS = """
+svg { background: #ffffff; font: 12px system-ui, sans-serif; } text { fill: #66707b; }
+.grid { stroke: #e2e4e7; } .line { fill: none; stroke-width: 1.6; }
+""" + "".join(f".line.{c} {{ stroke: {v}; }} .dot.{c} {{ fill: {v}; }} " for c, v in COLOURS.items())
+Results = dict[tuple[Task, str], list[dict[str, Any]]]
+
+
+def write(out: Path) -> None:
+    """Put tables between the README's marks, curves and a picture of the slides beside it."""
+    results: Results = {}
+    tuning: list[dict[str, Any]] = []
+    for way in WAYS:
+        for run in dict.fromkeys(todo(out, way)):
+            if not (out / f"{run.name}.json").exists():
+                continue
+            found = result_of(out, run)
+            if run.seed == 0:
+                tuning.append(found)
+            else:
+                results.setdefault((run.task, way), []).append(found)
+    shown = "![two slides, and pieces of 128 pixels: control, a striped region, a plain one](slides.png)"
+    parts = [shown, table(results), "![accuracy while training](curves.svg)", tuned(tuning), machine(results, tuning)]
+    readme = HERE / "README.md"
+    head, _, rest = readme.read_text().partition(MARKS[0])
+    _, _, tail = rest.partition(MARKS[1])
+    text = "\n\n".join(parts)
+    readme.write_text(f"{head}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{tail}")
+    (HERE / "curves.svg").write_text(curves(results))
+    picture(HERE / "slides.png")
+
+
+def table(results: Results) -> str:
+    """Accuracy on the test slides: the mean over seeds, and each seed's."""
+    lines = [
+        "| task | trained on | judged | right, of regions | seeds | of striped ones | of plain ones | updates "
+        "| minutes of processor |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (task, way), runs in sorted(results.items(), key=lambda each: (each[0][0], each[0][1] != "whole")):
+        first = runs[0]
+        what = "whole slides" if way == "whole" else f"patches of {first['patch']} x {first['patch']}"
+        spent = np.mean([run["processor"] for run in runs]) / 60
+        for judged, said in (("whole", "on whole slides"), ("patches", "by such patches")):
+            if judged in first["test"]:
+                each = [accuracy(run["test"][judged]) for run in runs]
+                striped, plain = np.mean([run["test"][judged] for run in runs], axis=(0, 1))
+                cells = [f"**{np.mean(each):.3f}**", ", ".join(f"{value:.3f}" for value in each)]
+                row = [
+                    task,
+                    what,
+                    said,
+                    *cells,
+                    f"{striped:.3f}",
+                    f"{plain:.3f}",
+                    str(first["updates"]),
+                    f"{spent:.1f}",
+                ]
+                lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def tuned(tuning: Sequence[dict[str, Any]]) -> str:
+    """What was tried to choose settings by."""
+    lines = ["| trained on | task | learning rate | right on validation slides, at the end |", "|---|---|---|---|"]
+    for whole in (True, False):
+        for run in (run for run in tuning if (run["patch"] is None) == whole):
+            what = "whole slides" if whole else f"patches of {run['patch']}, {PATCHES[run['patch']]} an update"
+            lines.append(f"| {what} | {run['task']} | {run['lr']:g} | {run['curve'][-1][2]:.3f} |")
+    return "\n".join(lines)
+
+
+def curves(results: Results) -> str:
+    """Accuracy on validation slides against pixels seen, a line a seed and a panel a task, as an SVG alone."""
+    panels = []
+    for number, task in enumerate(TASKS):
+        lines = [
+            Line("", style, [x / 1e9 for x, _, _ in run["curve"]], [y for _, _, y in run["curve"]], dots=True)
+            for way, style in (("whole", "c1"), ("patches", "c2"))
+            for run in results.get((task, way), [])
+        ]
+        drawn = chart(task, lines, across="gigapixels seen")
+        body = drawn[drawn.index("<svg") : drawn.index("</svg>")]
+        inner = body[body.index(">") + 1 :]
+        panels.append(f'<g transform="translate({number * WIDTH} 24)">{inner}<text x="58" y="-8">{task}</text></g>')
+    keys = "".join(
+        f'<circle class="dot {style}" cx="{70 + 150 * i}" cy="{HEIGHT + 36}" r="4"/>'
+        f'<text x="{80 + 150 * i}" y="{HEIGHT + 40}">{said}</text>'
+        for i, (style, said) in enumerate((("c1", "whole slides"), ("c2", "patches")))
+    )
+    size = f'width="{2 * WIDTH}" height="{HEIGHT + 48}" viewBox="0 0 {2 * WIDTH} {HEIGHT + 48}"'
+    what = 'role="img" aria-label="Right on validation slides, against gigapixels seen"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {what}><style>{LOOKS}</style>{"".join(panels)}{keys}</svg>\n'
+    )
+
+
+def picture(path: Path) -> None:
+    """Two slides, small, and pieces of their controls and regions at full size."""
+    rows = []
+    for number in TEST[:2]:
+        image, kinds = draw(number)
+        small = image[0].reshape(image.shape[1] // 12, 12, -1, 12).mean(axis=(1, 3)).astype(np.uint8)
+        pieces = [_piece(image[0], kinds[0], what) for what in (None, 2, 3)]
+        rows.append(np.concatenate([small, *pieces], axis=1))
+    Image.fromarray(np.concatenate(rows)).save(path, optimize=True)
+
+
+def _piece(image: Any, kinds: Any, what: int | None) -> Any:
+    """128 x 128 pixels of the control, or within a region of a kind."""
+    if what is None:
+        ys, xs = np.nonzero(image[:, 256:768] < 100)
+        y, x = int(np.median(ys)), 512
+    else:
+        ys, xs = np.nonzero(kinds == what)
+        y, x = int(ys[0]) + 100, int(np.median(xs[: len(xs) // 100 + 1]))
+    y, x = max(64, min(y, image.shape[0] - 64)), max(64, min(x, image.shape[1] - 64))
+    return image[y - 64 : y + 64, x - 64 : x + 64]
+
+
+def machine(results: Results, tuning: Sequence[dict[str, Any]]) -> str:
+    """Where, when, with what."""
+    every = [*tuning, *(run for runs in results.values() for run in runs)]
+    whole = [run for run in every if run["patch"] is None]
+    total = sum(run["processor"] for run in every) / 60
+    today = datetime.datetime.now(datetime.UTC).date()
+    return (
+        f"Whole slides: planned within {BUDGET} ({max(run['projected'] for run in whole) / 2**30:.2f} GiB projected), "
+        f"where whole-image autograd would need {whole[0]['whole_image'] / 2**30:.2f} GiB by the same projection. "
+        f"{UPDATES} updates of two whole slides or as many pixels in patches; patch sizes tried: "
+        f"{', '.join(map(str, PATCHES))}. All trainings together took {total:.0f} minutes of processor time. "
+        f"Written {today}: {platform.machine()}, {every[0]['threads']} threads, {platform.system()}, Python "
+        f"{platform.python_version()}, torch {torch.__version__}. Command: `python examples/context/main.py --write`."
+    )
