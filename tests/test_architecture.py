@@ -12,8 +12,8 @@ from wholegrad import errors
 
 ROOM = [
     "errors", "aside", "clock", "kernels", "graph", "plan", "run", "slide", "metrics", "nets", "losses", "looks",
-    "given", "cache", "outputs", "signature", "asked", "whole_step", "api", "predict", "segment", "proof", "diagnose",
-    "verify", "train", "fleet", "export", "doctor", "explore", "view", "commands",
+    "given", "cache", "outputs", "signature", "asked", "whole_step", "ranked", "api", "predict", "segment", "proof",
+    "diagnose", "verify", "train", "fleet", "export", "doctor", "explore", "view", "commands",
 ]  # fmt: skip
 SOURCE = Path(wholegrad.__file__).parent
 

@@ -93,6 +93,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "--shape", "3x4000x4000", "--budget", "10MiB"], "the smallest that would do is"),
         (["plan", "--mpp", "1", "--level", "2"], "not allowed with argument"),
         (["plan", "--region", "0,0,10,10"], "--region: is of a slide, and none is given; add --slide"),
+        (["plan", "--ranks", "2x"], "'2x' is neither a number of ranks nor ROWSxCOLUMNS of blocks"),
+        (["plan", "--ranks", "2", "--budgets", "1GiB"], "--budgets: compares strategies of one process"),
         (["plan", "--slide-mpp", "1"], "--slide-mpp: is of a slide, and none is given; add --slide"),
         (["plan", "--slide", "a.svs", "--region", "0,0,10"], "'0,0,10' is not X,Y,WIDTH,HEIGHT in level-0 pixels"),
         (["train", "no.toml"], "no.toml: cannot be read (No such file or directory); check the path"),

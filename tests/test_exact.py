@@ -120,7 +120,7 @@ def skips_a_tile(self: Grid) -> Iterator[Tile]:
     return (tile for tile in ORIGINAL_TILES(self) if tile.number != 3)
 
 
-def doubly_owned(graph: Any, segment: Any, role: Any, tile: int) -> tiles.AxisTiles:
+def doubly_owned(graph: Any, segment: Any, role: Any, tile: int, bands: None) -> tiles.AxisTiles:
     """Each tile but the last also owns the first element of the next."""
     true = ORIGINAL_AXIS(graph, segment, role, tile)
     ends = {ref: max(mine[ref].hi for mine in true.owned if ref in mine) for mine in true.owned for ref in mine}

@@ -6,6 +6,7 @@ from wholegrad.export import export
 from wholegrad.plan.plan import Plan
 from wholegrad.predict import predict
 from wholegrad.run.device import Device, open_device
+from wholegrad.run.distributed.ranks import Ranks, open_ranks
 from wholegrad.run.executor import Progress
 from wholegrad.segment import segment
 from wholegrad.slide.copy import copy_slide
@@ -18,6 +19,7 @@ __all__ = [
     "Device",
     "Plan",
     "Progress",
+    "Ranks",
     "WholegradError",
     "backward",
     "copy_slide",
@@ -25,6 +27,7 @@ __all__ = [
     "measure",
     "open_device",
     "open_mask",
+    "open_ranks",
     "open_slide",
     "plan",
     "predict",

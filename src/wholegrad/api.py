@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,21 +13,22 @@ import torch
 from torch import nn
 
 from wholegrad import clock
-from wholegrad.asked import check_device, request_of
+from wholegrad.asked import boundary_refs, check_boundary_dtype, check_device, check_tile, placement_of, request_of
 from wholegrad.cache import cached
 from wholegrad.errors import CaptureError, NumericsError, PlanError, ShapeError
 from wholegrad.given import Given, given
 from wholegrad.graph.capture import capture
 from wholegrad.graph.graph import WIDE_ELEMENTS, Graph, Kind, Ref
-from wholegrad.plan.boundaries import storable
-from wholegrad.plan.plan import Placement, Plan
+from wholegrad.plan.plan import Plan
 from wholegrad.plan.planner import Request, check_elements, make_plan
 from wholegrad.plan.rates import Rates
-from wholegrad.plan.storage import NARROW
 from wholegrad.plan.strategies import WHOLE, Strategy, WholePlan, check_strategy
+from wholegrad.ranked import RanksLike, Together, shared_request, sharing
 from wholegrad.run import process
 from wholegrad.run.budget import check_limit
 from wholegrad.run.device import Device, device_of
+from wholegrad.run.distributed.executor import RankExecutor
+from wholegrad.run.distributed.wire import Wire
 from wholegrad.run.executor import Executor, ProgressFn
 from wholegrad.run.sink import Sink
 from wholegrad.run.sources import model_dtype
@@ -36,42 +38,6 @@ from wholegrad.whole_step import Job, fastest_whole, plan_whole, run_whole
 
 LossFn = Callable[..., torch.Tensor]
 DeviceLike = str | torch.device | Device | None
-
-
-def _check_tile(tile: Any) -> None:
-    good = tile is None or (
-        isinstance(tile, tuple | list) and len(tile) == 2 and all(isinstance(edge, int) and edge > 0 for edge in tile)
-    )
-    if not good:
-        raise PlanError("tile", f"is {tile!r}", "give a height and a width of at least 1 pixel, such as (512, 512)")
-
-
-def _placement(name: str | None, device: Device) -> Placement | None:
-    known = [place for place in Placement if place is not Placement.DEVICE or device.apart]
-    if name is None or name in known:
-        return None if name is None else Placement(name)
-    raise PlanError("placement", f"{name!r} is unknown", f"choose from {[str(place) for place in known]}")
-
-
-def _check_boundary_dtype(dtype: Any) -> None:
-    if dtype is not None and dtype not in NARROW.values():
-        raise PlanError("boundary_dtype", f"is {dtype!r}", f"choose {' or '.join(map(str, NARROW.values()))}, or None")
-
-
-def _boundary_refs(graph: Graph, names: Sequence[str] | None) -> frozenset[Ref] | None:
-    """Boundaries named by module path (the last map that the module computes) or node name."""
-    if names is None:
-        return None
-    if isinstance(names, str):
-        raise PlanError("boundaries", f"is the text {names!r}", f"give a list: [{names!r}]")
-    found = set()
-    for name in names:
-        nodes = [n for n in graph.of_kind(Kind.MAP) if name in (n.path, n.name) and storable(n.outputs[0])]
-        if not nodes:
-            known = ", ".join(dict.fromkeys(n.path for n in graph.of_kind(Kind.MAP) if n.path))
-            raise PlanError(f"boundary {name!r}", "is no module that computes a map", f"choose from: {known}")
-        found.add(Ref(nodes[-1].index))
-    return frozenset(found)
 
 
 def plan(
@@ -91,6 +57,7 @@ def plan(
     rates: Rates | None = None,
     device: DeviceLike = None,
     host_budget: str | int | None = None,
+    ranks: RanksLike = None,
 ) -> Plan:
     """Plan one training step; nothing is read or run.
 
@@ -121,17 +88,21 @@ def plan(
             its own, ``budget`` is for what tensors take there (default: a safe share of what is free), and boundaries
             may live in ``"device"``, ``"host"`` or ``"disk"``.
         host_budget: then, the whole process's peak in the host's memory.
+        ranks: the processes that share the image, each with a budget of its own: a group as for :func:`backward`, all
+            of whose ranks plan at once; or their number, or ``(rows, columns)`` of blocks, to plan for some that need
+            not exist yet.
 
     Raises:
         ShapeError: image and target do not fit together.
         CaptureError, UnsupportedOpError: model or loss cannot be captured.
         BudgetError: no plan fits; says the smallest budget that would do.
     """
-    _check_tile(tile)
-    _check_boundary_dtype(boundary_dtype)
-    how = check_strategy(strategy)
-    fixed = [name for name, value in (("tile", tile), ("boundaries", boundaries), ("placement", placement),
-                                      ("boundary_dtype", boundary_dtype)) if value is not None]  # fmt: skip
+    check_tile(tile)
+    check_boundary_dtype(boundary_dtype)
+    how, ranks = check_strategy(strategy), sharing(ranks)
+    given_by_name = {"tile": tile, "boundaries": boundaries, "placement": placement, "ranks": ranks}
+    given_by_name["boundary_dtype"] = boundary_dtype
+    fixed = [name for name, value in given_by_name.items() if value is not None]
     if how in WHOLE and (fixed or loss_fn is None):
         cause = f"holds maps whole and takes no {fixed[0]}" if fixed else "is for training steps, and there is no loss"
         raise PlanError(f"strategy {how}", cause, "use strategy stream")
@@ -142,11 +113,12 @@ def plan(
     request = replace(
         request_of(graph, inputs, tensors, budget, loss_fn is not None, **asked),
         tile=None if tile is None else (tile[0], tile[1]),
-        boundaries=_boundary_refs(graph, boundaries),
-        placement=_placement(placement, where),
+        boundaries=boundary_refs(graph, boundaries),
+        placement=placement_of(placement, where),
         spill_dir=None if spill_dir is None else Path(spill_dir),
         boundary_dtype=boundary_dtype,
     )
+    request = request if ranks is None else shared_request(ranks, graph, request)
     job = Job(Parts(model, loss_fn or _no_loss, metrics or {}), inputs, graph, tensors)
     whole_too = how is Strategy.AUTO and not fixed and loss_fn is not None and not where.apart
     made = plan_whole(job, how, request) if how in WHOLE else _tiles_or_whole(job, request, whole_too)
@@ -184,13 +156,14 @@ def backward(
     model: nn.Module, loss_fn: LossFn, image: Any, target: Any = ..., *, plan: Plan | None = ...,
     budget: str | int | None = ..., metrics: None = ..., progress: ProgressFn | None = ...,
     seed: int | None = ..., strategy: str = ..., device: DeviceLike = ..., host_budget: str | int | None = ...,
+    group: RanksLike = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 @overload
 def backward(
     model: nn.Module, loss_fn: LossFn, image: Any, target: Any = ..., *, plan: Plan | None = ...,
     budget: str | int | None = ..., metrics: Mapping[str, Callable[..., torch.Tensor]],
     progress: ProgressFn | None = ..., seed: int | None = ..., strategy: str = ..., device: DeviceLike = ...,
-    host_budget: str | int | None = ...,
+    host_budget: str | int | None = ..., group: RanksLike = ...,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...  # fmt: skip
 def backward(
     model: nn.Module,
@@ -206,6 +179,7 @@ def backward(
     strategy: str = "auto",
     device: DeviceLike = None,
     host_budget: str | int | None = None,
+    group: RanksLike = None,
 ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Add to every ``param.grad`` what ``loss_fn(model(image), target).backward()`` would add, and return the loss.
 
@@ -219,6 +193,9 @@ def backward(
         seed: of random ops (dropout); without one, drawn from PyTorch's generator.
         strategy: of the plan that is made here, and ``host_budget``; see :func:`plan`.
         device: where tiles run, as for :func:`plan`; default the plan's, if one is given.
+        group: processes that take the step together, each with this call: a ``ProcessGroup`` whose ranks share this
+            image, a ``DeviceMesh`` with dimensions ``"tiles"`` (these) and ``"slides"`` (ranks with an image each, over
+            which loss and gradients are averaged), or :func:`wholegrad.open_ranks` with options.
 
     Returns:
         The loss, 0-dimensional in float64; with ``metrics`` also their values by name.
@@ -228,24 +205,28 @@ def backward(
             ``param.grad`` was touched.
         PlanError: the plan belongs to other shapes or metrics.
         SlideError: pixels cannot be read.
+        RankError: ranks do not mean the same step, or one does not answer in time.
     """
     inputs = given(image, target, model_dtype(model))
     if plan is None:
-        options: dict[str, Any] = {"strategy": strategy, "device": device, "host_budget": host_budget}
+        options: dict[str, Any] = {"strategy": strategy, "device": device, "host_budget": host_budget, "ranks": group}
         plan = _plan(model, loss_fn, image, target, budget=budget, metrics=metrics, **options)
     made, where = plan, _device_of_plan(plan, model, device)
     tensors = joint_tensors(model, loss_fn, metrics)
     with clock.span("preparing", "checks of the plan"):
         check_plan(made, signature(model, loss_fn, inputs, metrics), tensors)
-    if isinstance(made, WholePlan):
-        job = Job(Parts(model, loss_fn, metrics or {}), inputs, made.graph, tensors)
-        with torch.inference_mode(False):
-            outcome = run_whole(made, job, _seed(made, seed), progress, where)
-    else:
-        outcome = _in_tiles(made, tensors, inputs, progress, seed, where)
-    loss = outcome.loss.to("cpu", torch.float64).reshape(())
-    if not torch.isfinite(loss):
-        raise NumericsError("loss", f"is {loss.item()}", "lower the learning rate, or check weights and pixels")
+    with (together := Together.of(group, made)).step():
+        seed = together.checked(made, tensors, inputs, seed, lambda: _seed(made, seed))
+        if isinstance(made, WholePlan):
+            job = Job(Parts(model, loss_fn, metrics or {}), inputs, made.graph, tensors)
+            with torch.inference_mode(False):
+                outcome = run_whole(made, job, seed, progress, where)
+        else:
+            outcome = _in_tiles(made, tensors, inputs, where, progress=progress, seed=seed, wire=together.tiles)
+        outcome = together.combined(outcome, made.graph, tensors)
+        loss = outcome.loss.to("cpu", torch.float64).reshape(())
+        if not torch.isfinite(loss):
+            raise NumericsError("loss", f"is {loss.item()}", "lower the learning rate, or check weights and pixels")
     _leave_gradients(outcome.grads, tensors)
     _leave_buffers(outcome.updates, tensors)
     if metrics is None:
@@ -264,15 +245,10 @@ def _device_of_plan(made: Plan, model: nn.Module, device: DeviceLike) -> Device:
 
 
 def _in_tiles(
-    made: Plan,
-    tensors: Mapping[str, torch.Tensor],
-    inputs: Given,
-    progress: ProgressFn | None,
-    seed: int | None,
-    device: Device,
+    made: Plan, tensors: Mapping[str, torch.Tensor], inputs: Given, device: Device, **options: Any
 ) -> Outcome:
     """One step tile by tile."""
-    executor = _executor(made, tensors, inputs, progress=progress, seed=seed, device=device)
+    executor = _executor(made, tensors, inputs, device=device, **options)
     try:
         with _as_captured(device), torch.enable_grad():
             executor.forward()
@@ -307,11 +283,18 @@ def _seed(made: Plan, seed: int | None) -> int:
 
 
 def _executor(
-    made: Plan, tensors: Mapping[str, torch.Tensor], inputs: Given, *, seed: int | None = None, **options: Any
+    made: Plan,
+    tensors: Mapping[str, torch.Tensor],
+    inputs: Given,
+    *,
+    seed: int | None = None,
+    wire: Wire | None = None,
+    **options: Any,
 ) -> Executor:
     """An executor with a seed of its own if the graph draws random numbers and the caller names none."""
     check_limit(made.host_peak)
-    return Executor(made, {**tensors, **inputs.values}, inputs.sources, seed=_seed(made, seed), **options)
+    kind = Executor if wire is None else partial(RankExecutor, wire=wire)
+    return kind(made, {**tensors, **inputs.values}, inputs.sources, seed=_seed(made, seed), **options)
 
 
 @contextmanager

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from wholegrad.errors import PlanError
 from wholegrad.given import Given
-from wholegrad.graph.graph import Graph, Ref
+from wholegrad.graph.graph import Graph, Kind, Ref
 from wholegrad.plan import devices, memory
+from wholegrad.plan.boundaries import storable
 from wholegrad.plan.devices import Apart
 from wholegrad.plan.memory import Reserved
-from wholegrad.plan.plan import Plan, Room, show_bytes
+from wholegrad.plan.plan import Placement, Plan, Room, show_bytes
 from wholegrad.plan.planner import Request
 from wholegrad.plan.rates import Rates
+from wholegrad.plan.storage import NARROW
 from wholegrad.run import calibrate, process
 from wholegrad.run.blocks import drop_blocks
 from wholegrad.run.budget import budget_bytes, is_automatic
@@ -23,6 +26,42 @@ from wholegrad.run.sources import raw_images
 from wholegrad.run.workers import default_workers
 
 SHARE = 0.9  # of what a device has free, for a budget where nobody names one
+
+
+def check_tile(tile: Any) -> None:
+    good = tile is None or (
+        isinstance(tile, tuple | list) and len(tile) == 2 and all(isinstance(edge, int) and edge > 0 for edge in tile)
+    )
+    if not good:
+        raise PlanError("tile", f"is {tile!r}", "give a height and a width of at least 1 pixel, such as (512, 512)")
+
+
+def placement_of(name: str | None, device: Device) -> Placement | None:
+    known = [place for place in Placement if place is not Placement.DEVICE or device.apart]
+    if name is None or name in known:
+        return None if name is None else Placement(name)
+    raise PlanError("placement", f"{name!r} is unknown", f"choose from {[str(place) for place in known]}")
+
+
+def check_boundary_dtype(dtype: Any) -> None:
+    if dtype is not None and dtype not in NARROW.values():
+        raise PlanError("boundary_dtype", f"is {dtype!r}", f"choose {' or '.join(map(str, NARROW.values()))}, or None")
+
+
+def boundary_refs(graph: Graph, names: Sequence[str] | None) -> frozenset[Ref] | None:
+    """Boundaries named by module path (the last map that the module computes) or node name."""
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise PlanError("boundaries", f"is the text {names!r}", f"give a list: [{names!r}]")
+    found = set()
+    for name in names:
+        nodes = [n for n in graph.of_kind(Kind.MAP) if name in (n.path, n.name) and storable(n.outputs[0])]
+        if not nodes:
+            known = ", ".join(dict.fromkeys(n.path for n in graph.of_kind(Kind.MAP) if n.path))
+            raise PlanError(f"boundary {name!r}", "is no module that computes a map", f"choose from: {known}")
+        found.add(Ref(nodes[-1].index))
+    return frozenset(found)
 
 
 def request_of(

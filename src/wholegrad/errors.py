@@ -71,3 +71,7 @@ class SlideError(WholegradError):
 
 class ConfigError(WholegradError):
     """A configuration file or command line asks for something unknown or impossible."""
+
+
+class RankError(WholegradError):
+    """Ranks that share a step disagree about it, or one of them failed, fell silent or was cut off."""

@@ -45,6 +45,7 @@ EXAMPLES = """\
   wholegrad plan --slide case.svs --mpp 0.5 --budget 2GiB
   wholegrad plan --slide case.svs --mpp 0.5 --region 20000,8000,30000,30000
   wholegrad plan --budgets 0.6GiB..64GiB --plot budgets.svg
+  wholegrad plan --shape 100000x150000 --budget 8GiB --ranks 16
   wholegrad plan --network mynets:make_unet --loss torch.nn:BCEWithLogitsLoss --target mask"""
 
 
@@ -66,6 +67,8 @@ def add(commands: Commands) -> None:
     help_text = "time against memory of every strategy, e.g. 0.6GiB..64GiB or 1GiB,2GiB, instead of one plan"
     parser.add_argument("--budgets", metavar="RANGE", help=help_text)
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw that, with --budgets")
+    help_text = "for so many processes that share the image, or RxC blocks of it; budget and times are then of each"
+    parser.add_argument("--ranks", type=ranks, metavar="N|RxC", help=help_text)
     parser.add_argument("--json", action="store_true", help="print the plan, or that, as JSON")
     parser.add_argument(
         "--calibrate", action="store_true", help="measure this machine first (seconds), for predicted times from now on"
@@ -77,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--plot", "is for several budgets", "give --budgets too")
     if args.device and args.budgets:
         raise ConfigError("--budgets", "compares strategies on the CPU", "leave out --device")
+    if args.ranks and args.budgets:
+        raise ConfigError("--budgets", "compares strategies of one process", "leave out --ranks")
     where = where_of(args)
     if args.calibrate:
         _calibrate()
@@ -92,7 +97,13 @@ def run(args: argparse.Namespace) -> int:
         dtype = NARROW.get(args.boundary_dtype)
         if args.budgets:
             return _trade_off(args, trade_off(planner(model, loss_fn, image, target), read_budgets(args.budgets)))
-        options = {"budget": args.budget, "boundary_dtype": dtype, "strategy": args.strategy, **where}
+        options = {
+            "budget": args.budget,
+            "boundary_dtype": dtype,
+            "strategy": args.strategy,
+            "ranks": args.ranks,
+            **where,
+        }
         made = wg.plan(model, loss_fn, image, target, **options)
     except wg.WholegradError as error:
         raise blaming_target(error, model, image, args.target) from error
@@ -122,3 +133,11 @@ def _calibrate() -> None:
 def area(text: str) -> tuple[int, int, int]:
     """Channels, height and width from ``CxHxW``, or from ``HxW`` for three channels; for argparse."""
     return shape(f"3x{text}" if text.count("x") == 1 else text)
+
+
+def ranks(text: str) -> int | tuple[int, int]:
+    """A number of ranks, or ``RxC`` blocks; for argparse."""
+    numbers = text.lower().split("x")
+    if len(numbers) > 2 or not all(number.isdigit() and int(number) > 0 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of ranks nor ROWSxCOLUMNS of blocks")
+    return int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +15,12 @@ from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.recall import is_wide
 from wholegrad.graph.segment import Cutter, Segment
 from wholegrad.plan import cost, devices, memory
+from wholegrad.plan.halos import halos
 from wholegrad.plan.pieces import Ground, Option, Piece, Terms
 from wholegrad.plan.plan import Placement
 from wholegrad.plan.spill import spill_bytes
 from wholegrad.plan.storage import stored_bytes
+from wholegrad.plan.traffic import at_once, shared
 
 Bytes = npt.NDArray[np.int64]
 FEW = 2  # segments, of which a step's heap comes apart only as their own tiles make it: the first often counts labels
@@ -70,6 +72,11 @@ class Choice(NamedTuple):
     options: tuple[Option, ...]
     way: Way
 
+    @property
+    def tiles(self) -> tuple[Any, ...]:
+        """What decides what ranks hold."""
+        return tuple(option.tile for option in self.options), tuple(self.way.places.items())
+
 
 class Cutting:
     """The segments of one set of boundaries.
@@ -96,10 +103,14 @@ class Cutting:
         self.near = Placement.HOST if terms.apart is None else Placement.DEVICE
         self.leftover = memory.leftover(len(self.pieces)) if terms.apart is None else 0  # what the host's heap leaves
         self._filled: dict[int, Way] = {}
+        self._shared: dict[tuple[Any, ...], tuple[Held, int]] = {}  # by tiles and places: what ranks hold, and send
 
     @cached_property
     def lives(self) -> Held:
         """What each boundary adds to what the memory that it lives in holds: a row for each of ``boundaries``."""
+        return self._lives(self.boundaries)
+
+    def _lives(self, boundaries: Mapping[Ref, Boundary]) -> Held:
         made: dict[Ref, int] = {}
         read: dict[Ref, list[int]] = {}
         for k, piece in enumerate(self.pieces):
@@ -107,13 +118,13 @@ class Cutting:
             for ref in piece.segment.maps:
                 read.setdefault(ref, []).append(k)
         spans, sizes = [], []
-        for ref, boundary in self.boundaries.items():
+        for ref, boundary in boundaries.items():
             first, readers = made[ref], read.get(ref, [])
             last = readers[-1] if readers else first
             again = first if boundary.recalled else (readers[0] if readers else last + 1)
             spans.append((first, last, again))
             sizes.append((boundary.stored, boundary.gradient))
-        now, count = np.arange(len(self.pieces)), len(self.boundaries)
+        now, count = np.arange(len(self.pieces)), len(boundaries)
         first, last, again = np.array(spans, np.int64).reshape(count, 3).T[:, :, None]
         stored, gradient = np.array(sizes, np.int64).reshape(count, 2).T[:, :, None]
         if not self.terms.backward:
@@ -197,6 +208,11 @@ class Cutting:
         """Of every segment with its fastest tile, boundaries not counted."""
         return sum(piece.fine[0].seconds if piece.fine else float("inf") for piece in self.pieces)
 
+    @property
+    def talk(self) -> float:
+        """Of the seconds of any choice, those in which ranks send each other halos."""
+        return sum(sum(piece.talk) for piece in self.pieces)
+
     def choose(self, room: float, way: Way, coarse: bool = False) -> Choice | None:
         """The fastest tiles that fit into ``room`` bytes beside boundaries in these places; None if none do."""
         room -= self.leftover + (way.spill if way.far is None else 0)
@@ -227,14 +243,14 @@ class Cutting:
 
     def peak(self, choice: Choice) -> int:
         """Bytes beyond what is there whatever the plan."""
-        most, held = 0, choice.way.held
+        most, (held, messages) = 0, self._shared.get(choice.tiles, (choice.way.held, 0))
         for k, (piece, option) in enumerate(zip(self.pieces, choice.options, strict=True)):
             ahead, back = piece.needs(option.tile)
             if not piece.fused:
                 most = max(most, int(held.forward[k]) + ahead)
             if self.terms.backward:
                 most = max(most, int(held.backward[k]) + back)
-        return most + self.leftover + (choice.way.spill if choice.way.far is None else 0)
+        return most + self.leftover + messages + (choice.way.spill if choice.way.far is None else 0)
 
     def on_disk(self, places: Mapping[Ref, Placement]) -> int:
         """Bytes there at most, boundaries' gradients included."""
@@ -252,6 +268,22 @@ class Cutting:
         """Look at every tile that a choice uses."""
         for piece, option in zip(self.pieces, choice.options, strict=True):
             piece.settle(option.tile)
+        bands = self.terms.bands
+        if bands is None or choice.tiles in self._shared:
+            return
+        grids = [piece.planned(option)[1] for piece, option in zip(self.pieces, choice.options, strict=True)]
+        cut = [piece.segment for piece in self.pieces]
+        found = halos(self.graph, cut, grids, bands, self.terms.backward)
+        exact = {}
+        for ref, each in self.boundaries.items():
+            spec = self.graph.spec(ref)
+            stored, gradient = stored_bytes(spec, self.dtype), spec.nbytes if each.gradient else 0
+            part = [shared(spec, found[ref], size) for size in (stored, gradient)]
+            exact[ref] = Boundary(part[0], part[1], each.recalled)
+        lives, near = self._lives(exact), {ref for ref, place in choice.way.places.items() if place is self.near}
+        rows = [k for k, ref in enumerate(self.boundaries) if ref in near]
+        held = Held(lives.forward[rows].sum(0), lives.backward[rows].sum(0))
+        self._shared[choice.tiles] = held, at_once(self.graph, cut, found, bands)
 
 
 class Cuttings:
@@ -289,7 +321,8 @@ class Cuttings:
         if ref not in self._boundaries:
             spec, node = self.graph.spec(ref), self.graph.nodes[ref.node]
             gradient = spec.nbytes if self.terms.backward and node.needs_grad else 0
-            self._boundaries[ref] = Boundary(stored_bytes(spec, self.dtype), gradient, is_wide(self.graph, node))
+            stored, share = stored_bytes(spec, self.dtype), 1.0 if self.terms.bands is None else self.terms.bands.share
+            self._boundaries[ref] = Boundary(int(stored * share), int(gradient * share), is_wide(self.graph, node))
         return self._boundaries[ref]
 
     def _piece(self, segment: Segment, fused: bool, new: bool) -> Piece:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from wholegrad.graph.graph import Ref
@@ -10,6 +10,7 @@ from wholegrad.graph.recall import recallable
 from wholegrad.plan.memory import held_whole
 from wholegrad.plan.plan import Plan
 from wholegrad.plan.storage import dtype_name
+from wholegrad.plan.traffic import traffic
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
@@ -27,9 +28,18 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "workers": plan.workers,
         "device": plan.device,
         "host": None if plan.host is None else asdict(plan.host),
+        "ranks": None if plan.bands is None else _ranks(plan),
         "segments": [_segment(plan, number) for number in range(len(plan.segments))],
         "boundaries": [_boundary(plan, ref) for ref in sorted(plan.placements)],
     }
+
+
+def _ranks(plan: Plan) -> dict[str, Any]:
+    """How the image is shared, and the bytes that the rank with most of each sends in a step."""
+    assert plan.bands is not None
+    sent = [traffic(plan, rank) for rank in plan.bands.busiest]
+    most = {key: max(getattr(each, key) for each in sent) for key in (*(f.name for f in fields(sent[0])), "total")}
+    return {"shape": list(plan.bands.shape), "rows": plan.bands.rows, "cols": plan.bands.cols, "sent": most}
 
 
 def _segment(plan: Plan, number: int) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from wholegrad.graph.graph import Graph, Node, Ref, substitute
 from wholegrad.graph.layout import Role
 from wholegrad.graph.rules import rule_for
 from wholegrad.graph.segment import Segment
-from wholegrad.plan.tiles import AxisTiles, carried, cuts
+from wholegrad.plan.bands import carried
+from wholegrad.plan.tiles import AxisTiles, cuts
 
 LOOKED_AT = 3  # tiles of each size
 EMPTY = Interval(1 << 40, -(1 << 40))  # beyond any map: a union with it changes nothing

@@ -12,7 +12,7 @@ convolutions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,7 +107,12 @@ class Kept:
 
 
 def kept(
-    graph: Graph, segments: Sequence[Segment], hosts: Sequence[Ref], dtype: torch.dtype | None, backward: bool
+    graph: Graph,
+    segments: Sequence[Segment],
+    hosts: Sequence[Ref],
+    dtype: torch.dtype | None,
+    backward: bool,
+    here: Callable[[Ref, int], int] = lambda ref, size: size,
 ) -> list[Kept]:
     """For each segment what is held of boundaries while it runs.
 
@@ -115,6 +120,7 @@ def kept(
         hosts: the boundaries that live in host memory.
         dtype: in which they are stored; None for the graph's own.
         backward: whether a backward sweep follows, which reads boundaries again.
+        here: what lies in this process of a boundary of so many bytes.
     """
     made = {ref: k for k, segment in enumerate(segments) for ref in segment.outputs}
     read: dict[Ref, list[int]] = {ref: [] for ref in made}
@@ -124,7 +130,7 @@ def kept(
                 read[ref].append(k)
     found = [Kept() for _ in segments]
     for ref in hosts:
-        size, last = stored_bytes(graph.spec(ref), dtype), max(read[ref], default=made[ref])
+        size, last = here(ref, stored_bytes(graph.spec(ref), dtype)), max(read[ref], default=made[ref])
         for i in range(made[ref], len(segments) if backward else last + 1):
             found[i].forward += size
         if not backward:
@@ -134,7 +140,7 @@ def kept(
             found[i].backward += size
         if graph.nodes[ref.node].needs_grad:
             for i in range(made[ref], last + 1):
-                found[i].gradients += graph.spec(ref).nbytes
+                found[i].gradients += here(ref, graph.spec(ref).nbytes)
     return found
 
 

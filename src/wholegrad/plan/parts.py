@@ -28,6 +28,7 @@ class Parts:
         spill: what boundaries on disk take in memory: blocks on their way.
         tiles: working sets of the tiles that run side by side, and rows of tiles that wait to be written.
         allocator: what the heap keeps in pieces that nobody can use, and libraries' copies.
+        messages: what ranks that share the image send and receive at once.
     """
 
     interpreter: int
@@ -40,6 +41,7 @@ class Parts:
     spill: int
     tiles: int
     allocator: int
+    messages: int = 0
 
     @property
     def total(self) -> int:
@@ -58,6 +60,7 @@ def parts(
     moments: Sequence[tuple[int, int, int, float]],
     segments: int,
     spill: int = 0,
+    messages: int = 0,
 ) -> Parts:
     """The parts at the moment when they are most.
 
@@ -66,6 +69,7 @@ def parts(
         moments: for each segment and sweep, bytes of boundaries, of their gradients, of tiles, and the slack in these.
         segments: how many there are.
         spill: what boundaries on disk take in memory.
+        messages: what ranks send and receive at once.
     """
     held = reserved if isinstance(reserved, memory.Reserved) else memory.Reserved(reserved)
     boundaries, gradients, working, slack = max(moments, key=lambda each: sum(each[:3]), default=(0, 0, 0, 1.0))
@@ -81,4 +85,5 @@ def parts(
         spill,
         tiles,
         working - tiles + memory.leftover(segments),
+        messages,
     )

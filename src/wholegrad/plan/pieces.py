@@ -15,16 +15,19 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from wholegrad.graph.graph import Graph, Ref, Spec
+from wholegrad.graph.graph import READERS, Graph, Kind, Ref, Spec
 from wholegrad.graph.inline import Inlined, Inliner, plain, with_tail
 from wholegrad.graph.layout import Role
 from wholegrad.graph.segment import Segment
 from wholegrad.plan import cost, devices, memory
+from wholegrad.plan.bands import Bands
 from wholegrad.plan.devices import Apart
 from wholegrad.plan.extents import LOOKED_AT, Extent, Extents, extent
+from wholegrad.plan.halos import beyond_band
 from wholegrad.plan.plan import SegmentPlan
 from wholegrad.plan.rates import Rates
 from wholegrad.plan.tiles import AHEAD, ALIGNED, Grid, even, grid
+from wholegrad.plan.traffic import ASSUMED, Link
 from wholegrad.plan.walk import Upkeep, Walk
 
 ELEMENT_LIMIT = 2**31  # rule 8
@@ -60,6 +63,7 @@ class Terms:
         workers: tiles that run at once.
         sinks: maps that go to the caller; ``sink_bytes`` for each pixel of a row of tiles, ``sink_held`` beside.
         apart: the device with memory of its own on which tiles run; None for the CPU.
+        bands: how ranks share the image, and ``link`` how fast they talk; None for one that has it to itself.
     """
 
     backward: bool
@@ -72,6 +76,8 @@ class Terms:
     as_bytes: frozenset[Ref] = frozenset()
     raw: frozenset[Ref] = frozenset()
     apart: Apart | None = None
+    bands: Bands | None = None
+    link: Link = ASSUMED
 
 
 class Ground:
@@ -209,7 +215,7 @@ class Piece:
     def settle(self, tile: Tile) -> None:
         """Look at every tile of a grid, for :meth:`needs`."""
         if tile not in self._exact:
-            found = grid(self.graph, self.segment, tile)
+            found = grid(self.graph, self.segment, tile, self.terms.bands)
             rows, cols = (extent(each, self._bill.nodes, self._pads) for each in (found.rows, found.cols))
             (forward,), (backward,) = self._weigh(rows, cols)
             seen, needed = self._weigh(rows, cols, seen=True), (forward, backward)
@@ -243,7 +249,8 @@ class Piece:
         if fixed is not None:
             high, wide = [fixed[0]], [fixed[1]]
         else:
-            high, wide = self._edges(spec.rows, heights), self._edges(spec.cols, widths)
+            reach = self._reach(spec)
+            high, wide = self._edges(reach[0], heights), self._edges(reach[1], widths)
         of, given = self.ground.extents.of, (self.segment, self._bill.nodes)
         rows, cols = of(*given, Role.ROW, high, self._pads), of(*given, Role.COL, wide, self._pads)
         return _Tiles(high, wide, rows, cols)
@@ -254,21 +261,47 @@ class Piece:
         shares = [share] if len(edges) > len(COARSE) and edges[0] <= share <= edges[-1] else []
         return list(dict.fromkeys([*(even(size, edge) for edge in edges), *shares]))
 
+    def _reach(self, spec: Spec) -> tuple[int, int]:
+        """Rows and columns of a map that one rank owns, at most."""
+        bands = self.terms.bands
+        if bands is None:
+            return spec.rows, spec.cols
+        return max(bands.widest(Role.ROW, spec.rows), 1), max(bands.widest(Role.COL, spec.cols), 1)
+
+    @cached_property
+    def talk(self) -> tuple[float, float]:
+        """Seconds in which ranks send each other what this segment reads of boundaries, and its gradients back."""
+        bands, graph, link = self.terms.bands, self.graph, self.terms.link
+        if bands is None or bands.ranks == 1:
+            return 0.0, 0.0
+        beyond = {ref: beyond_band(graph, self.segment, ref, bands) for ref in self.segment.maps}
+        ahead = back = link.message * (2 + self.terms.backward)
+        for ref, area in beyond.items():
+            node = graph.nodes[ref.node]
+            if node.kind not in READERS and node.kind is not Kind.SPREAD:
+                ahead += area * graph.spec(ref).pixel_bytes * link.byte + link.message
+                back += (area * graph.spec(ref).pixel_bytes * link.byte + link.message) * node.needs_grad
+        return 0.0 if self.fused else ahead, back if self.terms.backward else 0.0
+
     def _options(self, tiles: _Tiles) -> list[Option]:
         rows, cols, workers = tiles.rows, tiles.cols, self.terms.workers
         found = self._bill.seconds(rows, cols)
         again = found if self._pulled is self._how else self._bill_pulled.seconds(rows, cols)
         ahead, back, once = (each.tolist() for each in (found.forward, again.backward, again.once))
-        pulled = self.terms.backward
-        fixed, width = self.terms.tile is not None, self.graph.spec(self.segment.base).cols
+        pulled, bands, (talk, talk_back) = self.terms.backward, self.terms.bands, self.talk
+        fixed, (height, width) = self.terms.tile is not None, self._reach(self.graph.spec(self.segment.base))
         narrowest, gigantic = tiles.wide[0], self._gigantic(rows, cols).tolist()
         options = []
         for (i, h), (j, w) in product(enumerate(tiles.high), enumerate(tiles.wide)):
             if fixed or (min(UPRIGHT * h, width) <= w <= max(WIDEST * h, narrowest) and not gigantic[i][j]):
                 count = rows.counts[i] * cols.counts[j]
+                share = 1.0
+                if bands is not None:
+                    count, share = -(-height // h) * -(-width // w), bands.share
                 of_thread = 1.0 if self.terms.apart else -(-count // workers) / count  # an idle worker is time lost
-                forward = 0.0 if self.fused else ahead[i][j] * of_thread + once[i][j] * (not pulled)
-                backward = back[i][j] * of_thread + once[i][j] if pulled else 0.0
+                forward = 0.0 if self.fused else ahead[i][j] * of_thread * share + once[i][j] * (not pulled)
+                backward = back[i][j] * of_thread * share + once[i][j] if pulled else 0.0
+                forward, backward = forward + talk, backward + talk_back
                 options.append(Option(forward + backward, (h, w), forward, backward))
         return sorted(options)
 
@@ -329,7 +362,7 @@ class Piece:
             for (i, high), (j, wide) in product(enumerate(rows.counts), enumerate(cols.counts))
             if high <= LOOKED_AT and wide <= LOOKED_AT and high * wide > 1
         ]
-        if not few or self.terms.workers == 1:
+        if not few or self.terms.workers == 1 or self.terms.bands is not None:
             return
         tiles = [(i, r, j, c) for i, j in few for r in range(rows.counts[i]) for c in range(cols.counts[j])]
         i, r, j, c = np.array(tiles).T

@@ -13,12 +13,15 @@ import torch
 
 from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.segment import Segment
+from wholegrad.plan.bands import Bands
 from wholegrad.plan.devices import Apart, Host
+from wholegrad.plan.halos import Halo, halos
 from wholegrad.plan.memory import Working, held_whole, kept
 from wholegrad.plan.parts import Parts, parts
 from wholegrad.plan.spill import spill_bytes
 from wholegrad.plan.storage import dtype_name, stored_bytes, stored_dtype
 from wholegrad.plan.tiles import Grid, grid
+from wholegrad.plan.traffic import at_once, shared, traffic
 
 
 class Placement(StrEnum):
@@ -117,6 +120,8 @@ class Plan:
         apart: the device with memory of its own on which tiles run; None on the CPU.
         host: the host's side of such a plan.
         made_on: the device as the caller gave it.
+        bands: how the image is shared out, if ranks share it; bytes and seconds are then those of the rank with most.
+        talk: of ``seconds``, those in which ranks send each other what they need.
     """
 
     graph: Graph
@@ -138,6 +143,8 @@ class Plan:
     apart: Apart | None = None
     host: Host | None = None
     made_on: object = None
+    bands: Bands | None = None
+    talk: float = 0.0
     _grids: dict[int, Grid] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -193,7 +200,7 @@ class Plan:
         hosts = [ref for ref, place in self.placements.items() if place is self.near]
         cut = [part.segment for part in self.segments]
         moments = []
-        held = kept(self.graph, cut, hosts, self.boundary_dtype, self.backward)
+        held = kept(self.graph, cut, hosts, self.boundary_dtype, self.backward, self.here)
         for part, now in zip(self.segments, held, strict=True):
             if not part.fused:
                 moments.append((now.forward, 0, part.working.forward, part.working.slack))
@@ -202,15 +209,33 @@ class Plan:
         spilled = [ref for ref, place in self.placements.items() if place is Placement.DISK]
         spill = spill_bytes(self.graph, spilled, self.boundary_dtype, self.workers)
         if self.apart is not None:
-            return parts(self.graph, self.reserved, moments, 0)
-        return parts(self.graph, self.reserved, moments, len(cut), spill)
+            return parts(self.graph, self.reserved, moments, 0, messages=self.messages)
+        return parts(self.graph, self.reserved, moments, len(cut), spill, self.messages)
+
+    def here(self, ref: Ref, size: int) -> int:
+        """Of a boundary's bytes, what the rank with most of it holds; all where nobody shares it."""
+        return size if self.bands is None else shared(self.graph.spec(ref), self.halos[ref], size)
+
+    @property
+    def messages(self) -> int:
+        """Bytes that ranks send and receive at once."""
+        cut = [part.segment for part in self.segments]
+        return 0 if self.bands is None else at_once(self.graph, cut, self.halos, self.bands)
 
     def grid(self, index: int) -> Grid:
         """The tiles of segment ``index``."""
         if index not in self._grids:
             part = self.segments[index]
-            self._grids[index] = grid(self.graph, part.segment, part.tile)
+            self._grids[index] = grid(self.graph, part.segment, part.tile, self.bands)
         return self._grids[index]
+
+    @cached_property
+    def halos(self) -> dict[Ref, Halo]:
+        """What each rank holds of each boundary; nothing where one has all."""
+        if self.bands is None:
+            return {}
+        segments, grids = [part.segment for part in self.segments], [self.grid(k) for k in range(len(self.segments))]
+        return halos(self.graph, segments, grids, self.bands, self.backward)
 
     def describe_segment(self, index: int) -> tuple[str, str, str, str, str]:
         """Module paths, what it yields, tile, tiles, and bytes of the tiles that run side by side, as text."""
@@ -235,7 +260,7 @@ class Plan:
         """How many bytes, where, and as what if they are rounded."""
         if not self.placements:
             return "no boundaries"
-        kept = sum(self.stored_bytes(ref) for ref in self.placements)
+        kept = sum(self.here(ref, self.stored_bytes(ref)) for ref in self.placements)
         where = " and ".join(sorted({str(place) for place in self.placements.values()}))
         narrow = any(self.stored_dtype(ref) != self.graph.spec(ref).dtype for ref in self.placements)
         rounded = f", rounded to {dtype_name(self.boundary_dtype)}" if narrow and self.boundary_dtype else ""
@@ -245,7 +270,7 @@ class Plan:
         """Each boundary: module, shape, where it lives, bytes."""
         rows = [("boundary", "shape", "lives in", "memory")]
         for ref, place in sorted(self.placements.items()):
-            node, size = self.graph.nodes[ref.node], show_bytes(self.stored_bytes(ref))
+            node, size = self.graph.nodes[ref.node], show_bytes(self.here(ref, self.stored_bytes(ref)))
             rows.append((node.path or node.name, "x".join(map(str, self.graph.spec(ref).shape)), str(place), size))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return ["  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -260,6 +285,17 @@ class Plan:
         held, asked = show_bytes(self.host.reserved), self.host.budget
         allowed = f" of a budget of {show_bytes(asked)}" if asked else ""
         return [f"projected peak of the process {show_bytes(self.host.projected)} (of which reserved {held}){allowed}"]
+
+    def _rank_lines(self) -> list[str]:
+        if self.bands is None:
+            return []
+        sent = [traffic(self, rank) for rank in self.bands.busiest]
+        most, rounds = max(each.total for each in sent), max(each.rounds for each in sent)
+        kind = "" if self.bands.even else ", uneven"
+        return [
+            f"shared by {self.bands.ranks} ranks: {self.bands}{kind}; memory and seconds are of the rank with most; "
+            f"each sends up to {show_bytes(most)} a step in {rounds} rounds"
+        ]
 
     def __str__(self) -> str:
         rows = [("segment", "yields", "tile", "tiles", "memory")]
@@ -280,6 +316,7 @@ class Plan:
             f"(of which reserved {show_bytes(self.reserved)})"
             + (f" of a budget of {show_bytes(self.budget)}" if self.budget else "")
             + f"; whole-image autograd would need {show_bytes(self.whole_image)}",
+            *self._rank_lines(),
             "made up of " + ", ".join(f"{name} {show_bytes(size)}" for name, size in self.memory.rows() if size),
             *self._host_lines(),
         ]

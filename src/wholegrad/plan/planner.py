@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from wholegrad.errors import BudgetError, PlanError
 from wholegrad.graph.graph import Graph, Kind, Node, Ref
 from wholegrad.plan import cost, memory
+from wholegrad.plan.bands import Bands
 from wholegrad.plan.check import check_elements
 from wholegrad.plan.cuttings import Choice, Cutting, Cuttings, Way
 from wholegrad.plan.devices import Apart, Host
@@ -26,6 +27,7 @@ from wholegrad.plan.pieces import Terms
 from wholegrad.plan.plan import Placement, Plan, show_bytes
 from wholegrad.plan.rates import BUILT_IN, Rates
 from wholegrad.plan.search import NEVER, Search
+from wholegrad.plan.traffic import ASSUMED, Link, traffic
 
 __all__ = ["Planner", "Request", "check_elements", "make_plan"]
 
@@ -62,6 +64,8 @@ class Request:
     raw: frozenset[Ref] = frozenset()  # images whose pixels are 8-bit fractions of 255
     rates: Rates = BUILT_IN  # of the machine
     apart: Apart | None = None  # the device with memory of its own on which tiles run; budget and reserved are its own
+    bands: Bands | None = None  # how ranks share the image; bytes are of each
+    link: Link = ASSUMED  # how fast these talk
 
 
 def make_plan(graph: Graph, request: Request) -> Plan:
@@ -130,6 +134,8 @@ class Planner:
             as_bytes=request.as_bytes,
             raw=request.raw,
             apart=request.apart,
+            bands=request.bands,
+            link=request.link,
         )
         self.cuttings = Cuttings(graph, terms, request.placement, request.boundary_dtype)
         fixed = frozenset(request.sinks) | (request.boundaries or frozenset())
@@ -223,7 +229,7 @@ class Planner:
         apart, host = request.apart, None
         if apart is not None:
             host = Host(apart.host_budget, apart.host_reserved, apart.host_reserved + cutting.host_peak(choice))
-        return Plan(
+        made_plan = Plan(
             graph=graph,
             segments=parts,
             placements=choice.way.places,
@@ -240,5 +246,14 @@ class Planner:
             boundary_dtype=request.boundary_dtype,
             apart=apart,
             host=host,
+            bands=request.bands,
             _grids={k: grid for k, (_, grid) in enumerate(made)},
         )
+        return made_plan if request.bands is None else self._talking(made_plan, cutting.talk)
+
+    def _talking(self, made: Plan, estimate: float) -> Plan:
+        """The plan with all that its ranks send each other in its seconds, where the search estimated halos."""
+        assert made.bands is not None
+        link = self.request.link
+        talk = max(traffic(made, rank).seconds(link) for rank in made.bands.busiest) if made.bands.ranks > 1 else 0.0
+        return replace(made, seconds=made.seconds - estimate + talk, talk=talk)

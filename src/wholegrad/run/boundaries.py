@@ -21,9 +21,14 @@ from wholegrad.run.device import Device
 from wholegrad.run.spill_store import DiskStore, ask_ahead, owners_cuts, spill_of
 from wholegrad.run.store import AwayStore, DeviceStore, HostStore, MapStore, overflows
 
+NOTHING = Box(0, 0, 0, 0)
+
 
 class Boundaries:
     """Stores of one step.
+
+    Args:
+        rank: whose part of every boundary is held, where ranks share the image.
 
     Attributes:
         maps: the boundaries that there are.
@@ -31,8 +36,8 @@ class Boundaries:
         spill: what those on disk share, if any are there.
     """
 
-    def __init__(self, plan: Plan, device: Device) -> None:
-        self.plan, self.graph, self.device = plan, plan.graph, device
+    def __init__(self, plan: Plan, device: Device, rank: int = 0) -> None:
+        self.plan, self.graph, self.device, self.rank = plan, plan.graph, device, rank
         self.blocks = blocks_of(plan)
         self.maps: dict[Ref, MapStore] = {}
         self.grads: dict[Ref, MapStore] = {}
@@ -51,6 +56,15 @@ class Boundaries:
         """Where a boundary lives."""
         return self.plan.placements.get(ref, Placement.DEVICE if self.device.apart else Placement.HOST)
 
+    def held(self, ref: Ref) -> Box | None:
+        """The part of a boundary that lies here; None for all of it."""
+        return None if self.plan.bands is None else self.plan.halos[ref].held(self.rank) or NOTHING
+
+    def _share(self, ref: Ref) -> float:
+        """Of a boundary's bytes, what lies here."""
+        held, spec = self.held(ref), self.graph.spec(ref)
+        return 1.0 if held is None else held.area / (spec.rows * spec.cols)
+
     def add_map(self, ref: Ref) -> None:
         """Make the store of a boundary that is about to be computed."""
         self.maps[ref] = self._new(ref, self.plan.stored_dtype(ref), zero=False)
@@ -62,15 +76,15 @@ class Boundaries:
         return self.grads[ref]
 
     def _new(self, ref: Ref, dtype: torch.dtype, zero: bool) -> MapStore:
-        spec, place = self.graph.spec(ref), self.placement(ref)
+        spec, place, held = self.graph.spec(ref), self.placement(ref), self.held(ref)
         if place is Placement.DEVICE:
-            return DeviceStore(spec, self.device, zero, dtype)
-        if place is Placement.DISK:
+            return DeviceStore(spec, self.device, zero, dtype, held)
+        if place is Placement.DISK and held != NOTHING:
             assert self.spill is not None
             what = f"{'gradient of ' if zero else ''}boundary {self.graph.nodes[ref.node].place}"
-            found: MapStore = DiskStore(spec, self.spill, owners_cuts(self.plan, ref), what, dtype)
+            found: MapStore = DiskStore(spec, self.spill, owners_cuts(self.plan, ref), what, dtype, held)
         else:
-            found = HostStore(spec, self.blocks, zero, dtype)
+            found = HostStore(spec, self.blocks, zero, dtype, held)
         return AwayStore(spec, self.device, found) if self.device.apart else found
 
     def brought(self, ref: Ref, value: torch.Tensor) -> torch.Tensor:
@@ -112,11 +126,13 @@ class Boundaries:
     def new_grads(self, segment: Segment) -> dict[Ref, int]:
         """The boundaries that get a gradient when ``segment`` is pulled back, and had none, and its bytes."""
         fresh = [ref for ref in segment.maps if ref in self.maps and ref not in self.grads]
-        return {ref: self.graph.spec(ref).nbytes for ref in fresh if self.graph.nodes[ref.node].needs_grad}
+        trained = [ref for ref in fresh if self.graph.nodes[ref.node].needs_grad]
+        return {ref: round(self.graph.spec(ref).nbytes * self._share(ref)) for ref in trained}
 
     def sizes(self, refs: Iterable[Ref]) -> dict[Ref, int]:
         """Bytes of boundaries as they are stored."""
-        return {ref: stored_bytes(self.graph.spec(ref), self.plan.boundary_dtype) for ref in refs}
+        found = {ref: stored_bytes(self.graph.spec(ref), self.plan.boundary_dtype) for ref in refs}
+        return {ref: round(size * self._share(ref)) for ref, size in found.items()}
 
     def make_room(self, working: int, new: Mapping[Ref, int]) -> None:
         """Return free memory to the system where a segment might else pass the projected peak (rule 7).

@@ -29,7 +29,7 @@ from wholegrad.graph.rules import State
 from wholegrad.graph.rules.reduction import wide
 from wholegrad.graph.segment import Segment
 from wholegrad.plan.plan import Plan
-from wholegrad.plan.tiles import Tile
+from wholegrad.plan.tiles import Grid, Tile
 from wholegrad.run import process
 from wholegrad.run.ahead import Ahead
 from wholegrad.run.boundaries import Boundaries
@@ -77,7 +77,12 @@ class Executor:
         progress: called after each tile.
         seed: of the step, for random ops.
         device: where tiles run; None for the CPU.
+
+    Attributes:
+        of_tiles: where gradients of small values add up that tiles give: by default with all others.
     """
+
+    rank = 0  # where ranks share the image, which one runs here
 
     def __init__(
         self,
@@ -97,7 +102,8 @@ class Executor:
         self.sources = sources
         self.sinks = dict(sinks or {})
         self.progress = progress
-        self.kept = Boundaries(plan, self.device)
+        self.of_tiles = self.small
+        self.kept = Boundaries(plan, self.device, self.rank)
         self.sums = Sums(plan.graph, later=self.device.apart)
         self.ahead = Ahead(plan.graph, sources, self.device) if self.device.apart else None
         self.level = levels(plan)
@@ -106,7 +112,11 @@ class Executor:
 
     def _count_tiles(self) -> int:
         runs = 2 if self.plan.backward else 1
-        return sum(part.tiles * (1 if part.fused else runs) for part in self.plan.segments)
+        return sum(len(self.grid(i)) * (1 if part.fused else runs) for i, part in enumerate(self.plan.segments))
+
+    def grid(self, i: int) -> Grid:
+        """The tiles of segment ``i`` that run here."""
+        return self.plan.grid(i)
 
     def close(self) -> None:
         """Give all boundaries back."""
@@ -142,6 +152,11 @@ class Executor:
             self.kept.maps.pop(ref).close()
 
     def _forward_segment(self, i: int) -> None:
+        self._forward_tiles(i)
+        self.small.values.update(self.sums.finish(self.plan.segments[i].segment.reductions))
+
+    def _forward_tiles(self, i: int) -> None:
+        """Run the tiles of segment ``i``: its boundaries are made, and what they sum is merged."""
         segment = self.plan.segments[i].segment
         later = {ref for part in self.plan.segments[i + 1 :] for ref in part.segment.maps}
         kept = [ref for ref in segment.outputs if ref not in self.sinks or ref in later]
@@ -175,7 +190,6 @@ class Executor:
                 self._hand_on(ref, tile.owned[ref], value)
             self.sums.merge(parts, tile)
             self._tick("forward")
-        self.small.values.update(self.sums.finish(segment.reductions))
 
     def _soon(self, again: Recall, grads: bool, tile: Tile) -> None:
         """Ask for what a tile will read."""
@@ -190,7 +204,7 @@ class Executor:
         """Every tile of segment ``i`` with what ``work`` made of it, in tile order; ``soon`` is told of each before."""
         clock.expect(self.plan.workers)
         with clock.span("preparing", "tiles"):
-            tiles = self.plan.grid(i)
+            tiles = self.grid(i)
 
         def counted(tile: Tile) -> Result:
             with clock.span("between ops", sweep):
@@ -280,14 +294,19 @@ class Executor:
         segment = self.plan.segments[i].segment
         pull = self._pull(segment.reductions, self.small.grads)
         if pull.grads or any(ref in self.kept.grads for ref in segment.outputs):
-            again = recall(self.graph, segment, self.kept.maps.keys())
-            how = self._how(again.graph, again.segment, True)
-            self._make_room(self.plan.segments[i].working.backward, self.kept.new_grads(segment))
-            soon, work = partial(self._soon, again, True), self._pulling(again, how, pull, False)
-            for _, pulled in self._tiles(i, work, soon, clock.BACKWARD):
-                self._add_grads(pulled)
-                self._tick("backward")
+            self._backward_tiles(i, pull)
         self._after_backward(i)
+
+    def _backward_tiles(self, i: int, pull: Pull) -> None:
+        """Run the tiles of segment ``i`` again and pull them back."""
+        segment = self.plan.segments[i].segment
+        again = recall(self.graph, segment, self.kept.maps.keys())
+        how = self._how(again.graph, again.segment, True)
+        self._make_room(self.plan.segments[i].working.backward, self.kept.new_grads(segment))
+        soon, work = partial(self._soon, again, True), self._pulling(again, how, pull, False)
+        for _, pulled in self._tiles(i, work, soon, clock.BACKWARD):
+            self._add_grads(pulled)
+            self._tick("backward")
 
     def _how(self, graph: Graph, segment: Segment, pulled: bool = False) -> Inlined:
         """What of a segment is computed where it is read; ``pulled`` where tiles are pulled back."""
@@ -328,12 +347,12 @@ class Executor:
         for ref, grad in pulled.grads.items():
             node = self.graph.nodes[ref.node]
             if node.kind is Kind.SPREAD:
-                self.small.add_grad_on(node.operands[0], node.outputs[0].layout, pulled.boxes[ref], grad)
+                self.of_tiles.add_grad_on(node.operands[0], node.outputs[0].layout, pulled.boxes[ref], grad)
             elif ref in pulled.boxes:
                 self.kept.add_grad(ref, pulled.boxes[ref], grad)
             else:
                 with clock.span("merging", "gradients"):
-                    self.small.add_grad(ref, grad)
+                    self.of_tiles.add_grad(ref, grad)
 
     def _after_backward(self, i: int) -> None:
         """Close what no remaining segment needs: gradients of this one's outputs, maps that only it and later read."""
@@ -346,6 +365,12 @@ class Executor:
         self._close([ref for ref in self.kept.maps if ref not in needed])
 
     def _fused_segment(self, i: int) -> None:
+        self._fused_tiles(i)
+        self.small.values.update(self.sums.finish(self.plan.segments[i].segment.reductions))
+        self._after_backward(i)
+
+    def _fused_tiles(self, i: int) -> None:
+        """Run the tiles of segment ``i`` forward and pull them back, in one pass."""
         segment = self.plan.segments[i].segment
         pull = self._pull(segment.reductions, self._grads_known_before(i))
         again = recall(self.graph, segment, frozenset())
@@ -356,8 +381,6 @@ class Executor:
             self.sums.merge(pulled.parts, tile)
             self._add_grads(pulled)
             self._tick("fused")
-        self.small.values.update(self.sums.finish(segment.reductions))
-        self._after_backward(i)
 
     def _grads_known_before(self, i: int) -> dict[Ref, torch.Tensor]:
         """Gradients of a fused segment's reductions, with NaN in place of values that are not known yet.

@@ -58,11 +58,17 @@ class SmallValues:
                     outputs = self._run(node, {ref: self.values[ref] for ref in node.operands})
                 self.values.update(zip(node.refs, outputs, strict=True))
 
-    def supposing(self, values: Mapping[Ref, torch.Tensor]) -> SmallValues:
-        """A copy in which ``values`` hold, and what follows from them."""
+    def beside(self) -> SmallValues:
+        """The same values, with gradients that add up apart."""
         other = SmallValues.__new__(SmallValues)
         other.graph, other.seed, other.device = self.graph, self.seed, self.device
-        other.values, other.grads = {**self.values, **values}, {}
+        other.values, other.grads = self.values, {}
+        return other
+
+    def supposing(self, values: Mapping[Ref, torch.Tensor]) -> SmallValues:
+        """A copy in which ``values`` hold, and what follows from them."""
+        other = self.beside()
+        other.values = {**self.values, **values}
         other.settle()
         return other
 

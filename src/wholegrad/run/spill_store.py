@@ -21,6 +21,7 @@ class DiskStore(MapStore):
 
     Args:
         cuts: along rows and columns, of the tiles that own the map: 0 to its size.
+        held: the part of the map that may be written; None for all of it.
         what: the map in words, for messages.
 
     Raises:
@@ -34,19 +35,27 @@ class DiskStore(MapStore):
         cuts: tuple[Sequence[int], Sequence[int]],
         what: str,
         dtype: torch.dtype | None = None,
+        held: Box | None = None,
     ) -> None:
-        super().__init__(spec, dtype)
+        super().__init__(spec, dtype, held)
         self._spill = spill
-        self._file = spill.file(layout(*cuts, self.stored[0] * self.stored[3] * self.dtype.itemsize), what)
+        mine = self.held
+        inside = _within(cuts[0], mine.y0, mine.y1), _within(cuts[1], mine.x0, mine.x1)
+        self._file = spill.file(layout(*inside, self.stored[0] * self.stored[3] * self.dtype.itemsize), what)
 
     def _on(self, box: Box) -> list[tuple[int, Box, Box]]:
-        """Each block that ``box`` meets, the pixels of it that are in the box, and all its pixels."""
+        """Each block that ``box`` meets, the pixels of it that are in the box, and all its pixels, in the held part."""
         found = []
         for number in self._file.layout.on(box):
             block = self._file.layout.box(number)
             y0, y1 = max(box.y0, block.y0), min(box.y1, block.y1)
             found.append((number, Box(y0, y1, max(box.x0, block.x0), min(box.x1, block.x1)), block))
         return found
+
+    def _moved(self, box: Box) -> Box:
+        """A box of the map as one of the held part."""
+        y, x = self.held.y0, self.held.x0
+        return Box(box.y0 - y, box.y1 - y, box.x0 - x, box.x1 - x)
 
     def _part(self, values: torch.Tensor, block: Box, inner: Box) -> torch.Tensor:
         """The pixels on ``inner`` of a block's bytes, ``(N, h, w, C)``."""
@@ -57,6 +66,7 @@ class DiskStore(MapStore):
         return _crop(pixels, inner, block)
 
     def read(self, box: Box) -> torch.Tensor:
+        box = self._moved(box)
         result = torch.empty((self.stored[0], box.height, box.width, self.stored[3]), dtype=self.read_dtype)
         for number, inner, block in self._on(box):
             with self._spill.reading(self._file, number) as values:
@@ -64,13 +74,13 @@ class DiskStore(MapStore):
         return self._tile(result)
 
     def write(self, box: Box, tile: torch.Tensor) -> None:
-        pixels = self._pixels(tile)
+        box, pixels = self._moved(box), self._pixels(tile)
         for number, inner, block in self._on(box):
             with self._spill.changing(self._file, number, whole=inner == block) as values:
                 self._part(values, block, inner).copy_(_crop(pixels, inner, box))
 
     def add(self, box: Box, tile: torch.Tensor) -> None:
-        pixels = self._pixels(tile)
+        box, pixels = self._moved(box), self._pixels(tile)
         for number, inner, block in self._on(box):
             with self._spill.changing(self._file, number, whole=False) as values:
                 part = self._part(values, block, inner)
@@ -79,7 +89,7 @@ class DiskStore(MapStore):
 
     def ahead(self, box: Box) -> None:
         """Have what ``box`` meets read from disk before it is asked for."""
-        self._spill.ahead(self._file, self._file.layout.on(box))
+        self._spill.ahead(self._file, self._file.layout.on(self._moved(box)))
 
     def close(self) -> None:
         self._spill.drop(self._file)
@@ -88,6 +98,11 @@ class DiskStore(MapStore):
 def _crop(pixels: torch.Tensor, inner: Box, outer: Box) -> torch.Tensor:
     """The pixels on ``inner`` of those on ``outer``, ``(N, h, w, C)``."""
     return pixels[:, inner.y0 - outer.y0 : inner.y1 - outer.y0, inner.x0 - outer.x0 : inner.x1 - outer.x0]
+
+
+def _within(cuts: Sequence[int], lo: int, hi: int) -> list[int]:
+    """Cuts between two positions, counted from the first of them."""
+    return [0, *(cut - lo for cut in cuts if lo < cut < hi), hi - lo]
 
 
 def spill_of(plan: Plan) -> Spill | None:

@@ -26,14 +26,16 @@ class MapStore(ABC):
 
     Args:
         dtype: in which elements are stored; None for the Spec's own, in which they are read and written.
+        held: the part of the map that there is memory for; None for all of it. No box reaches out of it.
     """
 
-    def __init__(self, spec: Spec, dtype: torch.dtype | None = None) -> None:
-        self.shape = spec.shape
+    def __init__(self, spec: Spec, dtype: torch.dtype | None = None, held: Box | None = None) -> None:
+        self.held = held or Box(0, spec.rows, 0, spec.cols)
+        self.shape = (*spec.shape[:-2], self.held.height, self.held.width)
         self.read_dtype = spec.dtype
         self.dtype = dtype or spec.dtype
         batch = self.shape[0] if len(self.shape) == 4 else 1
-        self.stored = (batch, spec.rows, spec.cols, prod(self.shape[:-2]) // batch)
+        self.stored = (batch, self.held.height, self.held.width, prod(self.shape[:-2]) // batch)
 
     @property
     def nbytes(self) -> int:
@@ -92,8 +94,15 @@ class HostStore(MapStore):
         zero: whether a new map holds zeros: for sums. Else all of it must be written before it is read.
     """
 
-    def __init__(self, spec: Spec, blocks: Blocks, zero: bool = True, dtype: torch.dtype | None = None) -> None:
-        super().__init__(spec, dtype)
+    def __init__(
+        self,
+        spec: Spec,
+        blocks: Blocks,
+        zero: bool = True,
+        dtype: torch.dtype | None = None,
+        held: Box | None = None,
+    ) -> None:
+        super().__init__(spec, dtype, held)
         self._blocks = blocks
         self._block = blocks.take(max(self.nbytes, 1), zero)
         flat = self._block[: self.nbytes].view(self.dtype)
@@ -101,7 +110,8 @@ class HostStore(MapStore):
 
     def _box(self, box: Box) -> torch.Tensor:
         assert self._map is not None, "the store is closed"
-        rows, cols = box.slices()
+        assert self.held.holds(box), f"{box} of a map of which {self.held} is held"
+        rows, cols = box.slices(self.held)
         return self._map[:, rows, cols]
 
     def read(self, box: Box) -> torch.Tensor:
@@ -126,8 +136,15 @@ class HostStore(MapStore):
 class DeviceStore(HostStore):
     """A map in a device's memory, which its allocator hands out."""
 
-    def __init__(self, spec: Spec, device: Device, zero: bool = True, dtype: torch.dtype | None = None) -> None:
-        MapStore.__init__(self, spec, dtype)
+    def __init__(
+        self,
+        spec: Spec,
+        device: Device,
+        zero: bool = True,
+        dtype: torch.dtype | None = None,
+        held: Box | None = None,
+    ) -> None:
+        MapStore.__init__(self, spec, dtype, held)
         make = torch.zeros if zero else torch.empty
         self._map = make(self.stored, dtype=self.dtype, device=device.torch)
 
@@ -142,7 +159,7 @@ class AwayStore(MapStore):
     """
 
     def __init__(self, spec: Spec, device: Device, store: MapStore) -> None:
-        super().__init__(spec, store.dtype)
+        super().__init__(spec, store.dtype, store.held)
         self._device, self._store = device, store
 
     def read(self, box: Box) -> torch.Tensor:

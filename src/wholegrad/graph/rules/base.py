@@ -142,6 +142,14 @@ class ReductionRule(Rule):
         """``total`` with one more tile, whose elements lie on ``box`` of the operand; may write into ``total``."""
         return part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
 
+    def share(self, node: Node, spec: Spec, total: State, box: Box) -> State:
+        """What another process needs to know of a total whose tiles, all together, lie on ``box``: by default all."""
+        return total
+
+    def join(self, node: Node, spec: Spec, total: State | None, other: State, box: Box) -> State:
+        """:meth:`merge` with what :meth:`share` gave in another process, whose tiles lie on ``box``."""
+        return self.merge(node, spec, total, other, box)
+
     def finish(self, node: Node, spec: Spec, total: State) -> tuple[torch.Tensor, ...]:
         """The op's outputs from the merged state, by default that. ``spec`` is the operand's, at the true size."""
         return total

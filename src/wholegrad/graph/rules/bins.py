@@ -53,6 +53,9 @@ class BinnedAverage(Binned, AdaptiveAverage):
         found = rows @ part[0].to(rows.dtype) @ cols.T
         return (found if total is None else total[0] + found,)
 
+    def join(self, node: Node, spec: Spec, total: State | None, other: State, box: Box) -> State:
+        return (other[0] if total is None else total[0] + other[0],)
+
     def pull(
         self, node: Node, spec: Spec, tile: torch.Tensor, box: Box, total: State, grads: Sequence[torch.Tensor | None]
     ) -> torch.Tensor:
@@ -70,6 +73,16 @@ def _found(elements: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         last = elements.shape[-1] - 1 - elements.isnan().flip(-1).to(torch.uint8).argmax(-1)
         at = torch.where(nan, last, at)
     return value, at
+
+
+Found = tuple[torch.Tensor, torch.Tensor]
+
+
+def _better(old: Found, new: Found) -> Found:
+    """Of two maxima and their places the larger, as :func:`_found` would choose."""
+    better = (new[0] > old[0]) | ((new[0] == old[0]) & (new[1] < old[1]))
+    better |= new[0].isnan() & (~old[0].isnan() | (new[1] > old[1]))
+    return torch.where(better, new[0], old[0]), torch.where(better, new[1], old[1])
 
 
 @register(aten.adaptive_max_pool2d.default)
@@ -94,12 +107,11 @@ class BinnedMax(Binned, AdaptiveMax):
                     rows, cols = mine.slices(box)
                     value, at = _found(part[0][..., rows, cols].flatten(-2))
                     place = (at // mine.width + mine.y0) * spec.cols + at % mine.width + mine.x0
-                    old, old_place = best[..., i, j], where[..., i, j]
-                    better = (value > old) | ((value == old) & (place < old_place))
-                    better |= value.isnan() & (~old.isnan() | (place > old_place))
-                    best[..., i, j] = torch.where(better, value, old)
-                    where[..., i, j] = torch.where(better, place, old_place)
+                    best[..., i, j], where[..., i, j] = _better((best[..., i, j], where[..., i, j]), (value, place))
         return best, where
+
+    def join(self, node: Node, spec: Spec, total: State | None, other: State, box: Box) -> State:
+        return (other[0], other[1]) if total is None else _better((total[0], total[1]), (other[0], other[1]))
 
     def pull(
         self, node: Node, spec: Spec, tile: torch.Tensor, box: Box, total: State, grads: Sequence[torch.Tensor | None]

@@ -193,6 +193,9 @@ class Gather(ReductionRule):
         on_box(whole, spec.layout, box).copy_(unflattened(part[0], spec.layout, box))
         return (whole,)
 
+    def share(self, node: Node, spec: Spec, total: State, box: Box) -> State:
+        return (crop(total[0], spec.layout, full_box(spec.layout), box).contiguous(),)
+
     def pull(
         self, node: Node, spec: Spec, tile: torch.Tensor, box: Box, total: State, grads: Sequence[torch.Tensor | None]
     ) -> torch.Tensor:

@@ -78,6 +78,16 @@ class Strip(ReductionRule):
             whole[found[0]] = part[0][found[1]]
         return (whole,)
 
+    def share(self, node: Node, spec: Spec, total: State, box: Box) -> State:
+        found = self._parts(node, box)
+        return (total[0][:0] if found is None else total[0][found[0]],)
+
+    def join(self, node: Node, spec: Spec, total: State | None, other: State, box: Box) -> State:
+        whole = other[0].new_zeros(node.outputs[0].shape, dtype=spec.dtype) if total is None else total[0]
+        if (found := self._parts(node, box)) is not None:
+            whole[found[0]] = other[0]
+        return (whole,)
+
     def pull(
         self, node: Node, spec: Spec, tile: torch.Tensor, box: Box, total: State, grads: Sequence[torch.Tensor | None]
     ) -> torch.Tensor:

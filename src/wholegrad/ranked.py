@@ -1,0 +1,157 @@
+"""Steps that several processes take together: one plan for all, their tiles, and what comes of several slides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from wholegrad.errors import PlanError
+from wholegrad.given import Given
+from wholegrad.graph.graph import Graph, Kind
+from wholegrad.plan.bands import bands
+from wholegrad.plan.plan import Plan
+from wholegrad.plan.planner import Request
+from wholegrad.plan.rates import Rates
+from wholegrad.plan.traffic import Link
+from wholegrad.run.distributed.agreement import agree, pixels_digest, plan_digest, tensors_digest, versions
+from wholegrad.run.distributed.ranks import Ranks, ranks_of, timeout_of, wire_of
+from wholegrad.run.distributed.slides import combined
+from wholegrad.run.distributed.wire import Wire
+from wholegrad.run.whole_image import Outcome
+
+RanksLike = object  # a number, (rows, columns), a ProcessGroup, a DeviceMesh or Ranks
+
+
+def shared_request(ranks: RanksLike, graph: Graph, request: Request) -> Request:
+    """The request that all ranks make alike, so that all get the same plan.
+
+    Args:
+        ranks: a number of ranks or their layout, to plan for processes that need not exist; or ``group=``.
+
+    Raises:
+        PlanError: no such layout.
+    """
+    size = (graph.image.outputs[0].rows, graph.image.outputs[0].cols)
+    if isinstance(ranks, int) and not isinstance(ranks, bool) and ranks > 0:
+        return replace(request, bands=bands(size, layout_of(size, ranks)))
+    if isinstance(ranks, tuple) and len(ranks) == 2 and all(isinstance(n, int) and n > 0 for n in ranks):
+        return replace(request, bands=bands(size, ranks))
+    if isinstance(ranks, int | tuple):
+        raise PlanError("ranks", f"is {ranks!r}", "give a number of ranks, (rows, columns) of blocks, or a group")
+    group = ranks_of(ranks)
+    assert group is not None and group.tiles is not None
+    wire = wire_of(group.tiles, timeout_of(group, 0.0))
+    shape = group.layout or layout_of(size, group.count, bool(group.shares))
+    with wire.step():
+        return _agreed(wire, replace(request, bands=bands(size, shape, group.shares), link=group.link))
+
+
+def sharing(ranks: RanksLike) -> RanksLike:
+    """What of ``ranks=`` decides a plan: nothing of a group whose ranks have an image each."""
+    if ranks is None or isinstance(ranks, int | tuple):
+        return ranks
+    group = ranks_of(ranks)
+    return None if group is None or group.tiles is None else group
+
+
+def layout_of(size: tuple[int, int], ranks: int, one_axis: bool = False) -> tuple[int, int]:
+    """Bands along rows and along columns for so many ranks: those of the shortest cuts, hence of the smallest halos."""
+
+    def cut(shape: tuple[int, int]) -> int:
+        return (shape[0] - 1) * size[1] + (shape[1] - 1) * size[0]
+
+    shapes = [(down, ranks // down) for down in range(1, ranks + 1) if ranks % down == 0]
+    return min((shape for shape in shapes if not one_axis or min(shape) == 1), key=lambda each: (cut(each), each[1]))
+
+
+def _agreed(wire: Wire, request: Request) -> Request:
+    """The least room and the fewest workers of any rank, rank 0's rates."""
+    room = None if request.budget is None else request.budget - request.reserved
+    text = json.dumps(
+        {"room": room, "workers": request.workers, "rates": asdict(request.rates), "link": asdict(request.link)}
+    ).encode()
+    told = wire.meet(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    found = [json.loads(bytes(each.tolist())) for each in told]
+    rooms = [each["room"] for each in found if each["room"] is not None]
+    return replace(
+        request,
+        budget=request.reserved + min(rooms) if rooms else None,
+        workers=min(each["workers"] for each in found),
+        rates=Rates.of(found[0]["rates"]),
+        link=Link(**found[0]["link"]),
+    )
+
+
+@dataclass
+class Together:
+    """One step of this process with the others: in its tiles' group, and in its slides'."""
+
+    tiles: Wire | None
+    slides: Wire | None
+    combine: str
+
+    @staticmethod
+    def of(group: object, made: Plan) -> Together:
+        """How a plan runs in that group.
+
+        Raises:
+            PlanError: it was made for another number of ranks.
+        """
+        ranks = ranks_of(group)
+        if ranks is None:
+            ranks = Ranks()
+        planned = 1 if made.bands is None else made.bands.ranks
+        if planned != ranks.count:
+            cause = f"is for {planned} ranks that share the image, and {ranks.count} run it"
+            raise PlanError("plan", cause, "plan with ranks=group")
+        wait = timeout_of(ranks, made.seconds)
+        tiles = wire_of(ranks.tiles, wait) if ranks.tiles is not None and made.bands is not None else None
+        return Together(tiles, None if ranks.slides is None else wire_of(ranks.slides, wait), ranks.combine)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Open while the step runs: an error of one rank is raised on all."""
+        with ExitStack() as stack:
+            for wire in (self.slides, self.tiles):
+                if wire is not None:
+                    stack.enter_context(wire.step())
+            yield
+
+    def checked(
+        self,
+        made: Plan,
+        tensors: Mapping[str, torch.Tensor],
+        inputs: Given,
+        seed: int | None,
+        draw: Callable[[], int],
+    ) -> int:
+        """The seed of the step, once all ranks have shown that they mean the same one.
+
+        Raises:
+            RankError: one does not; names it, and what differs.
+        """
+        if self.tiles is None and self.slides is None:
+            return draw()
+        trained = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
+        buffers = {name: tensor for name, tensor in tensors.items() if name not in trained}
+        alike = {"version": versions(), "weights": tensors_digest(trained), "buffers": tensors_digest(buffers)}
+        if self.slides is not None:
+            agree(self.slides, {**alike, "way to combine slides": self.combine})
+        if self.tiles is None:
+            return draw()
+        own = {"plan": plan_digest(made), **alike, "values": tensors_digest(inputs.values)}
+        own["pixels"] = pixels_digest(inputs.sources)
+        agree(self.tiles, {**own, "seed": str(seed)})
+        first = self.tiles.meet(torch.tensor([draw()], dtype=torch.int64).view(torch.uint8))[0]
+        return int(first.cpu().view(torch.int64).item())
+
+    def combined(self, outcome: Outcome, graph: Graph, tensors: Mapping[str, torch.Tensor]) -> Outcome:
+        """What this slide's step gives, with those of all others."""
+        if self.slides is None:
+            return outcome
+        trained = {node.name: tensors[node.name] for node in graph.of_kind(Kind.PARAMETER) if node.needs_grad}
+        return combined(self.slides, outcome, trained, self.combine)
