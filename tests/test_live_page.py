@@ -64,8 +64,9 @@ def follow_to_the_end(browser: Browser, process: subprocess.Popen[str]) -> None:
     assert titles == ["Loss", "Dice", "Learning rate", "Memory, GiB", "Seconds a step"]
     browser.until(f"{POINTS} > {first}", 60)
     browser.until("page.run.prediction?.step >= 40", 120)
+    version = browser.until("page.scene.version", 60)  # the page looks for new layers once it has heard of one
+    browser.until("document.querySelectorAll('.layer').length > 1", 30)
     assert layers(browser) == ["error", "prediction", "truth"]
-    version = browser.until("page.scene.version", 60)
     browser.until(f"page.scene.version > {version} && page.run.over()", 120)
     assert browser.run(STATE) == "Finished."
     browser.until("page.scene.score && !!document.getElementById('dice')", 60)  # scored once the processor is free
