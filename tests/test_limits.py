@@ -157,9 +157,10 @@ image = np.broadcast_to(np.uint8(9), (3, 2000, 6000))
 plan = wg.plan(model, LOSSES["bce"], image, image[:1], budget="auto")
 loss = wg.backward(model, LOSSES["bce"], image, image[:1], plan=plan).item()
 said = None
-large = wg.plan(model, LOSSES["bce"], image, image[:1], budget="3GiB", tile=(2000, 6000))
+wide = np.broadcast_to(np.uint8(9), (3, 6000, 12000))
+large = wg.plan(model, LOSSES["bce"], wide, wide[:1], budget="3GiB", tile=(6000, 12000))
 try:
-    wg.backward(model, LOSSES["bce"], image, image[:1], plan=large)
+    wg.backward(model, LOSSES["bce"], wide, wide[:1], plan=large)
 except wg.WholegradError as error:
     said = str(error)
 print(json.dumps({"limit": limits.tightest().limit, "budget": plan.budget, "projected": plan.projected, "loss": loss,

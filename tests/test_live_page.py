@@ -57,6 +57,7 @@ def follow_to_the_end(browser: Browser, process: subprocess.Popen[str]) -> None:
     browser.until("window.page && page.ready && page.run?.steps.length > 2", 120)
     first = browser.run(POINTS)
     assert browser.until(STATE) not in ("Finished.", "")
+    browser.until("document.getElementById('run-facts').textContent.includes('MP/s')", 30)  # known after two steps
     told = facts(browser)
     assert told["Steps"].endswith(" of 200") and "Left" in told and "of 4.00" in told["Memory"]
     assert " s a step, " in told["Speed"] and told["Speed"].endswith(" MP/s") and told["Learning rate"] == "0.01"

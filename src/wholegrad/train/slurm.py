@@ -122,7 +122,7 @@ fi"""
 set -euo pipefail
 
 # The ranks find each other at the first node, at a port of this job's own.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS={job.cpus}
 
