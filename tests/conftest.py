@@ -102,3 +102,15 @@ def narrow(fresh_kernels: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ho
         monkeypatch.setattr(pointwise, "host", lambda: machine)
 
     return use
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, for the tests of pages."""
+    from browser import Browser, find_browser
+
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium on the PATH, and WHOLEGRAD_BROWSER names none")
+    with Browser(path) as one:
+        yield one

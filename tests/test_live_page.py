@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,22 +12,13 @@ import pytest
 if sys.platform == "win32":
     pytest.skip("the browser is driven over inherited pipes, which Windows lacks", allow_module_level=True)
 
-from browser import Browser, find_browser
+from browser import Browser
 from test_live import address, running, slides
 
 __all__ = ["slides"]  # the fixture
 
 POINTS = "document.querySelector('#charts polyline')?.getAttribute('points').split(' ').length ?? 0"
 STATE = "document.getElementById('run-state')?.textContent ?? ''"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = find_browser()
-    if path is None:
-        pytest.skip("no Chromium on the PATH, and WHOLEGRAD_BROWSER names none")
-    with Browser(path) as one:
-        yield one
 
 
 def layers(page: Browser) -> list[str]:

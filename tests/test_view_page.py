@@ -24,7 +24,7 @@ from wholegrad.view.server import Server
 if sys.platform == "win32":
     pytest.skip("the browser is driven over inherited pipes, which Windows lacks", allow_module_level=True)
 
-from browser import Browser, find_browser
+from browser import Browser
 
 HEIGHT, WIDTH = 1400, 2000
 GLASS = (240, 238, 242)
@@ -46,15 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with PyramidWriter(path / name, (1, HEIGHT, WIDTH), mpp=0.5, label=True) as writer:
             writer.write_rows(labels)
     return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = find_browser()
-    if path is None:
-        pytest.skip("no Chromium on the PATH, and WHOLEGRAD_BROWSER names none")
-    with Browser(path) as one:
-        yield one
 
 
 @pytest.fixture(scope="module")

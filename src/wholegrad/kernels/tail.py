@@ -109,11 +109,6 @@ class Writer:
     def dtype(self) -> torch.dtype:
         return self.layers[-1].weight.dtype
 
-    @property
-    def backward(self) -> bool:
-        """Whether any gradient is known that could be pulled back."""
-        return self.wants[-1].output and any(each.share is not None for each in self.terms)
-
     def schedule(self, row: Axis, col: Axis, given: Sequence[Lying]) -> Schedule:
         """The calls for a block; ``given`` says how the tensors lie of which places are parts."""
         return _Scheduling(self, row, col, given).run()
