@@ -39,7 +39,7 @@ FASTER = 0.8  # of the tiles' predicted time that a step on whole maps must take
 SHORT = 1.0  # predicted seconds of a step in tiles below which "auto" looks at nothing else
 SCRATCH = 1.1  # of the bytes that a rehearsal counts: what kernels take for themselves
 UNFOLDED = 1.4  # the same in float64, where convolutions unfold their input
-HEAP = 256 << 20  # bytes that the heap may hold in pieces: blocks of up to 32 MiB come from it, larger ones do not
+HEAP = 320 << 20  # bytes that the heap may hold in pieces: blocks of up to 32 MiB come from it, larger ones do not
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
