@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from wholegrad.graph.inline import Inlined
 
 aten = torch.ops.aten
-BUFFERS = 5 << 18  # bytes of all layers' rows of a strip: about what a core's own cache holds
-HEIGHTS = (24, 12)  # rows of a strip: multiples of the rows that kernels block, 1 to 6
+BUFFERS = 2 << 20  # bytes of all layers' rows of a strip: a core's own cache and its share of the next
+HEIGHTS = (48, 24, 12)  # rows of a strip: multiples of the rows that kernels block, 1 to 6
 WIDTHS = (2048, 1024, 512)  # columns of a panel: wide ones are fetched better, and overlap less
 FULL = 2  # a map belongs to the strip if it has more than one pixel for so many of the result
 
