@@ -322,8 +322,8 @@ class Piece:
         """
         terms = self.terms
         count: npt.NDArray[np.int64] = np.outer(rows.counts, cols.counts).ravel()
-        run = count * (2 if terms.backward and not self.fused else 1)  # in both sweeps
-        side, wear = np.minimum(count, terms.workers), None if seen else memory.wear(run, terms.workers)
+        sweeps = 2 if terms.backward and not self.fused else 1
+        side, wear = np.minimum(count, terms.workers), None if seen else memory.wear(count, terms.workers, sweeps)
         forward, backward = (side * each for each in self._largest(rows, cols, wear))
         if terms.apart is not None:
             beside = self._in_flight(rows, cols) * self._walk.arriving(self._areas(self._walk, rows, cols), terms.raw)
