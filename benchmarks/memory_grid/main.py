@@ -120,6 +120,7 @@ def child(cell: Cell, folder: Path) -> None:
     import torch
 
     import wholegrad as wg
+    from wholegrad.errors import BudgetError
     from wholegrad.run import process
     from wholegrad.slide.arrays import open_npy
 
@@ -130,7 +131,7 @@ def child(cell: Cell, folder: Path) -> None:
     started = time.perf_counter()
     try:
         plan = wg.plan(model, loss, image, wanted, budget=cell.budget, **fixed_of(cell.fixed))
-    except wg.BudgetError as error:
+    except BudgetError as error:
         print(json.dumps({"smallest": error.smallest}))
         return
     found: dict[str, Any] = {"planning": time.perf_counter() - started, "held": process.resident(), "seconds": []}

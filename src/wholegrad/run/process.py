@@ -34,8 +34,8 @@ _WHILE_RUNNING = {  # glibc takes no higher threshold: larger blocks, each pages
 _GLIBC_DEFAULTS = {_M_MMAP_THRESHOLD: 1 << 17, _M_TRIM_THRESHOLD: 1 << 17, _M_TOP_PAD: 1 << 17}
 
 
-LOOK_EVERY, RELEASE_EVERY = 0.02, 0.5  # seconds between looks at this process's size, and after one that helped
-NEAR = 24 << 20  # bytes below a projected peak from which on free memory is given back
+LOOK_EVERY, RELEASE_EVERY = 0.02, 0.2  # seconds between looks at this process's size, and after one that helped
+NEAR = 48 << 20  # bytes below a projected peak from which on free memory is given back
 
 _has_run = False
 
