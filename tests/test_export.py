@@ -22,7 +22,7 @@ import wholegrad as wg
 from wholegrad.cli import main
 from wholegrad.errors import WholegradError
 from wholegrad.export import MismatchError, run_tiled
-from wholegrad.export.card import scale_of, tiling_of
+from wholegrad.export.card import scale_of, tiling_of, weights_digest
 from wholegrad.export.formats import FORMATS, TORCHSCRIPT, quiet
 from wholegrad.given import given
 from wholegrad.graph.capture import capture
@@ -289,6 +289,117 @@ def test_sizes_that_the_network_does_not_take_are_told(tmp_path: Path) -> None:
     assert card.input["multiple"] == [4, 4]
 
 
+class Demanding(nn.Conv2d):
+    """Takes multiples of a number alone, though no op of it does."""
+
+    multiple = 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
+            raise ValueError("another size, please")
+        return super().forward(x)
+
+
+def test_sizes_that_only_the_networks_code_refuses_are_told_and_tiles_keep_to_them(tmp_path: Path) -> None:
+    card = wg.export(Demanding(3, 1, 3, padding=1).eval(), tmp_path / "n.pt")
+    assert card.input["multiple"] == [3, 3]
+    assert card.tiling is not None and (card.tiling["stride"], card.tiling["halo"]) == ([3, 3], [3, 3])
+    assert card.checked is not None and card.checked["tiles"] is not None
+
+
+class Seven(nn.Module):
+    """Down seven times and up again, joined with what was there: images of multiples of 128 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down = nn.Conv2d(3, 2, 3, padding=1), nn.ModuleList(nn.Conv2d(2, 2, 2, 2) for _ in range(7))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(2, 2, 2, 2) for _ in range(7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = [self.first(x)]
+        for down in self.down:
+            maps.append(down(maps[-1]))
+        found = maps.pop()
+        for up in self.up:
+            found = up(found) + maps.pop()
+        return found
+
+
+def test_a_deep_network_is_captured_at_a_size_that_it_takes() -> None:
+    found = reach(captured(Seven().eval()))
+    assert isinstance(found, Reach) and found.rows == found.cols
+    assert found.rows.stride == 128 and found.rows.halo == 128
+
+
+def test_a_network_that_takes_no_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Demanding, "multiple", 315)  # which the size of the capture is a multiple of
+    with pytest.raises(WholegradError, match=r"runs on no image of about .* \(ValueError: another size, please\)"):
+        wg.export(Demanding(3, 1, 3, padding=1).eval(), tmp_path / "n.pt")
+
+
+class Endless(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * float("inf")
+
+
+def test_what_is_no_number_agrees_with_nothing(tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="is off by inf"):
+        wg.export(Endless(3, 1, 3).eval(), tmp_path / "n.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_its_runtime_does_not_take_is_told(tmp_path: Path) -> None:
+    """ONNX Runtime has no convolution of float64."""
+    with pytest.raises(MismatchError, match=r"is not taken by onnxruntime .*; call model.float\(\) first, or choose"):
+        wg.export(conv().double(), tmp_path / "n.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tiles_that_the_file_refuses_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = TORCHSCRIPT.load
+
+    def large(data: bytes) -> Callable[..., Any]:
+        run = load(data)
+
+        def some(image: Any) -> Any:
+            if image.shape[2] < 60 or image.shape[3] < 60:
+                raise RuntimeError("too small")
+            return run(image)
+
+        return some
+
+    monkeypatch.setitem(FORMATS, ".pt", TORCHSCRIPT._replace(load=large))
+    card = wg.export(conv(), tmp_path / "n.pt")
+    assert card.tiling is None and card.why_not == "by tiles it does not run: run whole images"
+
+
+def test_a_network_that_cannot_be_copied_is_refused(tmp_path: Path) -> None:
+    with pytest.warns(FutureWarning):
+        model = torch.nn.utils.weight_norm(conv())
+    with pytest.raises(WholegradError, match=r"model: cannot be copied .*; take off torch\.nn\.utils\.weight_norm"):
+        wg.export(model, tmp_path / "n.pt")
+
+
+class Talking(nn.Conv2d):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+
+def test_what_a_module_keeps_beside_its_weights_is_not_of_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain, talking = nn.Conv2d(3, 1, 3), Talking(3, 1, 3)
+    assert weights_digest(plain) != weights_digest(talking)
+    talking.load_state_dict(plain.state_dict(), strict=False)
+    assert weights_digest(plain) == weights_digest(talking)
+
+
+def test_without_a_check_the_card_says_nothing_of_it(tmp_path: Path) -> None:
+    card = wg.export(conv(), tmp_path / "n.pt", check=False)
+    assert card.checked is None and card.input["multiple"] is None
+
+
 def test_a_file_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = TORCHSCRIPT.load
 
@@ -327,6 +438,14 @@ def conv() -> nn.Module:
         (lambda: nn.ReLU().eval(), "n.pt", {}, "channels: cannot be told from the network"),
         (lambda: Branch(3, 1, 3).eval(), "n.pt", {}, "code must not look at pixel values"),
         (conv, "n.pt", {"classes": ["a", "b"]}, "classes: are 2 names for 1 labels"),
+        (conv, "n.pt", {"classes": "Tumor"}, "classes: is 'Tumor'; give a list of names"),
+        (conv, "n.pt", {"classes": [""]}, "classes: is ['']; give a list of names"),
+        (lambda: nn.Conv2d(3, 3, 3).eval(), "n.pt", {"classes": ["a", "a"]}, "has a name twice: a, a"),
+        (conv, "n.pt", {"channels": 0}, "channels: is 0; give a whole number of 1 or more"),
+        (conv, "n.pt", {"mpp": 0.0}, "mpp: is 0.0; give um a pixel, more than 0"),
+        (conv, "n.pt", {"mpp": float("nan")}, "mpp: is nan; give um a pixel, more than 0"),
+        (conv, "n.pt", {"opset": 18}, "opset: is of ONNX; name a file .onnx, or leave it out"),
+        (conv, "n.onnx", {"opset": 99}, "opset: is 99, and the exporter gives "),
         (conv, "no/n.pt", {}, "no/n.pt: has no folder to go to; make "),
         (3, "n.pt", {}, "model: is a int; give an nn.Module"),
     ],
@@ -336,6 +455,23 @@ def test_refusals(model: Any, name: str, options: dict[str, Any], said: str, tmp
         wg.export(model() if callable(model) else model, tmp_path / name, **options)
     assert said in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--out", "."], ".: has no ending of a format"),
+        (["--out", "/"], "/: has no ending of a format"),
+        (["--out", "n.pt", "--mpp", "2"], "--mpp: is known of tissue4492; leave it out"),
+        (["--out", "n.pt", "--network", "unet4492"], "--network: is known of tissue4492; leave it out"),
+    ],
+)
+def test_the_command_refuses_in_one_line(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "tissue4492", *words]) == 2
+    assert said in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,6 +497,9 @@ def test_weights_of_a_run_with_what_their_card_knows(tmp_path: Path, capsys: pyt
     told = json.loads(out.with_suffix(".json").read_text())
     assert told["input"]["mean"] == [0.5] * 3 and told["licence"] == "CC0-1.0"
     assert told["output"]["classes"] == ["background", "tumour"]
+    for flag, value in (("--mpp", "0"), ("--mpp", "-2")):
+        assert main(["export", str(tmp_path), "--out", str(tmp_path / "other.pt"), flag, value]) == 2
+        assert "mpp: is " in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--out", str(out)]) == 2
     assert "net.pt: exists already; choose another --out, or give --force" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--out", str(out), "--force", "--no-check"]) == 0

@@ -13,6 +13,7 @@ import wholegrad as wg
 from wholegrad.commands.common import CONSOLE, Commands, add_command
 from wholegrad.errors import ConfigError
 from wholegrad.export import ExportCard
+from wholegrad.export.formats import format_of
 from wholegrad.export.network import Kind
 from wholegrad.nets.tissue import MPP, tissue4492
 from wholegrad.train.networks import build_network
@@ -51,6 +52,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    format_of(args.out)
     for path in (args.out, args.out.with_suffix(".json")):
         if path.exists() and not args.force:
             raise ConfigError(str(path), "exists already", "choose another --out, or give --force")
@@ -74,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
 def _trained(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """The network, and what is known of it for the card."""
     if args.weights == SHIPPED and not Path(SHIPPED).exists():
+        for flag in ("network", "mpp", "licence"):
+            if getattr(args, flag) is not None:
+                raise ConfigError(f"--{flag}", f"is known of {SHIPPED}", "leave it out")
         told = {"mpp": MPP, "classes": args.classes or ["Tissue"], "balance": True, "licence": "Apache-2.0"}
         return tissue4492(), {**told, "name": SHIPPED}
     card = read_card(args.weights)
@@ -81,7 +86,7 @@ def _trained(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     data = card.config.get("data", {})
     return model, {
         "name": card.network,
-        "mpp": args.mpp or data.get("mpp"),
+        "mpp": data.get("mpp") if args.mpp is None else args.mpp,
         "classes": args.classes or _classes(data.get("classes")),
         "balance": bool(data.get("balance")),
         "licence": args.licence,

@@ -29,7 +29,7 @@ class ExportCard:
         network: its name; ``parameters``: how many numbers it learned.
         input: name, axes, dtype, channels, um a pixel, and what pixels are: ``values`` in words; ``mean`` and
             ``std`` that the file itself normalises by, or None; ``balance`` that has to be done before, or None;
-            ``multiple``: of pixels that height and width must be.
+            ``multiple``: of pixels that height and width must be, None where it was not looked for.
         output: name, axes, dtype, ``kind`` (logits or probability), how probabilities follow, classes in order of the
             channels (of one channel: what 0 and 1 stand for), ``scale``: input pixels under one of its own,
             rows and columns.
@@ -58,7 +58,7 @@ class ExportCard:
 
     def to_json(self) -> str:
         told = asdict(self)
-        return json.dumps({"card": told.pop("card"), **told}, indent=2) + "\n"
+        return json.dumps({"card": told.pop("card"), **told}, indent=2, allow_nan=False) + "\n"
 
     def of_file(self, name: str, data: bytes) -> ExportCard:
         """The same card for a file of this name and content."""
@@ -87,9 +87,11 @@ def scale_of(found: Reach | Unbounded) -> list[float] | None:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of every parameter and buffer: name, dtype, shape, bytes."""
+    """SHA-256 of every parameter and buffer that is saved: name, dtype, shape, bytes."""
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):  # what a module keeps beside them, of any type
+            continue
         values = tensor.detach().cpu().contiguous()
         found.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
         found.update(values.reshape(-1).view(torch.uint8).numpy().tobytes() if values.numel() else b"")
@@ -100,10 +102,14 @@ def class_names(names: Sequence[str] | None, channels: int) -> list[str]:
     """Of labels 0, 1, ...: background, then what the caller names.
 
     Raises:
-        ConfigError: there are more names than labels.
+        ConfigError: there are more names than labels, a name twice, or no list of them.
     """
     count = max(1, channels - 1)
     given = list(names or [])
+    if isinstance(names, str) or not all(isinstance(name, str) and name for name in given):
+        raise ConfigError("classes", f"is {names!r}", "give a list of names")
+    if len(set(given)) < len(given):
+        raise ConfigError("classes", f"has a name twice: {', '.join(given)}", "give different names")
     if len(given) > count:
         raise ConfigError("classes", f"are {len(given)} names for {count} labels", "name labels 1, 2, ... alone")
     return ["background", *given, *(f"class {label}" for label in range(len(given) + 1, count + 1))]

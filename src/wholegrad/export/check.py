@@ -7,6 +7,7 @@ times what PyTorch's own float32 run is.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,10 @@ class Compared:
 
     @property
     def ok(self) -> bool:
-        return self.file <= self.allowed
+        return math.isfinite(self.file) and self.file <= self.allowed
+
+
+REFUSED = Compared(math.inf, 0.0, 0.0)
 
 
 class Truth:
@@ -45,6 +49,7 @@ class Truth:
     def __init__(self, model: nn.Module, dtype: torch.dtype, channels: int) -> None:
         self.model, self.dtype, self.channels = model, dtype, channels
         self.exact = copy.deepcopy(model).double()
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def image(self, batch: int, height: int, width: int) -> torch.Tensor:
         """Pixels in [0, 1], the same at every call of this size."""
@@ -52,11 +57,18 @@ class Truth:
         return torch.rand(batch, self.channels, height, width, generator=generator, dtype=torch.float64).to(self.dtype)
 
     @torch.no_grad()
+    def own(self, image: torch.Tensor) -> torch.Tensor:
+        """What the network makes of an image in its own dtype; the last answer is kept."""
+        if self._last is None or self._last[0] is not image:
+            self._last = (image, self.model(image))
+        return self._last[1]
+
+    @torch.no_grad()
     def compare(self, image: torch.Tensor, found: Array) -> Compared:
         """What the file made of an image with what the network makes of it."""
-        own, exact = self.model(image), self._exact(image)
+        own, exact = self.own(image), self._exact(image)
         if found.shape != tuple(own.shape):
-            return Compared(float("inf"), 0.0, 0.0)
+            return REFUSED
         largest = float(exact.abs().max()) if exact.numel() else 0.0
         theirs = _apart(torch.from_numpy(np.asarray(found)), exact)
         ours = _apart(own, exact)
@@ -77,24 +89,32 @@ def _apart(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def agrees(truth: Truth, run: Run, batch: int, height: int, width: int) -> Compared | None:
-    """How far the file is from the network on one image; None if it refuses that size."""
+    """How far the file is from the network on one image; None if either refuses that size."""
     image = truth.image(batch, height, width)
     try:
+        truth.own(image)
         found = run(image.numpy())
-    except Exception:  # each runtime has its own
+    except Exception:  # each runtime has its own, and the network's code
         return None
     return truth.compare(image, found)
 
 
 def by_tiles(truth: Truth, run: Run, card: dict[str, Any], multiple: tuple[int, int]) -> Compared | None:
-    """The same by tiles on two strips, one cut in each direction; None if an image would be too large to try."""
+    """The same by tiles on two strips, one cut in each direction.
+
+    None if an image would be too large to try; ``REFUSED`` if the file does not take such tiles.
+    """
     found = []
     for cut in (0, 1):
         size, tile = zip(*(_sizes(card, axis, axis == cut, multiple[axis]) for axis in (0, 1)), strict=True)
         if size[0] * size[1] > MOST:
             return None
         image = truth.image(1, *size)
-        found.append(truth.compare(image, run_tiled(run, image.numpy(), card, tile)))
+        try:
+            made = run_tiled(run, image.numpy(), card, tile)
+        except Exception:  # each runtime has its own
+            return REFUSED
+        found.append(truth.compare(image, made))
     return max(found, key=lambda each: each.file / max(each.allowed, 1e-300))
 
 

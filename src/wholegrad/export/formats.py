@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,6 +78,9 @@ def _onnx(model: nn.Module, image: torch.Tensor, opset: int | None) -> Any:
     )  # fmt: skip
     assert made is not None
     proto = made.model_proto
+    got = next(each.version for each in proto.opset_import if each.domain in ("", "ai.onnx"))
+    if opset is not None and got != opset:
+        raise ConfigError("opset", f"is {opset}, and the exporter gives {got}", "choose that, or leave it out")
     if proto.ByteSize() > LARGEST:
         cause = f"takes {proto.ByteSize()} bytes, and an ONNX file has less than 2 GiB"
         raise ConfigError("network", cause, "name a file .pt2")
@@ -181,3 +185,16 @@ ONNX = Format("ONNX", _onnx, _pack_onnx, _run_onnx, _onnx_runtime, ("onnx", "onn
 PT2 = Format("PyTorch's exported program", _pt2, _pack_pt2, _run_pt2, _torch)
 TORCHSCRIPT = Format("TorchScript", _torchscript, _pack_torchscript, _run_torchscript, _torch)
 FORMATS = {".onnx": ONNX, ".pt2": PT2, ".pt": TORCHSCRIPT}
+
+
+def format_of(path: Path) -> Format:
+    """The format that a file's ending names.
+
+    Raises:
+        ConfigError: none does.
+    """
+    form = FORMATS.get(path.suffix.lower())
+    if form is None:
+        known = ", ".join(f"{ending} ({each.name})" for ending, each in FORMATS.items())
+        raise ConfigError(str(path), "has no ending of a format that networks are exported to", f"choose from {known}")
+    return form

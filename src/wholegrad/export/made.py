@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import lcm
+from typing import Any
 
 import torch
 from torch import nn
 
 from wholegrad.errors import WholegradError
 from wholegrad.export.card import ExportCard
-from wholegrad.export.check import Compared, MismatchError, Truth, agrees, by_tiles
+from wholegrad.export.check import REFUSED, Compared, MismatchError, Truth, agrees, by_tiles
 from wholegrad.export.formats import TORCHSCRIPT, Format, Run
 
-UNKNOWN = tuple(1 << k for k in range(8))  # multiples to try where the geometry does not say
 UNEVEN = 7  # pixels beyond a multiple, to see whether such sizes do
 ELSEWHERE = "choose another ending, or take out of the network what the exporter names"
 
@@ -31,15 +32,15 @@ def make(
     truth: Truth,
     card: ExportCard,
     size: tuple[int, int],
-    stride: tuple[int, int] | None,
+    units: list[tuple[int, int]],
     opset: int | None,
     check: bool,
 ) -> Made:
     """The network's file, checked.
 
     Args:
-        size: of an image that is large enough for it, a multiple of the stride.
-        stride: None where it is not known.
+        size: of an image that the network takes, large enough for it, a multiple of all units.
+        units: what height and width may have to be multiples of, the least first.
 
     Raises:
         MismatchError: the file does not compute what the network does.
@@ -54,11 +55,10 @@ def make(
             continue
         told = card if batch > 1 else _of_one(card)
         if not check:
-            told = replace(told, input=told.input | {"multiple": list(stride or (1, 1))})
             return Made(form.pack(built, told.to_json()), told)
-        run = form.load(form.pack(built, ""))
         try:
-            told = _checked(told, form, run, truth, size, stride, batch)
+            run = _loaded(form, form.pack(built, ""), card)
+            told = _checked(told, form, run, truth, size, units, batch)
         except MismatchError as error:
             refusal = error
             continue
@@ -94,13 +94,28 @@ def _built(form: Format, network: nn.Module, image: torch.Tensor, card: ExportCa
         raise WholegradError(card.network, f"cannot become {form.name} ({said})", ELSEWHERE) from error
 
 
+def _loaded(form: Format, data: bytes, card: ExportCard) -> Run:
+    """What runs the file.
+
+    Raises:
+        MismatchError: its runtime does not take it, as ONNX Runtime takes no convolution of float64.
+    """
+    try:
+        return form.load(data)
+    except Exception as error:  # each runtime has its own
+        said = " ".join(str(error).split())[:300]
+        single = "" if card.input["dtype"] == "float32" else "call model.float() first, or "
+        remedy = f"{single}choose another ending, or leave out the check"
+        raise MismatchError(card.network, f"is not taken by {form.runtime()} ({said})", remedy) from error
+
+
 def _checked(
     card: ExportCard,
     form: Format,
     run: Run,
     truth: Truth,
     size: tuple[int, int],
-    stride: tuple[int, int] | None,
+    units: list[tuple[int, int]],
     batch: int,
 ) -> ExportCard:
     """The card with what running the file showed.
@@ -108,14 +123,17 @@ def _checked(
     Raises:
         MismatchError: the file is not the network.
     """
-    multiple, whole = _multiple(card, run, truth, size, stride)
+    multiple, whole = _multiple(card, run, truth, size, units)
+    if card.tiling is not None:
+        card = replace(card, tiling=_coarser(card.tiling, multiple))
     if batch > 1:
         whole = max(whole, _demanded(card, agrees(truth, run, 3, *size), "three images"), key=lambda each: each.file)
     tiled = None
     if card.tiling is not None:
         tiled = by_tiles(truth, run, {"tiling": card.tiling, "output": card.output}, multiple)
         if tiled is not None and not tiled.ok:
-            why = f"by tiles it is off by {tiled.file:.1e} from the whole image: run whole images"
+            how = f"is off by {tiled.file:.1e} from the whole image" if tiled != REFUSED else "does not run"
+            why = f"by tiles it {how}: run whole images"
             card, tiled = replace(card, tiling=None, why_not=why), None
     checked = {
         "with": form.runtime(), "against": "float64", "whole": whole.file, "torch": whole.torch,
@@ -124,16 +142,22 @@ def _checked(
     return replace(card, checked=checked, input=card.input | {"multiple": list(multiple)})
 
 
+def _coarser(tiling: dict[str, Any], multiple: tuple[int, int]) -> dict[str, Any]:
+    """A card's tiles, none of which has a size that the file does not take."""
+    stride = [lcm(*both) for both in zip(tiling["stride"], multiple, strict=True)]
+    halo = [-(-each // by) * by for each, by in zip(tiling["halo"], stride, strict=True)]
+    return tiling | {"stride": stride, "halo": halo}
+
+
 def _multiple(
-    card: ExportCard, run: Run, truth: Truth, size: tuple[int, int], stride: tuple[int, int] | None
+    card: ExportCard, run: Run, truth: Truth, size: tuple[int, int], units: list[tuple[int, int]]
 ) -> tuple[tuple[int, int], Compared]:
     """What height and width must be a multiple of, the least that does, and how far the file is off there.
 
     Raises:
         MismatchError: nothing does but the size that it was exported with.
     """
-    tried = [(1, 1), stride] if stride is not None else [(m, m) for m in UNKNOWN]
-    for rows, cols in tried:
+    for rows, cols in units:
         sizes = [(size[0] + k * rows, size[1] + j * cols) for k, j in ((UNEVEN, 3), (2, UNEVEN), (0, 0))]
         found: list[Compared] = []
         for each in sizes:

@@ -12,6 +12,7 @@ import copy
 import importlib.util
 import os
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from wholegrad.errors import ConfigError, ShapeError, UnsupportedOpError
 from wholegrad.export.card import ExportCard, class_names, scale_of, tiling_of, versions, weights_digest
 from wholegrad.export.check import Truth
-from wholegrad.export.formats import FORMATS, INPUT, OUTPUT, Format, quiet
+from wholegrad.export.formats import INPUT, ONNX, OUTPUT, Format, format_of, quiet
 from wholegrad.export.made import make
 from wholegrad.given import given
 from wholegrad.graph.capture import capture
@@ -38,6 +39,8 @@ from wholegrad.train.networks import Normalized, without_normalization
 Kind = Literal["logits", "probability"]
 EXTRA = "pip install 'wholegrad[export]'"
 LEAST = 128  # pixels of an image to export with
+POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+MULTIPLES = (*POWERS, 3, 6, 12, 24, 48, 96, 5, 10, 20, 40, 7, 14, 28, 56)  # of the stride, that code may ask of sizes
 VALUES = "fractions: 8-bit values divided by 255"
 COLOURS = {3: ["red", "green", "blue"], 1: ["grey"]}
 
@@ -88,39 +91,32 @@ def export(
         check: run the file, whole and by tiles, and compare with the network before it is written.
 
     Raises:
-        ConfigError: the ending is unknown, a package is missing, or the network is in training mode.
+        ConfigError: the ending is unknown, a package is missing, an option cannot be, the network is in training mode.
+        ShapeError: the network gives no tensor, or takes no size that was tried.
         MismatchError: the file does not compute what the network does; nothing is written.
         WholegradError: the network cannot be captured or exported, or the file cannot be written.
     """
     path = Path(out)
-    form = _format(path)
+    form = format_of(path)
     _refuse(model, kind, threshold, form, check)
+    _refuse_numbers(channels, mpp, None if form is ONNX else opset)
     if not path.parent.is_dir():
         raise ConfigError(str(path), "has no folder to go to", f"make {path.parent} first")
     dtype = model_dtype(model)
-    network = Exported(copy.deepcopy(model).to(CPU).eval(), kind).requires_grad_(False)
-    truth = Truth(network, dtype, channels or _channels(model))
+    network = Exported(_copy(model), kind).requires_grad_(False)
+    truth = Truth(network, dtype, _channels(model) if channels is None else channels)
     found = _reach(network.model, truth.channels, dtype)
-    size = _size(found)
     with quiet():
-        card = _card(model, found, truth, size, form, kind, {
+        size, units, given_back = _tried(truth, found)
+        card = _card(model, found, truth, given_back, form, kind, {
             "mpp": mpp, "classes": classes, "threshold": threshold, "balance": balance, "name": name,
             "licence": licence,
         })  # fmt: skip
-        stride = None if isinstance(found, Unbounded) else (found.rows.stride, found.cols.stride)
-        made = make(form, network, truth, card, size, stride, opset, check)
+        made = make(form, network, truth, card, size, units, opset, check)
     card = made.card.of_file(path.name, made.data)
     _write(path, made.data)
     _write(path.with_suffix(".json"), card.to_json().encode())
     return card
-
-
-def _format(path: Path) -> Format:
-    form = FORMATS.get(path.suffix.lower())
-    if form is None:
-        known = ", ".join(f"{ending} ({each.name})" for ending, each in FORMATS.items())
-        raise ConfigError(str(path), "has no ending of a format that networks are exported to", f"choose from {known}")
-    return form
 
 
 def _refuse(model: nn.Module, kind: Kind, threshold: float, form: Format, check: bool) -> None:
@@ -142,6 +138,25 @@ def _refuse(model: nn.Module, kind: Kind, threshold: float, form: Format, check:
             raise ConfigError(form.name, f"needs {package}, which is not installed", remedy)
 
 
+def _refuse_numbers(channels: int | None, mpp: float | None, opset: int | None) -> None:
+    if channels is not None and (not isinstance(channels, int) or channels < 1):
+        raise ConfigError("channels", f"is {channels!r}", "give a whole number of 1 or more")
+    if mpp is not None and (not isinstance(mpp, int | float) or not 0 < mpp < inf):
+        raise ConfigError("mpp", f"is {mpp!r}", "give um a pixel, more than 0")
+    if opset is not None:
+        raise ConfigError("opset", "is of ONNX", "name a file .onnx, or leave it out")
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """The network on the CPU, in evaluation mode, with weights of its own."""
+    try:
+        return copy.deepcopy(model).to(CPU).eval()
+    except Exception as error:  # whatever a module of the user's raises
+        said = " ".join(str(error).split())[:200]
+        remedy = "take off torch.nn.utils.weight_norm (remove_weight_norm), or let copy.deepcopy copy its modules"
+        raise ConfigError("model", f"cannot be copied ({type(error).__name__}: {said})", remedy) from error
+
+
 def _channels(model: nn.Module) -> int:
     """What the first convolution takes."""
     for module in model.modules():
@@ -160,28 +175,50 @@ def _reach(network: nn.Module, channels: int, dtype: torch.dtype) -> Reach | Unb
         return Unbounded(error.where, error.cause)
 
 
-def _size(found: Reach | Unbounded) -> tuple[int, int]:
-    """Of an image to export with: no map of it is one pixel wide, which would mean broadcasting."""
-    if isinstance(found, Unbounded):
-        return 2 * LEAST, 3 * LEAST
-    rows, cols = (
-        axis.stride * -(-max(axis.before + axis.after, LEAST) // axis.stride) for axis in (found.rows, found.cols)
-    )
-    return rows + 2 * found.rows.stride, cols + 3 * found.cols.stride
+def _tried(truth: Truth, found: Reach | Unbounded) -> tuple[tuple[int, int], list[tuple[int, int]], Any]:
+    """Size of an image to export with, what sizes may have to be multiples of, and what the network gives for it.
+
+    Raises:
+        ShapeError: it runs on no size that was tried.
+    """
+    stride = (1, 1) if isinstance(found, Unbounded) else (found.rows.stride, found.cols.stride)
+    first: Exception | None = None
+    for multiple in MULTIPLES:
+        unit = (stride[0] * multiple, stride[1] * multiple)
+        size = _size(found, unit)
+        try:
+            with torch.no_grad():
+                out = truth.model(truth.image(1, *size))
+        except Exception as error:  # the network's own code
+            first = first or error
+            continue
+        larger = [(unit[0] * by, unit[1] * by) for by in POWERS]
+        fit = [each for each in larger if size[0] % each[0] == size[1] % each[1] == 0]
+        return size, list(dict.fromkeys([(1, 1), stride, *fit])), out
+    said = " ".join(f"{type(first).__name__}: {first}".split())[:200]
+    sizes = " x ".join(map(str, _size(found, stride)))
+    raise ShapeError("model", f"runs on no image of about {sizes} pixels ({said})", "export a network of any size")
+
+
+def _size(found: Reach | Unbounded, unit: tuple[int, int]) -> tuple[int, int]:
+    """The least multiple of a unit such that no map is one pixel wide, which would mean broadcasting."""
+    whole = (2 * LEAST, 3 * LEAST)
+    if not isinstance(found, Unbounded):
+        reaches = (found.rows.before + found.rows.after, found.cols.before + found.cols.after)
+        whole = (max(reaches[0], LEAST) + 2 * unit[0], max(reaches[1], LEAST) + 3 * unit[1])
+    return -(-whole[0] // unit[0]) * unit[0], -(-whole[1] // unit[1]) * unit[1]
 
 
 def _card(
     model: nn.Module,
     found: Reach | Unbounded,
     truth: Truth,
-    size: tuple[int, int],
+    out: Any,
     form: Format,
     kind: Kind,
     told: dict[str, Any],
 ) -> ExportCard:
-    """What can be said before the file is there."""
-    with torch.no_grad():
-        out = truth.model(truth.image(1, *size))
+    """What can be said before the file is there, but after the network gave ``out`` for an image."""
     if not isinstance(out, torch.Tensor) or out.dim() < 2:
         raise ShapeError("model", "returns no tensor (N, C, ...)", "export a network of maps or of scores")
     tiling, why_not = tiling_of(found)

@@ -305,7 +305,8 @@ def _failing(joint: _Joint, error: Exception) -> str:
         return f"loss {type(joint.loss).__name__}"
     if path:
         return f"{path} ({type(joint.model.get_submodule(path)).__name__})"
-    return f"{type(joint.model).__name__} with {getattr(joint.loss, '__name__', type(joint.loss).__name__)}"
+    name = type(joint.model).__name__
+    return name if joint.loss is None else f"{name} with {getattr(joint.loss, '__name__', type(joint.loss).__name__)}"
 
 
 _VALUES = ("tracing tensor", "meta tensor", "meta device", "Meta tensors", "data-dependent", "DataDependent")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor, lcm
 
+from wholegrad.errors import CaptureError
 from wholegrad.graph.geometry import Interval
 from wholegrad.graph.graph import Graph, Kind, Node, Spec
 from wholegrad.graph.layout import Role
@@ -25,7 +26,7 @@ from wholegrad.graph.rules.interpolate import Upsample
 from wholegrad.graph.rules.shape import extent_of
 from wholegrad.graph.segment import cut, spans
 
-SIZES = (20160, 20160 << 3)  # of an image, one after the other: divisible by every stride that networks have
+SIZES = (20160, 20160 << 3)  # of an image, one after the other: divisible by 64, or 512, and by all up to 10
 LONGEST = 64  # pixels after which an op's geometry must repeat
 ROLES = (Role.ROW, Role.COL)
 
@@ -86,8 +87,13 @@ def reach(captured: Callable[[int], Graph]) -> Reach | Unbounded:
     Raises:
         WholegradError: as the capture does.
     """
+    refused: CaptureError | None = None
     for size in SIZES:
-        graph = captured(size)
+        try:
+            graph = captured(size)
+        except CaptureError as error:
+            refused = refused or error
+            continue
         try:
             rows, cols = (_axis(graph, role) for role in ROLES)
             return Reach(rows, cols)
@@ -95,6 +101,8 @@ def reach(captured: Callable[[int], Graph]) -> Reach | Unbounded:
             return endless.found
         except _TooSmallError:
             continue
+    if refused is not None:
+        raise refused
     output = graph.nodes[graph.outputs[0].node]
     return Unbounded(output.place, f"reaches further than {SIZES[-1] // 2} pixels")
 
