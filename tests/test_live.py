@@ -87,6 +87,7 @@ def test_the_latest_prediction_is_of_the_weights_that_were_judged(slides: Path) 
     assert [found.step for found in judged] == [3, 6]
     ((step, path),) = predictions(config.out / FOLDER, "d")
     assert step == 6 and path.name == "d.6.tif", "older ones are gone"
+    assert RunFolder(config.out).first().name == "d", "which the page shows"
     with wg.open_slide(slides / "slides/d.tif") as slide, wg.open_mask(path, like=slide) as mask:
         _, height, width = slide.shape
         assert np.array_equal(mask.read(Box(0, height, 0, width)), expected[-1])
@@ -128,16 +129,17 @@ def test_a_run_that_is_refused_says_nothing_in_anothers_folder(slides: Path) -> 
     assert before is not None and read_status(config.out) == before
 
 
-def test_a_prediction_that_fails_costs_no_run(slides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [SlideError("disk", "is full", "free some"), OSError(28, "No space left on device")])
+def test_a_prediction_that_fails_costs_no_run(error: Exception, slides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure(slides, "out")
     said: list[str] = []
 
     def fail(*args: Any, **more: Any) -> None:
-        raise SlideError("disk", "is full", "free some")
+        raise error
 
     monkeypatch.setattr("wholegrad.train.live.wg.predict", fail)
     outcome = train(config, Live(config.out, None, said.append).watch())
-    assert outcome.steps == 6 and said == ["the live page has no new prediction: disk: is full; free some"]
+    assert outcome.steps == 6 and said == [f"the live page has no new prediction: {error}"]
 
 
 @contextmanager
@@ -208,6 +210,13 @@ def test_a_run_that_went_silent_is_said_to_be(slides: Path) -> None:
     with following(config.out) as (server, app):
         assert told(server.url, "log/0")["status"]["silent"] is True
         assert app.follower is not None and not app.follower.going()
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"state": "running"}', '{"state": 3, "now": 1}', '{"state": "run'])
+def test_a_status_that_is_none_is_as_if_there_were_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "status.json").write_text(text)
+    assert read_status(tmp_path) is None
 
 
 def test_the_page_before_the_run_says_so_and_nothing_more() -> None:

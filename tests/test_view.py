@@ -191,8 +191,18 @@ def test_headers_forbid_everything_from_elsewhere(server: Server) -> None:
         policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
         assert policy["default-src"] == "'none'" and policy["script-src"] == "'self'"
         assert "unsafe" not in headers["Content-Security-Policy"] and "*" not in headers["Content-Security-Policy"]
+        assert policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
         assert headers["X-Content-Type-Options"] == "nosniff" and headers["Referrer-Policy"] == "no-referrer"
+        assert headers["X-Frame-Options"] == "DENY" and headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
         assert not [name for name in headers if name.lower().startswith("access-control")]
+
+
+def test_what_changes_is_not_kept_by_the_browser_and_tiles_are(server: Server) -> None:
+    for path in ("", "scene.json", "problems.json", "score.json", "at/5_5", "main.js", "nothing"):
+        assert get(server, path)[2]["Cache-Control"] == "no-store", path
+    for path in ("tiles/slide/0/0_0", "tiles/error/1/0_0", "thumb/0_0_200_200"):
+        assert get(server, path)[2]["Cache-Control"].startswith("private, max-age="), path
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "BREW"])
@@ -478,6 +488,17 @@ def test_the_cache_stays_in_its_bound(folder: Path) -> None:
         assert scene.tiles.made == before, "the last one was kept"
 
 
+def test_a_new_prediction_is_drawn_in_place_of_kept_tiles(folder: Path) -> None:
+    with serving(Files(folder / "case.tif", folder / "case.mask.tif", folder / "said.tif")) as one:
+        before = {key: body(one, f"tiles/{key}/0/0_0") for key in ("slide", "truth", "prediction", "error")}
+        thumb = body(one, "thumb/0_0_512_512")
+        one.app.scene.renew(folder / "case.mask.tif")
+        after = {key: body(one, f"tiles/{key}/0/0_0?v=1") for key in before}
+        assert {key for key in before if before[key] != after[key]} == {"prediction", "error"}
+        assert (rgba(after["prediction"])[..., 3] > 0).sum() == (512 - 100) ** 2
+        assert body(one, "thumb/0_0_512_512") != thumb
+
+
 class Value:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -662,29 +683,32 @@ def test_closing_is_quick_and_leaves_nothing_running(folder: Path) -> None:
 
 def test_a_browser_that_has_given_up_costs_nothing(folder: Path) -> None:
     with serving(Files(folder / "case.tif")) as one:
-        asked = threading.Event()
-        gone = threading.Event()
+        asked, go, paths = threading.Event(), threading.Event(), []
         answer = one.app.answer
 
         def slow(path: str, query: str) -> Any:
+            paths.append(path)
             asked.set()
-            gone.wait(10)
+            go.wait(10)
             return answer(path, query)
 
         one.app.answer = slow  # type: ignore[method-assign]
         where = urlsplit(one.url)
-        request = f"GET {where.path}tiles/slide/0/{{}}_0 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        request = f"GET {where.path}{{}} HTTP/1.1\r\nHost: localhost\r\n\r\n"
         with socket.create_connection(("127.0.0.1", where.port or 0)) as line:
-            line.sendall((request.format(0) + request.format(1)).encode())
-            asked.wait(10)
-        asked.clear()
+            line.sendall(request.format("problems.json").encode())
+            assert asked.wait(10)
+            line.sendall(request.format("tiles/slide/0/1_0").encode())
+            line.shutdown(socket.SHUT_WR)  # while the first is worked on
+            time.sleep(0.2)
+            go.set()
+            line.settimeout(10)
+            while line.recv(1 << 16):
+                pass
+        assert paths == ["problems.json"], "what nobody waits for is not made"
         with socket.create_connection(("127.0.0.1", where.port or 0)) as line:
-            line.sendall(request.format(2).encode())
-            line.shutdown(socket.SHUT_WR)
-        gone.set()
-        time.sleep(0.2)
-        one.app.answer = answer  # type: ignore[method-assign]
-        assert body(one, "tiles/slide/0/3_0")
+            line.sendall(request.format("tiles/slide/0/2_0").encode())
+        assert body(one, "tiles/slide/0/3_0"), "one that hangs up does no harm"
 
 
 def test_work_ends_when_nobody_waits() -> None:
@@ -738,6 +762,34 @@ def test_connections_are_bounded(folder: Path) -> None:
         while len(one._open) and time.monotonic() < end:
             time.sleep(0.05)
         assert body(one, "scene.json")
+
+
+def test_those_without_the_token_lock_nobody_out(folder: Path) -> None:
+    """Where strangers hold every connection, the oldest of theirs makes room; one that showed the token never does."""
+    with serving(Files(folder / "case.tif")) as one:
+        where = urlsplit(one.url)
+        mine = http.client.HTTPConnection("127.0.0.1", where.port, timeout=30)
+        mine.request("GET", where.path + "scene.json")
+        assert mine.getresponse().read()
+        lines = [socket.create_connection(("127.0.0.1", where.port or 0)) for _ in range(CONNECTIONS + 20)]
+        assert body(one, "scene.json")
+        mine.request("GET", where.path + "scene.json")
+        assert mine.getresponse().status == 200
+        lines[0].settimeout(10)
+        assert lines[0].recv(1) == b"", "the oldest was hung up"
+        for line in (mine, *lines):
+            line.close()
+
+
+def test_all_work_together_gets_the_time_to_end() -> None:
+    """Not each: a page that is closed must not keep the terminal for the sum of them."""
+    jobs, go = Jobs(), threading.Event()
+    for value in range(4):
+        jobs.state(value, lambda publish: bool(go.wait(20)) and None)
+    start = time.monotonic()
+    jobs.close(seconds=0.4)
+    assert time.monotonic() - start < 1.2
+    go.set()
 
 
 def test_work_that_fails_by_a_mistake_is_not_waited_for() -> None:

@@ -123,7 +123,7 @@ class Live:
                 if older[1] != path:
                     with suppress(OSError):  # someone may have it open, where systems mind
                         older[1].unlink()
-        except WholegradError as error:
+        except (WholegradError, OSError) as error:
             self._warn(f"the live page has no new prediction: {error}")
         finally:
             judged.model.train(training)
@@ -156,7 +156,9 @@ def read_status(out: Path) -> dict[str, Any] | None:
         told = json.loads((out / FOLDER / STATUS).read_text())
     except (OSError, ValueError):
         return None
-    return told if isinstance(told, dict) else None
+    if not isinstance(told, dict) or not isinstance(told.get("state"), str):
+        return None
+    return told if isinstance(told.get("now"), int | float) else None
 
 
 def predictions(folder: Path, name: str) -> list[tuple[int, Path]]:

@@ -40,14 +40,14 @@ class Follower:
     def going(self) -> bool:
         """Whether the run says that it goes on, and said so lately."""
         status = self.run.status()
-        return status is not None and status["state"] not in ENDED and time.time() - status.get("now", 0) < SILENT
+        return status is not None and status["state"] not in ENDED and time.time() - status["now"] < SILENT
 
     def look(self, start: int) -> dict[str, Any]:
         """The log from byte ``start`` on, the run's status, and which prediction is shown."""
         self._take()
         status = self.run.status()
         if status is not None:
-            status["silent"] = status["state"] not in ENDED and time.time() - status.get("now", 0) >= SILENT
+            status["silent"] = status["state"] not in ENDED and time.time() - status["now"] >= SILENT
             self.told_end = status["state"] in ENDED
         shown = None if self._shown is None else {"version": self.scene.version, "step": self._step}
         found = self.run.log(start)

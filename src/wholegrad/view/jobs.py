@@ -75,7 +75,10 @@ class Jobs:
                 state.update(state="failed", problem=" ".join(said.split()))
 
     def close(self, seconds: float = 5.0) -> None:
-        """Ask all work to end and wait a while for it."""
+        """Ask all work to end and wait for it, ``seconds`` at most."""
         self._stop.set()
-        for thread in self._threads:
-            thread.join(seconds)
+        end = time.monotonic() + seconds
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))

@@ -26,7 +26,7 @@ from wholegrad.view.server import Server
 KEEP = 32 << 20  # bytes of tiles as they are sent, and as many of tiles made of others
 LEVEL_CACHE = 16 << 20  # bytes of decoded tiles for each level of the slide
 LINGERS = 4.0  # seconds that a page that was just looked at has to fetch how the run ended
-LOOK = 0.5  # seconds between looks for the run's folder
+LOOK, SELDOM = 0.5, 30.0  # seconds between looks for the run's folder; at most, once its slide could not be opened
 NICER = 10
 
 
@@ -66,12 +66,15 @@ def follow(path: Path, port: int) -> int:
     with Server(opening, port) as server:
         print(server.url, flush=True)
         scene: Scene | None = None
-        while not closed.wait(LOOK):
+        wait = LOOK
+        while not closed.wait(wait):
             if server.app is opening and (path / "run.json").exists():
                 try:
                     scene = _open(path, server)
+                    wait = LOOK
                 except WholegradError as error:  # the run goes on without its page
                     opening.said = f"The slide cannot be shown: {error}"
+                    wait = min(2 * wait, SELDOM)
         while time.monotonic() - server.asked < LINGERS and not _fetched_end(server):
             time.sleep(0.1)
     server.app.close()

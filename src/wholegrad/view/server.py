@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hmac
 import secrets
-import select
 import socket
 import threading
 import time
@@ -97,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
         if not slash or not hmac.compare_digest(token.encode(), self.server.token.encode()):
             self.close_connection = True  # connections are few, and for whom has the token
             return NOT_FOUND
-        self.connection.settimeout(IDLE)
+        self.server.trust(self.connection)
         if self._gone():
             self.close_connection = True
             return None
@@ -114,8 +113,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _gone(self) -> bool:
         """Whether the browser has given up, as it does with tiles that it has moved past."""
-        ready, _, _ = select.select([self.connection], [], [], 0)
-        return bool(ready) and self.connection.recv(1, socket.MSG_PEEK) == b""
+        self.connection.setblocking(False)
+        try:
+            waiting: bytes = self.connection.recv(1, socket.MSG_PEEK)
+            return not waiting
+        except BlockingIOError:  # it waits
+            return False
+        except OSError:
+            return True
+        finally:
+            self.connection.settimeout(IDLE)
 
     def _send(self, answer: Answer) -> None:
         self.send_response(answer.status)
@@ -166,7 +173,7 @@ class Server(ThreadingHTTPServer):
         self.app, self.token = app, secrets.token_urlsafe(24)
         self.asked = float("-inf")
         self._thread: threading.Thread | None = None
-        self._open: set[socket.socket] = set()
+        self._open: dict[socket.socket, bool] = {}  # oldest first, and whether it has shown the token
         self._lock = threading.Lock()
         try:
             super().__init__((LOOPBACK, port), Handler)
@@ -196,19 +203,33 @@ class Server(ThreadingHTTPServer):
         self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), name="wholegrad-view", daemon=True)
         self._thread.start()
 
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def trust(self, connection: socket.socket) -> None:
+        """The connection showed the token: none that did not takes its place."""
         with self._lock:
-            full = len(self._open) >= CONNECTIONS
-            if not full:
-                self._open.add(request)
-        if full:
+            if connection in self._open:
+                self._open[connection] = True
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a new connection; where there are as many as may be, in place of the oldest without the token."""
+        with self._lock:
+            stranger = None
+            if full := len(self._open) >= CONNECTIONS:
+                stranger = next((each for each, trusted in self._open.items() if not trusted), None)
+                if stranger is not None:
+                    del self._open[stranger]
+            if not full or stranger is not None:
+                self._open[request] = False
+        if stranger is not None:
+            with suppress(OSError):  # its thread sees the end, and closes it
+                stranger.shutdown(socket.SHUT_RDWR)
+        elif full:
             self.shutdown_request(request)
             return
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:
-            self._open.discard(request)
+            self._open.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -221,7 +242,7 @@ class Server(ThreadingHTTPServer):
             self._thread.join()
         self.server_close()
         with self._lock:
-            left, self._open = self._open, set()
+            left, self._open = self._open, {}
         for connection in left:
             with suppress(OSError):  # it may be closed already
                 connection.shutdown(socket.SHUT_RDWR)
