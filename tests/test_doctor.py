@@ -246,6 +246,34 @@ def test_quotas_of_both_kinds_of_control_groups(tmp_path: Path) -> None:
     assert threads.cpu_quota(tmp_path) is None
 
 
+def test_quotas_of_groups_that_this_one_lies_in_count(tmp_path: Path) -> None:
+    """As a service's or a job's does, of which the machine's own group knows nothing."""
+    own, inner = tmp_path / "cgroup", tmp_path / "fs/system.slice/job.scope"
+    own.write_text("12:cpu:/elsewhere\n0::/system.slice/job.scope\n")
+    inner.mkdir(parents=True)
+    assert threads.cpu_quota(tmp_path / "fs", own) is None
+    (inner / "cpu.max").write_text("max 100000\n")
+    assert threads.cpu_quota(tmp_path / "fs", own) is None
+    (inner.parent / "cpu.max").write_text("150000 100000\n")
+    assert threads.cpu_quota(tmp_path / "fs", own) == 1.5
+    (inner / "cpu.max").write_text("400000 100000\n")
+    assert threads.cpu_quota(tmp_path / "fs", own) == 1.5
+
+
+def test_every_extra_of_the_package_is_looked_at() -> None:
+    needed = software.requirements()
+    assert needed is not None and software.EXTRAS.keys() == needed.keys() - {"", "dev", "docs"}
+
+
+def test_folders_that_fail_are_not_to_be_reported() -> None:
+    def look() -> Iterator[Finding]:
+        raise FileNotFoundError("No usable temporary directory found")
+        yield
+
+    (told,) = all_of("decoders", look)
+    assert told.state is State.BROKEN and "TMPDIR" in str(told.mend) and "report" not in str(told.mend)
+
+
 def test_little_memory_and_limits_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = Limit("cgroup limit", 2 << 30, 1 << 30)
     monkeypatch.setattr(machine.limits, "limits", lambda: [limit])

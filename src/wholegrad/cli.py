@@ -1,6 +1,7 @@
 """The command line: finds the command, runs it, and turns every refusal into one plain line and an exit code.
 
-Exit codes: 0 done, 1 a proof failed, 2 refused (wrong input, impossible budget), 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 a proof or some of several slides failed, or something is broken (doctor), 2 refused (wrong
+input, impossible budget), 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ al., MIDL 2023). Slides that are there already are used again; earlier results i
 EXAMPLES = """\
   wholegrad demo
   wholegrad demo --out out/demo --steps 2 --budget 1GiB
-  wholegrad demo --quick            a minute, on a smaller slide"""
+  wholegrad demo --quick            two minutes, on a smaller slide"""
 
 GOOD = 0.975  # mean Dice over the last AVERAGED steps at which the mask is good enough to stop
 AVERAGED = 6
@@ -74,7 +74,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--steps", type=int, default=2, help="training steps on the whole large slide (2)")
     parser.add_argument("--seed", type=int, default=0, help="of slides and weights (0)")
     parser.add_argument("--budget", default="1.5GiB", metavar="SIZE", help="memory of the process (1.5GiB)")
-    parser.add_argument("--quick", action="store_true", help="everything smaller: a minute")
+    parser.add_argument("--quick", action="store_true", help="everything smaller: two minutes")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -48,6 +48,14 @@ def all_of(name: str, look: Callable[[], Findings]) -> list[Finding]:
     except Exception as error:  # whatever a broken library raises
         said = " ".join(str(error).split())[:300]
         text = said if isinstance(error, WholegradError) else f"{type(error).__name__}: {said}"
-        mend = error.remedy if isinstance(error, WholegradError) else f"this should not happen: report it with {name}"
+        mend = _remedy(error, name)
         found.append(Finding(name, text, None, State.BROKEN, mend))
     return found
+
+
+def _remedy(error: Exception, name: str) -> str:
+    if isinstance(error, WholegradError):
+        return error.remedy
+    if isinstance(error, OSError):
+        return "see that the folder is there and has room, and that you may write to it (TMPDIR for temporary files)"
+    return f"this should not happen: report it with {name}"

@@ -15,6 +15,7 @@ EXTRAS = {  # what each is for
     "dicom": "DICOM whole-slide images",
     "zarr": "Zarr and OME-Zarr",
     "export": "networks as ONNX",
+    "fleet": "thousands of slides by several workers",
     "tensorboard": "a copy of a run's log",
     "mlflow": "a copy of a run's log",
 }

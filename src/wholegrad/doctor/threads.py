@@ -39,13 +39,33 @@ def look_at_threads() -> Findings:
     yield _load(usable)
 
 
-def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Processors that a control group grants (version 2, then 1); None without a limit."""
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Processors that control groups grant; None without a limit.
+
+    Args:
+        root: where groups are mounted. In version 2 every group from this process's own up to the root counts; in
+            version 1 the root alone, which in a container is its own.
+        own: says which group this process is in.
+    """
     try:
-        quota, period = (root / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    group = root / next((line[3:] for line in lines if line.startswith("0::")), "/").lstrip("/")
+    found = False
+    granted: list[float] = []
+    for folder in (group, *group.parents):
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+            found = True
+            if quota != "max":
+                granted.append(int(quota) / int(period))
+        except (OSError, ValueError, ZeroDivisionError):
+            pass
+        if folder == root:
+            break
+    if found:
+        return min(granted, default=None)
     try:
         numbers = [int((root / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")]
         return None if numbers[0] <= 0 else numbers[0] / numbers[1]
