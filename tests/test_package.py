@@ -19,7 +19,8 @@ import pytest
 import wholegrad
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "src")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "src")
+BESIDE = ("Makefile", "constraints.txt", "tests")  # of the rest of the repository, which an sdist has too
 EPOCH = "1700000000"
 
 USE = r"""
@@ -60,7 +61,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the build needs, where it may leave what it likes."""
     folder = tmp_path_factory.mktemp("sources")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in SOURCES:
+    for name in (*SOURCES, *BESIDE):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
         else:
@@ -118,6 +119,8 @@ def test_the_sdist_builds_the_wheel_that_the_sources_build(dist: Path, sources: 
     with tarfile.open(sdist) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "src/wholegrad/py.typed"} <= names
+    assert {"Makefile", "constraints.txt", "tests/conftest.py", "tests/oracle.py"} <= names, "or nobody could test it"
+    assert not [name for name in names if name.endswith(".pyc")]
     build(sources, tmp_path, "--wheel")
     assert the_wheel(tmp_path).read_bytes() == the_wheel(dist).read_bytes()
 
