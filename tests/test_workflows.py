@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+import wholegrad
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -42,6 +45,27 @@ def test_what_must_be_there_is() -> None:
     assert any(each.startswith("ubuntu") for each in systems) and any(each.startswith("macos") for each in systems)
     release = jobs(ROOT / ".github/workflows/release.yml")
     assert release["pypi"]["permissions"] == {"id-token": "write"} and "build" in release["pypi"]["needs"]
+
+
+@pytest.mark.parametrize(("tag", "said"), [(f"v{wholegrad.__version__}", None), ("v9.9.9", "says nothing of 9.9.9")])
+def test_a_release_is_listed_with_its_part_of_the_changelog(tag: str, said: str | None, tmp_path: Path) -> None:
+    """The step's own lines, run by the shell."""
+    (step,) = (
+        each["run"]
+        for each in jobs(ROOT / ".github/workflows/release.yml")["build"]["steps"]
+        if "changelog" in each.get("name", "")
+    )
+    text = (ROOT / "CHANGELOG.md").read_text()
+    (tmp_path / "CHANGELOG.md").write_text(text + "\n## 0.0.1\n\nOlder.\n")
+    (tmp_path / "python").symlink_to(sys.executable)
+    given = {**os.environ, "TAG": tag, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-ec", step], cwd=tmp_path, env=given, capture_output=True, text=True)
+    if said is not None:
+        assert done.returncode and said in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    notes = (tmp_path / "notes.md").read_text()
+    assert notes.startswith("First light") and "Older" not in notes and notes.strip() in text
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
