@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import wholegrad as wg
+from noted import note
 from wholegrad.graph import strips
 from wholegrad.graph.graph import Graph
 from wholegrad.graph.strips import Strip
 from wholegrad.kernels.host import host
 from wholegrad.nets import unet4492
-from wholegrad.plan import search
 
 pytestmark = pytest.mark.skipif(host() is None, reason="no kernels on this machine")
 
@@ -58,18 +58,7 @@ class Strided(nn.Module):
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Graph, Strip | None]]:
     """Strips and panels are small, no boundary is stored; the list fills with what segments were found to have."""
-    monkeypatch.setattr(search, "candidates", lambda graph: [])
-    monkeypatch.setattr(strips, "HEIGHTS", (7,))
-    monkeypatch.setattr(strips, "WIDTHS", (32,))
-    kept: list[tuple[Graph, Strip | None]] = []
-    find = strips.find
-
-    def noted(graph: Graph, segment: object, how: object) -> Strip | None:
-        kept.append((graph, find(graph, segment, how)))  # type: ignore[arg-type]
-        return kept[-1][1]
-
-    monkeypatch.setattr("wholegrad.graph.inline.find", noted)
-    return kept
+    return note(monkeypatch, strips, "find", 7, 32)
 
 
 @pytest.mark.parametrize("tile", [(1000, 1000), (40, 70), (29, 33)])

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import wholegrad as wg
+from noted import note
 from oracle import assert_exact
 from wholegrad.graph import tails
 from wholegrad.graph.graph import Graph
@@ -20,7 +21,6 @@ from wholegrad.kernels.host import host
 from wholegrad.kernels.tail import _Life, arranged
 from wholegrad.losses import bce_loss, dice_loss, focal_loss
 from wholegrad.nets import unet4492
-from wholegrad.plan import search
 
 pytestmark = pytest.mark.skipif(host() is None, reason="no kernels on this machine")
 BUDGET = "8GiB"
@@ -29,18 +29,7 @@ BUDGET = "8GiB"
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Graph, Tail | None]]:
     """Blocks are small, no boundary is stored; the list fills with what segments were found to have."""
-    monkeypatch.setattr(search, "candidates", lambda graph: [])
-    monkeypatch.setattr(tails, "HEIGHTS", (8,))
-    monkeypatch.setattr(tails, "WIDTHS", (16,))
-    kept: list[tuple[Graph, Tail | None]] = []
-    find = tails.find
-
-    def noted(graph: Graph, segment: object, how: object) -> Tail | None:
-        kept.append((graph, find(graph, segment, how)))  # type: ignore[arg-type]
-        return kept[-1][1]
-
-    monkeypatch.setattr("wholegrad.graph.inline.find_tail", noted)
-    return kept
+    return note(monkeypatch, tails, "find_tail", 8, 16)
 
 
 class Chain(nn.Module):
