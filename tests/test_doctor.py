@@ -18,7 +18,9 @@ from wholegrad import doctor
 from wholegrad.cli import main
 from wholegrad.doctor import folders, machine, reading, software, step, threads
 from wholegrad.doctor.finding import Finding, State, all_of
+from wholegrad.kernels import thin
 from wholegrad.kernels.compile import cache_folder
+from wholegrad.kernels.host import host
 from wholegrad.run.limits import Limit
 
 
@@ -182,6 +184,41 @@ def test_spill_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(folders, "file_system", lambda _, kind=kind: kind)
         told = named(folders.look_at_spill(quick=True), "folder")
         assert told.state is State.ADVICE and said in str(told.mend)
+
+
+def test_a_disk_that_gives_back_something_else_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forgetful(folders.SpillFile):
+        def read(self, view: memoryview, offset: int) -> None:
+            super().read(view, offset)
+            view[0] ^= 1
+
+    monkeypatch.setattr(folders, "spill_folder", lambda _: tmp_path)
+    monkeypatch.setattr(folders, "SpillFile", Forgetful)
+    told = named(folders.look_at_spill(quick=True), "disk")
+    assert told.state is State.BROKEN and told.text == "what is read is not what was written"
+
+
+def test_little_room_for_boundaries_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "spill_folder", lambda _: tmp_path)
+    monkeypatch.setattr(folders, "file_system", lambda _: "ext4")
+    for free, state in ((1 << 30, State.ADVICE), (64 << 30, State.OK)):
+        usage = type("Usage", (), {"free": free})
+        monkeypatch.setattr(folders.shutil, "disk_usage", lambda _, usage=usage: usage)
+        assert named(folders.look_at_spill(quick=True), "folder").state is state
+
+
+@pytest.mark.skipif(host() is None, reason="no kernels on this machine")
+def test_a_kernel_that_computes_something_else_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = thin.forward
+    monkeypatch.setattr(thin, "forward", lambda *given: forward(*given) * 1.001)
+    told = named(folders.look_at_kernels(quick=False), "kernel")
+    assert told.state is State.BROKEN and told.text.startswith("is off by ")
+
+
+@pytest.mark.parametrize(("load", "state"), [(3.0, State.ADVICE), (1.0, State.OK)])
+def test_others_at_work_are_told(load: float, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    assert threads._load(4).state is state
 
 
 def test_kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,6 +337,35 @@ def test_a_network_that_takes_no_size_is_refused(tmp_path: Path, monkeypatch: py
         wg.export(Demanding(3, 1, 3, padding=1).eval(), tmp_path / "n.pt")
 
 
+class Single(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if len(x) == 1 else x[:, None]
+
+
+def test_a_network_of_one_image_at_a_time_is_said_to_be(tmp_path: Path) -> None:
+    card = wg.export(Single(3, 1, 3, padding=1).eval(), tmp_path / "n.pt")
+    assert card.input["axes"] == [1, 3, "height", "width"] and card.output["axes"] == [1, 1, "height", "width"]
+
+
+def test_a_file_that_is_off_for_several_images_takes_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = TORCHSCRIPT.load
+
+    def off(data: bytes) -> Callable[..., Any]:
+        run = load(data)
+        return lambda image: run(image) * np.float32(1 if len(image) < 3 else 1.001)
+
+    monkeypatch.setitem(FORMATS, ".pt", TORCHSCRIPT._replace(load=off))
+    assert wg.export(conv(), tmp_path / "n.pt").input["axes"][0] == 1
+
+
+def test_one_channel_of_probability_is_a_sigmoid(tmp_path: Path) -> None:
+    model, image = conv(), torch.rand(1, 3, 20, 24)
+    card = wg.export(model, tmp_path / "n.pt", kind="probability")
+    found = loaded(tmp_path / "n.pt")(image.numpy())
+    assert np.allclose(found, torch.sigmoid(model(image)).detach().numpy(), atol=1e-6)
+    assert card.output["probability"] == "sigmoid" and card.output["threshold"] == 0.5
+
+
 class Endless(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * float("inf")

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import psutil
 import pytest
+from torch import nn
 
 import wholegrad as wg
 from wholegrad.cli import main
@@ -133,13 +134,16 @@ def test_a_run_that_is_refused_says_nothing_in_anothers_folder(slides: Path) -> 
 def test_a_prediction_that_fails_costs_no_run(error: Exception, slides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure(slides, "out")
     said: list[str] = []
+    modes: list[bool] = []
 
-    def fail(*args: Any, **more: Any) -> None:
+    def fail(model: nn.Module, *args: Any, **more: Any) -> None:
+        modes.append(model.training)
         raise error
 
     monkeypatch.setattr("wholegrad.train.live.wg.predict", fail)
     outcome = train(config, Live(config.out, None, said.append).watch())
     assert outcome.steps == 6 and said == [f"the live page has no new prediction: {error}"]
+    assert modes == [False, False], "dropout and norms are those of a prediction"
 
 
 @contextmanager
