@@ -22,6 +22,7 @@ from torch import nn
 
 import wholegrad as wg
 from wholegrad.cli import main
+from wholegrad.commands.live import LivePage
 from wholegrad.errors import ConfigError, SlideError
 from wholegrad.graph.geometry import Box
 from wholegrad.train.config import Config, check_config
@@ -30,7 +31,7 @@ from wholegrad.train.live import FOLDER, Live, predictions, read_status
 from wholegrad.train.loop import train
 from wholegrad.train.state import load_model
 from wholegrad.view.app import App
-from wholegrad.view.live import KEEP, LEVEL_CACHE, Opening
+from wholegrad.view.live import KEEP, LEVEL_CACHE, Opening, _fetched_end
 from wholegrad.view.run import RunFolder, completed
 from wholegrad.view.scene import Files, Scene
 from wholegrad.view.server import Server
@@ -229,6 +230,41 @@ def test_the_page_before_the_run_says_so_and_nothing_more() -> None:
     answer = opening.answer("", "")
     assert answer is not None and b"a &lt;b&gt; c" in answer.data
     assert opening.answer("scene.json", "") is None
+
+
+def test_a_page_that_waits_for_the_runs_end_is_told_it(slides: Path) -> None:
+    """Before it is closed: else an open page would only find that nobody answers."""
+    config = configure(slides, "out")
+    live = Live(config.out)
+    train(config, live.watch())
+    with following(config.out) as (server, _):
+        told(server.url, "log/0")
+        assert not _fetched_end(server)
+        live.end("failed", "model: is odd; mend it")
+        assert not _fetched_end(server), "nobody has asked since"
+        assert told(server.url, "log/0")["status"]["said"] == "model: is odd; mend it"
+        assert _fetched_end(server)
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [
+        (KeyboardInterrupt(), ("interrupted",)),
+        (SlideError("a.tif", "is\ngone", "look"), ("failed", "a.tif: is gone; look")),
+        (ValueError("odd"), ("failed", "ValueError: odd")),
+    ],
+)
+def test_how_a_run_ended_is_noted_before_its_page_is_closed(
+    error: BaseException, ended: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    page = object.__new__(LivePage)
+    page.live = Live(Path("out"))
+    monkeypatch.setattr(page.live, "end", lambda *how: seen.append(how))
+    monkeypatch.setattr(page, "close", lambda: seen.append("closed"))
+    with pytest.raises(type(error)), page:
+        raise error
+    assert seen == [ended, "closed"]
 
 
 # The command.
