@@ -168,7 +168,7 @@ def told(url: str, path: str) -> Any:
     return json.loads(data)
 
 
-def test_a_new_prediction_takes_the_place_of_the_one_before(slides: Path) -> None:
+def test_a_new_prediction_takes_the_place_of_the_one_before(slides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure(slides, "out")
     train(config, Live(config.out).watch())
     run = RunFolder(config.out)
@@ -191,6 +191,15 @@ def test_a_new_prediction_takes_the_place_of_the_one_before(slides: Path) -> Non
         (folder / "c.18.tif").write_bytes(b"no TIFF")
         assert told(server.url, "log/0")["prediction"]["step"] == 15
         assert any("c.18.tif" in problem for problem in app.scene.problems)
+        problems = list(app.scene.problems)
+        (folder / "c.21.tif").write_bytes(said)
+
+        def gone(path: Path) -> None:
+            path.unlink()  # the run made another just now
+            path.read_bytes()
+
+        monkeypatch.setattr(app.scene, "renew", gone)
+        assert told(server.url, "log/0")["prediction"]["step"] == 15 and app.scene.problems == problems
     assert run.first().name == "c"
 
 

@@ -69,6 +69,6 @@ class Follower:
             try:
                 self.scene.renew(path)
                 self._step = step
-            except WholegradError as error:
+            except (WholegradError, OSError) as error:
                 if path.exists():  # else a newer one has taken its place already
                     self.scene.note(str(error))
