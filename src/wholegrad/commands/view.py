@@ -151,12 +151,16 @@ def _open_browser(url: str) -> Callable[[], None]:
 
 
 def _ending_on_signals(stop: threading.Event) -> Callable[[], None]:
-    """Ctrl-C and SIGTERM ask for the end; returns what puts back how they were handled."""
+    """Ctrl-C, SIGTERM and a terminal that closes ask for the end; returns what puts back how they were handled."""
 
     def ask(number: int, frame: FrameType | None) -> None:
         stop.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    wanted = [signal.SIGINT, signal.SIGTERM]
+    closing = getattr(signal, "SIGHUP", None)  # which nohup has it ignore, and some systems do not have
+    if closing is not None and signal.getsignal(closing) != signal.SIG_IGN:
+        wanted.append(closing)
+    before = {number: signal.signal(number, ask) for number in wanted}
 
     def put_back() -> None:
         for number, how in before.items():
