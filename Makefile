@@ -1,7 +1,7 @@
 # Everything on a bare machine with Python 3.11 or later: make demo, make test.
 #
 #   PYTHON=python3.12 make test      another interpreter
-#   make demo DEMO_FLAGS=--quick      a minute, on a smaller slide (wholegrad demo --help)
+#   make demo DEMO_FLAGS=--quick      two minutes, on a smaller slide (wholegrad demo --help)
 #   PIP_FLAGS="..." make demo        e.g. --index-url of a mirror, or of PyTorch's CPU wheels as --extra-index-url
 
 PYTHON ?= python3
