@@ -22,6 +22,7 @@ from wholegrad.run import calibrate, process
 from wholegrad.run.blocks import drop_blocks
 from wholegrad.run.budget import budget_bytes, is_automatic
 from wholegrad.run.device import Device
+from wholegrad.run.recordings import drop_recordings
 from wholegrad.run.sources import raw_images
 from wholegrad.run.workers import default_workers
 
@@ -87,6 +88,7 @@ def request_of(
         PlanError: a budget cannot be read, or is of a host that has the only one.
     """
     drop_blocks()
+    drop_recordings()
     raw = raw_images(graph, inputs.sources)
     if device is None or not device.apart:
         if host_budget is not None:
