@@ -101,7 +101,8 @@ def request_of(
     limit, held_there = _of_device(device, budget)
     still_to_load = 0 if process.has_run() else devices.RUNTIME
     on_host = int(Reserved(process.resident(), still_to_load, inputs.cache_bytes))
-    apart = Apart(device.name, device.options.at_once, device.most_bytes, budget_bytes(host_budget), on_host)
+    at_once, graphs = device.options.at_once, device.options.graphs
+    apart = Apart(device.name, at_once, graphs, device.most_bytes, budget_bytes(host_budget), on_host)
     reserved = Reserved(held_there + sent, devices.WORKSPACE)
     return Request(limit, reserved, backward, apart.at_once, sinks, raw=raw, rates=devices.ASSUMED, apart=apart)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -61,9 +62,9 @@ class Made(NamedTuple):
     outputs: dict[Ref, torch.Tensor]
     sunk: dict[Ref, torch.Tensor]
     parts: dict[int, State]
-    grads: dict[Ref, torch.Tensor] = {}
-    flat: dict[torch.dtype, torch.Tensor] = {}
-    reached: dict[Ref, bool] = {}
+    grads: dict[Ref, torch.Tensor]
+    flat: dict[torch.dtype, torch.Tensor]
+    reached: dict[Ref, bool]
 
 
 class Pass:
@@ -127,7 +128,7 @@ class Bodies:
         for kind, like in found.items():
             if self.recordings.wanted(each.name, kind, len(like)):
                 given = self.gathered(each, like[0])
-                self.recordings.record(each.name, kind, given, lambda g, tile=like[0]: self._body(each, tile, g))
+                self.recordings.record(each.name, kind, given, partial(self._body, each, like[0]))
 
     def _with_sources(self, each: Pass, tile: Tile) -> Tile:
         return replace(tile, boxes=each.again.boxes(tile.boxes))
@@ -180,7 +181,7 @@ class Bodies:
             if not grad:
                 outputs = {ref: run.owned[ref] for ref in each.kept if ref in run.owned}
                 sunk = {ref: sink.made(run.owned[ref]) for ref, sink in each.sunk.items() if ref in run.owned}
-                return Made(outputs, sunk, partials(graph, segment, run))
+                return Made(outputs, sunk, partials(graph, segment, run), {}, {}, {})
             parts = partials(graph, segment, run) if each.fused else {}
             pull = Pull(lambda ref, box: given.pulls.get(ref), given.totals, given.shares)
             found = pull_back(graph, segment, run, pull, tile)
@@ -224,7 +225,7 @@ class Bodies:
         graph = self.small.graph
         for dtype, total in each.total.items():
             sizes = [prod(graph.spec(ref).shape) for ref in each.slots[dtype]]
-            for ref, piece in zip(each.slots[dtype], total.split(sizes), strict=True):
+            for ref, piece in zip(each.slots[dtype], torch.split(total, sizes), strict=True):
                 if ref in each.reached:
                     into.add_grad(ref, piece.view(graph.spec(ref).shape))
         each.total.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -22,7 +23,7 @@ from wholegrad.run.device import Device, Gate, Moving, Options, Recording, Room
 from wholegrad.run.lanes import Lanes, StreamGate
 
 FILLS = "fill_uninitialized_memory"  # a setting of torch.utils.deterministic
-WARM_UP = 2  # runs before work is recorded: libraries choose their kernels and make their handles in the first
+LAUNCHING = 0.5  # of the time of a tile's work, which asking for it must take for a recording to be worth its memory
 
 
 class CudaDevice(Device):
@@ -83,35 +84,40 @@ class CudaDevice(Device):
             self._lanes = Lanes(streams)
         return StreamGate(CudaStreams(self.torch), self._lanes)
 
-    def recorded(self, work: Callable[[], Any], lane: int) -> tuple[Recording, Any] | None:
+    def recorded(self, work: Callable[[], None], lane: int) -> Recording | None:
         """A CUDA graph; what is recorded for one lane shares one pool of memory, since a lane replays one at a time.
 
-        Tensors that ``work`` made stay where they are; what it took in between is free for the lane's next recording.
+        It is made where asking for the work takes at least ``LAUNCHING`` of the time that the work takes: of one run
+        after one that warms up, in which libraries choose their kernels and make their handles.
         """
         with torch.cuda.device(self.torch):
             stream = torch.cuda.Stream(self.torch)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(self.torch))
             with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    work()
-            stream.synchronize()
+                work()
+                stream.synchronize()
+                start = time.perf_counter()
+                work()
+                asked = time.perf_counter()
+                stream.synchronize()
+                done = time.perf_counter()
+            if asked - start < LAUNCHING * (done - start):
+                return None
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(self.torch)
             graph = torch.cuda.CUDAGraph()
             if lane not in self._pools:
                 self._pools[lane] = torch.cuda.graph_pool_handle()
             try:
-                with torch.cuda.graph(
-                    graph, pool=self._pools[lane], stream=stream, capture_error_mode="thread_local"
-                ):
-                    made = work()
+                with torch.cuda.graph(graph, pool=self._pools[lane], stream=stream, capture_error_mode="thread_local"):
+                    work()
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # an op that waits for the device, or that no graph can hold
                 torch.cuda.synchronize(self.torch)
                 return None
             self._recorded_bytes += max(torch.cuda.memory_reserved(self.torch) - before, 0)
-        return graph, made
+        return graph
 
     def forget_recordings(self) -> None:
         """Recordings are gone: what they held is free."""
@@ -187,7 +193,7 @@ def settings(options: Options) -> Iterator[None]:
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads when it is first used
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    newer = (products, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
+    newer: tuple[Any, ...] = (products, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
     precisions = [each.fp32_precision for each in newer]
     older = _older()
     before = cudnn.deterministic, cudnn.benchmark, torch.are_deterministic_algorithms_enabled(), _fills()

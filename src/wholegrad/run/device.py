@@ -128,8 +128,8 @@ class Device:
         """For tiles that read what the calling thread has asked for so far."""
         return Gate()
 
-    def recorded(self, work: Callable[[], Any], lane: int) -> tuple[Recording, Any] | None:
-        """Record ``work``, which reads tensors that stay, and what it made; None where that cannot be done.
+    def recorded(self, work: Callable[[], None], lane: int) -> Recording | None:
+        """Record ``work``, which reads and writes tensors that stay; None where it cannot be, or would save no time.
 
         Args:
             lane: in which it will be replayed; what is recorded for one lane may share memory.

@@ -187,7 +187,7 @@ class Executor:
                 run = run_tile(*runs, strips=strips)
                 outputs = {ref: run.owned[ref] for ref in kept if ref in run.owned}
                 made = {ref: sink.made(run.owned[ref]) for ref, sink in sunk.items() if ref in run.owned}
-                return Made(outputs, made, partials(self.graph, segment, run))
+                return Made(outputs, made, partials(self.graph, segment, run), {}, {}, {})
 
         again = Recall(self.graph, segment, {})
         soon = partial(self._soon, again, False)
@@ -230,9 +230,7 @@ class Executor:
             if spill is not None:
                 spill.forget()
 
-    def _on_device(
-        self, i: int, each: Pass, soon: Callable[[Tile], None], sweep: str
-    ) -> Iterator[tuple[Tile, Made]]:
+    def _on_device(self, i: int, each: Pass, soon: Callable[[Tile], None], sweep: str) -> Iterator[tuple[Tile, Made]]:
         """:meth:`_tiles` on a device, several in flight; what they made is there for the calling thread's ops."""
         bodies = self.bodies
         assert bodies is not None
@@ -341,9 +339,9 @@ class Executor:
     def _how(self, graph: Graph, segment: Segment, pulled: bool = False) -> Inlined:
         """What of a segment is computed where it is read; ``pulled`` where tiles are pulled back."""
         with clock.span("preparing", "what is read as it is computed"):
-            if self.device.apart:
-                return plain(segment)
             raw = raw_images(graph, self.sources)
+            if self.device.apart:
+                return inline(graph, segment, raw) if self.device.options.triton else plain(segment)
             return inline(graph, segment, raw, not self.plan.backward, tails=pulled)
 
     def _pulled(self, i: int, again: Recall, how: Inlined, pull: Pull, fused: bool) -> Iterator[tuple[Tile, _Pulled]]:

@@ -11,10 +11,9 @@ from collections.abc import Callable, Hashable, Iterable
 
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Graph, Node, Ref
-from wholegrad.graph.layout import Role
-from wholegrad.graph.rules import channels, pad, pointwise, pool, shape, variance, window
+from wholegrad.graph.layout import Dim, Role
+from wholegrad.graph.rules import channels, pad, pointwise, pool, rule_for, shape, variance, window
 from wholegrad.graph.rules import reduction as sums
-from wholegrad.graph.rules import rule_for
 from wholegrad.graph.rules.normalize import NORMALIZE
 from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.plan.tiles import Tile
@@ -47,7 +46,7 @@ def _pooled(graph: Graph, node: Node, box: Box, have: Box) -> Hashable:
     found: list[Hashable] = []
     for role, out, got in ((Role.ROW, box.rows, have.rows), (Role.COL, box.cols, have.cols)):
         along = rule.along(node, role)
-        read = pool.window(out, *along)
+        read = window.window(out, *along)
         found.append((got.lo - read.lo, read.hi - got.hi))
         if isinstance(rule, pool.AveragePool):
             counted = bool(shape.arguments(node.op, node.args, node.kwargs)["count_include_pad"])
@@ -97,19 +96,19 @@ def _beyond(graph: Graph, node: Node) -> Beyond | None:
         return None
     if node.op is NORMALIZE or isinstance(rule, sums.SumOrMean):  # over channels alone
         return _nothing
-    if isinstance(rule, pool.MaxPool) and any(Ref(node.index, 1) in graph.nodes[i].operands for i in _readers(graph, node)):
+    if isinstance(rule, pool.MaxPool) and _read(graph, Ref(node.index, 1)):
         return None  # positions in the whole plane
     if isinstance(rule, channels.Concatenate):
-        along = any(axis.role is not Role.PLAIN for axis in _joined(graph, node))
+        along = any(axis.role is not Role.PLAIN for axis in _joined(node))
         return None if along else _nothing
     return next((found for kind, found in _ALIKE if isinstance(rule, kind)), None)
 
 
-def _readers(graph: Graph, node: Node) -> Iterable[int]:
-    return (other.index for other in graph.nodes if any(ref.node == node.index for ref in other.operands))
+def _read(graph: Graph, ref: Ref) -> bool:
+    return any(ref in node.operands for node in graph.nodes)
 
 
-def _joined(graph: Graph, node: Node) -> Iterable:
+def _joined(node: Node) -> Dim:
     layout = node.outputs[0].layout
     dim = shape.arguments(node.op, node.args, node.kwargs)["dim"]
     return layout[dim % len(layout)]

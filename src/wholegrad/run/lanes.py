@@ -6,10 +6,10 @@
     lane 0          wait ready, tile 0, a        tile 2, c
     lane 1          wait ready, tile 1, b        tile 3, d
 
-Streams order nothing among themselves, so every crossing needs a mark that the other side waits for, and memory that one
-stream's ops still read must not go to another's: PyTorch's allocator is told who uses what. Ops that a thread asks for
-run long after; a lane is never more than ``DEPTH`` tiles behind the thread that fills it, or memory that waits for them
-would pile up. Results are merged in tile order whatever lane made them, so that bits do not depend on it (rule 6).
+Streams order nothing among themselves, so every crossing needs a mark that the other side waits for, and memory that
+one stream's ops still read must not go to another's: PyTorch's allocator is told who uses what. Ops that a thread asks
+for run long after; a lane is never more than ``DEPTH`` tiles behind the thread that fills it, or memory that waits for
+them would pile up. Results are merged in tile order whatever lane made them, so that bits do not depend on it (rule 6).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Bodies of tiles recorded once for each kind and replayed: hundreds of launches become one.
 
-A recording reads and writes tensors that stay where they are. So a lane has one block of memory for what bodies read and
-one for what they make; a tile's inputs are copied into the first, the recording runs, and what it made is copied out of
-the second. Recordings of one lane share their working memory too, because a lane runs one tile at a time.
+A recording reads and writes tensors that stay where they are. So a lane has one block of memory for what bodies read
+and one for what they make; a tile's inputs are copied into the first, the recording runs, and what it made is copied
+out of the second. Recordings of one lane share their working memory too, because a lane runs one tile at a time.
 
 They belong to a plan and are kept from step to step, as long as no other plan runs. What cannot be recorded (an op that
 waits for the host, a tile like few others) runs as it would without.
@@ -167,7 +167,12 @@ class _Held:
         self.found: Recordings | None = None
 
     def of(self, owner: object, device: Device) -> Recordings:
-        if self.owner is None or self.owner() is not owner or self.found is None or not _same(self.found.device, device):
+        if (
+            self.owner is None
+            or self.owner() is not owner
+            or self.found is None
+            or not _same(self.found.device, device)
+        ):
             self.drop()
             self.owner, self.found = weakref.ref(owner, lambda gone: self._gone(gone)), Recordings(device)
         return self.found
