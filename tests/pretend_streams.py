@@ -212,6 +212,7 @@ class StreamedDevice(PretendDevice):
         self.uploads = Stream("uploads")
         self.lanes = Lanes([Stream(f"lane {i}") for i in range(options.at_once)])
         self.recordings: list[_Replay] = []
+        self.kept: dict[int, int] = {}  # bytes that each lane's recordings share
         self.refused = 0
         self.fail = False  # whether nothing can be recorded
 
@@ -241,16 +242,30 @@ class StreamedDevice(PretendDevice):
 
     def recorded(self, work: Callable[[], None], lane: int) -> _Replay | None:
         log = _Log()
+        before, LEDGER.peak = LEDGER.peak, LEDGER.now
         WATCHES.append(log)
         try:
             work()
         finally:
             WATCHES.remove(log)
+            took, LEDGER.peak = LEDGER.peak - LEDGER.now, max(before, LEDGER.peak)
         if self.fail or log.waits:
             self.refused += 1
             return None
+        self.kept[lane] = max(self.kept.get(lane, 0), took)
         self.recordings.append(_Replay(log.ops))
         return self.recordings[-1]
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(self.kept.values())
+
+    def forget_recordings(self) -> None:
+        self.kept.clear()
+
+    def peak(self) -> int:
+        """What tensors held, and what recordings keep beside, as on CUDA."""
+        return super().peak() + self.kept_bytes
 
     def finish(self) -> None:
         """All streams have done all: whatever comes is after it."""

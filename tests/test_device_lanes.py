@@ -18,8 +18,11 @@ from oracle import SEED, reference
 from pretend_streams import RaceError, streamed
 from support_cases import named_cases
 from wholegrad.losses import LOSSES
+from wholegrad.plan import devices
 from wholegrad.proof import random_labels
 from wholegrad.run import lanes, recordings
+from wholegrad.run.cuda import settings
+from wholegrad.run.device import Options
 from wholegrad.run.recordings import drop_recordings
 from wholegrad.verify import EXACT, Case, errors
 
@@ -154,15 +157,15 @@ def test_recordings_last_from_step_to_step_and_see_new_weights() -> None:
         with streamed(at_once=2, graphs=graphs) as there:
             plan = wg.plan(model, LOSSES["bce"], image, target, device=there, **FIXED)
             optimizer, counts = torch.optim.SGD(model.parameters(), 0.1), []
-            for _ in range(2):
+            for _ in range(3):
                 optimizer.zero_grad()
                 found.append(wg.backward(model, LOSSES["bce"], image, target, plan=plan))
                 optimizer.step()
                 counts.append(len(there.recordings))
-        assert counts[0] == counts[1] and bool(counts[0]) == graphs
+        assert counts[1] == counts[2] and bool(counts[0]) == graphs
         model.load_state_dict(state)
-    assert [float(each) for each in found[:2]] == [float(each) for each in found[2:]]
-    assert len({float(each) for each in found}) == 2
+    assert [float(each) for each in found[:3]] == [float(each) for each in found[3:]]
+    assert len({float(each) for each in found}) == 3
 
 
 def test_what_cannot_be_recorded_runs_as_it_would_without() -> None:
@@ -192,3 +195,43 @@ def test_parameters_that_no_gradient_reaches_get_none() -> None:
             wg.backward(model, lambda out, y: (out - y).square().mean(), image, target, plan=plan)
         assert model.spare.weight.grad is None and model.used.weight.grad is not None
         model.zero_grad()
+
+
+def allocated(there: Any) -> int:
+    return int(there.peak())
+
+
+@pytest.mark.parametrize("budget", ["300MiB", "600MiB"])
+def test_recordings_and_tensors_stay_within_the_projected_peak(budget: str) -> None:
+    """Rule 7 with recordings: what they keep counts beside what tensors hold, in every later step too."""
+    data = bytes_case(600, 800)
+    model, image, target = data
+    with streamed(at_once=1, graphs=True) as there:
+        plan = wg.plan(model, LOSSES["bce"], image, target, device=there, budget=budget, boundaries=["down"])
+        plan_tiles = wg.plan(model, LOSSES["bce"], image, target, device=there, budget=budget, boundaries=["down"],
+                             tile=(96, 96))  # fmt: skip
+        for each in (plan, plan_tiles):
+            there.forget_peak()
+            for _ in range(2):
+                wg.backward(model, LOSSES["bce"], image, target, plan=each)
+            assert allocated(there) <= each.projected - devices.WORKSPACE <= (each.budget or 0) - devices.WORKSPACE
+    assert there.recordings and there.kept_bytes > 0
+    assert plan_tiles.memory.recordings > 0 and plan_tiles.memory.total == plan_tiles.projected
+
+
+@pytest.mark.parametrize("newer", [False, True])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_settings_of_precision_are_put_back_whichever_face_was_used(newer: bool, tf32: bool) -> None:
+    """PyTorch's older settings cannot be read once the newer ones differ."""
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision
+    try:
+        if newer:
+            conv.fp32_precision = "ieee"
+        now = conv.fp32_precision, matmul.fp32_precision, torch.backends.cudnn.rnn.fp32_precision
+        with settings(Options(tf32=tf32)):
+            assert conv.fp32_precision == matmul.fp32_precision == ("tf32" if tf32 else "ieee")
+            assert torch.backends.cudnn.allow_tf32 == matmul.allow_tf32 == tf32
+        assert now == (conv.fp32_precision, matmul.fp32_precision, torch.backends.cudnn.rnn.fp32_precision)
+    finally:
+        conv.fp32_precision = before

@@ -35,16 +35,20 @@ from wholegrad.run.tile import Pull, partials, pull_back, run_tile
 
 
 class Given(NamedTuple):
-    """What a body reads, on the device.
+    """What a body reads of its tile's own, on the device.
 
     Attributes:
         maps: the boxes that a tile reads, images and targets as they came.
         pulls: gradients of the elements that it owns of boundaries.
-        smalls: small values; ``totals`` merged states of reductions; ``shares`` the gradients of their outputs.
     """
 
     maps: dict[Ref, torch.Tensor]
     pulls: dict[Ref, torch.Tensor]
+
+
+class Constants(NamedTuple):
+    """What all bodies of a pass read: small values, merged states of reductions, the gradients of their outputs."""
+
     smalls: dict[Ref, torch.Tensor]
     totals: dict[int, State]
     shares: dict[int, tuple[torch.Tensor | None, ...]]
@@ -90,6 +94,7 @@ class Pass:
         self.kept, self.sunk = tuple(kept), dict(sunk or {})
         self.graph: Graph = again.graph
         self.segment: Segment = again.segment
+        self.constants = Constants({}, {}, {})
         self.slots: dict[torch.dtype, list[Ref]] = {}  # of small values' gradients in each vector
         self.total: dict[torch.dtype, torch.Tensor] = {}
         self.reached: set[Ref] = set()
@@ -112,10 +117,13 @@ class Bodies:
         self.fetch, self.seed, self.recordings = fetch, seed, recordings
 
     def prepare(self, each: Pass, tiles: Iterable[Tile]) -> None:
-        """Before any tile runs: lay out small gradients, and record what many tiles share."""
+        """Before any tile runs: what all of them read, where small gradients go, recordings of what many share."""
+        pull = each.pull
+        smalls = {ref: self.small.leaf(ref) for ref in each.segment.smalls}
+        each.constants = Constants(smalls, *(({}, {}) if pull is None else (dict(pull.totals), dict(pull.grads))))
         if each.pull is not None:
             self._lay_out(each)
-        if self.recordings is None:
+        if self.recordings is None or self.recordings.knows(each.name):
             return
         kinds = Kinds(each.graph, each.segment, each.how.nodes)
         if not kinds.alike:
@@ -125,10 +133,12 @@ class Bodies:
             tile = self._with_sources(each, tile)
             found.setdefault(kinds.of(tile), []).append(tile)
         self.recordings.begin(each.name, {tile.number: kind for kind, like in found.items() for tile in like})
-        for kind, like in found.items():
-            if self.recordings.wanted(each.name, kind, len(like)):
+        by_size = sorted(found.items(), key=lambda each: -sum(box.area for box in each[1][0].boxes.values()))
+        for kind, like in by_size:  # the largest first: the blocks that it needs do for all
+            if self.recordings.wanted(kind, len(like)):
                 given = self.gathered(each, like[0])
-                self.recordings.record(each.name, kind, given, partial(self._body, each, like[0]))
+                body = partial(self._body, each, like[0])
+                self.recordings.record(each.name, kind, given, each.constants, body)
 
     def _with_sources(self, each: Pass, tile: Tile) -> Tile:
         return replace(tile, boxes=each.again.boxes(tile.boxes))
@@ -137,8 +147,10 @@ class Bodies:
         """One tile, for the calling thread's stream."""
         tile = self._with_sources(each, tile)
         given = self.gathered(each, tile)
-        made = None if self.recordings is None else self.recordings.replayed(each.name, lane, tile.number, given)
-        return self._fetched(self._body(each, tile, given) if made is None else made)
+        made = None
+        if self.recordings is not None:
+            made = self.recordings.replayed(each.name, lane, tile.number, given, each.constants)
+        return self._fetched(self._body(each, tile, given, each.constants) if made is None else made)
 
     def gathered(self, each: Pass, tile: Tile) -> Given:
         """All that a tile reads."""
@@ -151,9 +163,7 @@ class Bodies:
                     grad = pull.map_grad(ref, tile.owned[ref])
                     if grad is not None:
                         pulls[ref] = grad
-        smalls = {ref: self.small.leaf(ref) for ref in each.segment.smalls}
-        totals, shares = ({}, {}) if pull is None else (dict(pull.totals), dict(pull.grads))
-        return Given(maps, pulls, smalls, totals, shares)
+        return Given(maps, pulls)
 
     def _read(self, each: Pass, ref: Ref, box: Box) -> torch.Tensor:
         original = each.again.original(ref)
@@ -165,7 +175,7 @@ class Bodies:
             return found
         return self.fetch(original, box)
 
-    def _body(self, each: Pass, tile: Tile, given: Given) -> Made:
+    def _body(self, each: Pass, tile: Tile, given: Given, constants: Constants) -> Made:
         graph, segment, grad = each.graph, each.segment, each.pull is not None
 
         def fetch(ref: Ref, box: Box, raw: bool = False) -> torch.Tensor:
@@ -175,15 +185,15 @@ class Bodies:
 
         with torch.set_grad_enabled(grad):
             run = run_tile(
-                graph, segment, tile, fetch, lambda ref: given.smalls[ref].detach(), grad, self.seed, each.how,
-                given.shares, device=self.device.torch,
+                graph, segment, tile, fetch, lambda ref: constants.smalls[ref].detach(), grad, self.seed, each.how,
+                constants.shares, device=self.device.torch,
             )  # fmt: skip
             if not grad:
                 outputs = {ref: run.owned[ref] for ref in each.kept if ref in run.owned}
                 sunk = {ref: sink.made(run.owned[ref]) for ref, sink in each.sunk.items() if ref in run.owned}
                 return Made(outputs, sunk, partials(graph, segment, run), {}, {}, {})
             parts = partials(graph, segment, run) if each.fused else {}
-            pull = Pull(lambda ref, box: given.pulls.get(ref), given.totals, given.shares)
+            pull = Pull(lambda ref, box: given.pulls.get(ref), constants.totals, constants.shares)
             found = pull_back(graph, segment, run, pull, tile)
         with torch.no_grad():
             grads = {ref: value.detach() for ref, value in found.items() if ref in run.boxes}

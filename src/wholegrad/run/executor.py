@@ -129,6 +129,7 @@ class Executor:
     def close(self) -> None:
         """Give all boundaries back, once no op uses them any more."""
         self.device.finish()
+        self.bodies = None  # which knows this executor: what both hold goes now, not when Python next looks for cycles
         if self.ahead is not None:
             self.ahead.close()
         self.kept.close()

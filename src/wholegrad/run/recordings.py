@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -20,29 +22,31 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from wholegrad.run.device import Device, Recording
 
 ALIGNED = 512  # bytes at which every tensor of a block starts
+READ, MADE = "read", "made"
 TENSOR = "a tensor"  # in its place
 FEWEST = 2  # tiles of a kind for each lane that records it: recording takes the time of a few tiles
 
 
-class _Lane:
-    """Memory of one lane: what bodies read, and what they make."""
+class _Form(NamedTuple):
+    """Tensors one after another in a block: its bytes, and where each starts, its dtype, shape and strides."""
 
-    def __init__(self) -> None:
-        self.blocks: dict[str, torch.Tensor] = {}
+    size: int
+    places: list[tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]]
 
-    def places(self, name: str, like: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-        """Tensors of these shapes and strides in the block of this name, one after another."""
-        starts, size = [], 0
+    @staticmethod
+    def of(like: list[torch.Tensor]) -> _Form:
+        places, size = [], 0
         for each in like:
-            starts.append(size)
+            places.append((size, each.dtype, tuple(each.shape), _dense(each)))
             size += -(-each.numel() * each.element_size() // ALIGNED) * ALIGNED
-        block = self.blocks.get(name)
-        if block is None or block.numel() < size:  # an older one stays with the recordings that use it
-            block = self.blocks[name] = torch.empty(max(size, ALIGNED), dtype=torch.uint8, device=device)
+        return _Form(size, places)
+
+    def tensors(self, block: torch.Tensor) -> list[torch.Tensor]:
+        """Views of such a block."""
         found = []
-        for start, each in zip(starts, like, strict=True):
-            flat = block[start : start + each.numel() * each.element_size()].view(each.dtype)
-            found.append(flat.as_strided(each.shape, _dense(each)))
+        for start, dtype, shape, strides in self.places:
+            flat = block[start : start + prod(shape) * dtype.itemsize].view(dtype)
+            found.append(flat.as_strided(shape, strides))
         return found
 
 
@@ -56,16 +60,41 @@ def _dense(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(strides)
 
 
+class _Tree(NamedTuple):
+    """Containers without their tensors."""
+
+    spec: TreeSpec
+    rest: list[Any]
+
+    @staticmethod
+    def of(value: Any) -> tuple[_Tree, list[torch.Tensor]]:
+        leaves, spec = tree_flatten(value)
+        rest = [TENSOR if isinstance(each, torch.Tensor) else each for each in leaves]
+        return _Tree(spec, rest), [each for each in leaves if isinstance(each, torch.Tensor)]
+
+    def filled(self, tensors: list[torch.Tensor]) -> Any:
+        """The containers with these tensors in their places."""
+        places = iter(tensors)
+        return tree_unflatten([next(places) if each is TENSOR else each for each in self.rest], self.spec)
+
+
+class _Constants:
+    """What all bodies of a pass read in one lane; ``of`` whose values lie there."""
+
+    def __init__(self, value: Any) -> None:
+        self.tree, tensors = _Tree.of(value)
+        self.tensors = [each.detach().clone(memory_format=torch.contiguous_format) for each in tensors]
+        self.of = value
+
+
 class _Recorded(NamedTuple):
     """One kind in one lane: how what a body reads and makes is made up, where it lies, and the recording."""
 
     recording: Recording
+    given: _Tree
     read: list[torch.Tensor]
-    reads: TreeSpec
-    rest: list[Any]
-    made: list[torch.Tensor]
-    others: list[Any]
-    makes: TreeSpec
+    makes: _Tree
+    made: _Form
 
 
 class Recordings:
@@ -73,76 +102,98 @@ class Recordings:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self._lanes = [_Lane() for _ in range(device.options.at_once)]
+        self.lanes = device.options.at_once
+        self._blocks: dict[str, list[torch.Tensor]] = {READ: [], MADE: []}  # one for each lane
         self._kinds: dict[Hashable, Mapping[int, Hashable]] = {}
         self._kept: dict[tuple[Hashable, Hashable, int], _Recorded] = {}
-        self._tried: set[tuple[Hashable, Hashable]] = set()
+        self._constants: dict[tuple[Hashable, int], _Constants] = {}
+
+    def knows(self, name: Hashable) -> bool:
+        """Whether a pass was begun, in an earlier step."""
+        return name in self._kinds
 
     def begin(self, name: Hashable, kinds: Mapping[int, Hashable]) -> None:
         """Say which kind each tile of a pass is of."""
         self._kinds[name] = kinds
 
-    def wanted(self, name: Hashable, kind: Hashable, count: int) -> bool:
-        """Whether so many tiles of a kind are worth a recording that nobody tried yet."""
-        return kind is not None and (name, kind) not in self._tried and count >= FEWEST * len(self._lanes)
+    def wanted(self, kind: Hashable, count: int) -> bool:
+        """Whether so many tiles of a kind are worth a recording."""
+        return kind is not None and count >= FEWEST * self.lanes
 
-    def record(self, name: Hashable, kind: Hashable, given: Any, body: Callable[[Any], Any]) -> None:
-        """Record a kind in every lane, where it can be; no tile may be running."""
-        self._tried.add((name, kind))
-        for number, lane in enumerate(self._lanes):
-            found = self._recorded(lane, number, given, body)
-            if found is None:
+    def record(self, name: Hashable, kind: Hashable, given: Any, constants: Any, body: Callable[..., Any]) -> None:
+        """Record ``body(given, constants)`` in every lane, where it can be; no tile may be running.
+
+        Args:
+            given: what a tile reads of its own.
+            constants: what all tiles of the pass read.
+        """
+        for lane in range(self.lanes):
+            if (name, lane) not in self._constants:
+                self._constants[name, lane] = _Constants(constants)
+        bodies = [partial(self._run, body, self._constants[name, lane]) for lane in range(self.lanes)]
+        tree, tensors = _Tree.of(given)
+        reads = _Form.of(tensors)
+        self._reserve(READ, reads.size, name)
+        makes, trial = _Tree.of(bodies[0](tree.filled(tensors)))
+        made = _Form.of(trial)
+        del trial
+        self._reserve(MADE, made.size, name)
+        for lane in range(self.lanes):
+            read = reads.tensors(self._blocks[READ][lane])
+            _copied(read, tensors)
+            places = made.tensors(self._blocks[MADE][lane])
+            work = partial(self._work, bodies[lane], tree.filled(read), places)
+            done = self.device.recorded(work, lane)
+            if done is None:
                 return
-            self._kept[name, kind, number] = found
+            self._kept[name, kind, lane] = _Recorded(done, tree, read, makes, made)
 
-    def _recorded(self, lane: _Lane, number: int, given: Any, body: Callable[[Any], Any]) -> _Recorded | None:
-        leaves, reads = tree_flatten(given)
-        tensors, rest = _parted(leaves)
-        read = lane.places("read", tensors, self.device.torch)
-        _copied(read, tensors)
-        given = _filled(reads, rest, read)
-        trial, makes = tree_flatten(body(given))
-        wanted, others = _parted(trial)
-        made = lane.places("made", wanted, self.device.torch)
-        del trial, wanted, tensors, leaves
+    def _reserve(self, what: str, size: int, name: Hashable) -> None:
+        """Blocks of at least so many bytes. Recordings that use smaller ones go, to be made again in the next step."""
+        blocks = self._blocks[what]
+        if blocks and blocks[0].numel() >= size:
+            return
+        self._kept.clear()
+        self._kinds = {known: kinds for known, kinds in self._kinds.items() if known == name}
+        blocks.clear()
+        for _ in range(self.lanes):
+            blocks.append(torch.empty(max(size, ALIGNED), dtype=torch.uint8, device=self.device.torch))
 
-        def work() -> None:
-            _copied(made, _parted(tree_flatten(body(given))[0])[0])
+    @staticmethod
+    def _run(body: Callable[..., Any], held: _Constants, given: Any) -> Any:
+        return body(given, held.tree.filled(held.tensors))
 
-        done = self.device.recorded(work, number)
-        if done is None:
-            return None
-        return _Recorded(done, read, reads, rest, made, others, makes)
+    @staticmethod
+    def _work(body: Callable[[Any], Any], given: Any, places: list[torch.Tensor]) -> None:
+        _copied(places, _Tree.of(body(given))[1])
 
-    def replayed(self, name: Hashable, lane: int, tile: int, given: Any) -> Any | None:
-        """What a tile's body makes of ``given``; None where there is no recording of its kind."""
+    def replayed(self, name: Hashable, lane: int, tile: int, given: Any, constants: Any) -> Any | None:
+        """What a tile's body makes of these; None where there is no recording of its kind."""
         found = self._kept.get((name, self._kinds.get(name, {}).get(tile), lane))
         if found is None:
             return None
-        leaves, reads = tree_flatten(given)
-        tensors, rest = _parted(leaves)
-        if reads != found.reads or rest != found.rest or not _alike(found.read, tensors):
+        tree, tensors = _Tree.of(given)
+        if tree != found.given or not _alike(found.read, tensors) or not self._renewed(name, lane, constants):
             return None
         _copied(found.read, tensors)
         found.recording.replay()
-        return _filled(found.makes, found.others, [each.clone() for each in found.made])
+        return found.makes.filled(found.made.tensors(self._blocks[MADE][lane][: found.made.size].clone()))
+
+    def _renewed(self, name: Hashable, lane: int, constants: Any) -> bool:
+        """Bring a pass's constants to a lane, once a step; False if they are not like those that were recorded."""
+        held = self._constants[name, lane]
+        if held.of is not constants:
+            tree, tensors = _Tree.of(constants)
+            if tree != held.tree or not _alike(held.tensors, tensors):
+                return False
+            _copied(held.tensors, tensors)
+            held.of = constants
+        return True
 
     @property
     def count(self) -> int:
         """How many recordings there are."""
         return len(self._kept)
-
-
-def _parted(leaves: list[Any]) -> tuple[list[torch.Tensor], list[Any]]:
-    """The tensors, and all leaves with ``TENSOR`` in their places."""
-    tensors = [each for each in leaves if isinstance(each, torch.Tensor)]
-    return tensors, [TENSOR if isinstance(each, torch.Tensor) else each for each in leaves]
-
-
-def _filled(tree: TreeSpec, rest: list[Any], tensors: list[torch.Tensor]) -> Any:
-    """The containers with these tensors in their places."""
-    places = iter(tensors)
-    return tree_unflatten([next(places) if each is TENSOR else each for each in rest], tree)
 
 
 def _alike(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -151,8 +202,8 @@ def _alike(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 def _copied(to: list[torch.Tensor], found: list[torch.Tensor]) -> None:
     with torch.no_grad():
-        for place, each in zip(to, found, strict=True):
-            place.copy_(each)
+        if to:
+            torch._foreach_copy_(to, found)  # one launch for many small ones
 
 
 def _same(a: Device, b: Device) -> bool:
