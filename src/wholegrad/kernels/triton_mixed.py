@@ -63,8 +63,8 @@ def slide(parts: tuple[Part, ...], spread: bool, factor: Program | None) -> Writ
     """A convolution, or (``spread``) what windows that sit on the input write, as ``(N, OUT, rows, columns)``."""
     text = Text()
     for line in (
-        "row, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)",
-        "col = tl.program_id(0) * LANES + tl.arange(0, LANES)",
+        "row, sample = tl.program_id(0), tl.program_id(2).to(tl.int64)",
+        "col = tl.program_id(1) * LANES + tl.arange(0, LANES)",
         "channel = tl.arange(0, OUT_P)",
         "inside = channel < OUT",
         "total = tl.zeros([OUT_P, LANES], REAL)",
@@ -118,10 +118,12 @@ def correlate(sat: tuple[Part, ...], parts: tuple[Part, ...]) -> Written:
     """Products of the map that windows sit on with the one that they read, a part and a row of taps at a time.
 
     A program does all channels of one part of ``sat`` (its only one, of ``OUT`` channels) with one channel of ``read``.
+    Programs that read the same block follow each other, so that it comes from the cache.
     """
     text = Text()
     for line in (
-        "which, number, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)",
+        "which, number = tl.program_id(0) % (CHANNELS * KH), tl.program_id(0) // (CHANNELS * KH)",
+        "sample = tl.program_id(2).to(tl.int64)",
         "c, i = which // KH, which % KH",
         "band, col = number // blocks, (number % blocks) * LANES + tl.arange(0, LANES)",
         "channel, tap = tl.arange(0, OUT_P), tl.arange(0, KW_P)",
@@ -142,7 +144,7 @@ def correlate(sat: tuple[Part, ...], parts: tuple[Part, ...]) -> Written:
     text.do(f"total += {value}[:, None, :] * {factor}[None, :, :]")
     text.indent -= 1
     text.do("found = tl.sum(total.to(tl.float64), 2)")
-    text.do("part = sample * tl.num_programs(1) + number")
+    text.do("part = sample * (tl.num_programs(0) // (CHANNELS * KH)) + number")
     text.do("place = (((part * OUT + channel[None, :]) * CHANNELS + c) * KH + i) * KW + tap[:, None]")
     text.do("tl.store(out + place, found, mask=(channel < OUT)[None, :] & (tap < KW)[:, None])")
     arguments = ["out", *names("s", sat), *names("x", parts), "blocks", *SIZES]
@@ -159,13 +161,13 @@ def walk(program: Program, value: bool, slopes: tuple[int, ...], grad: str, tota
     """
     text = Text()
     for line in (
-        "row = tl.program_id(1)",
+        "row = tl.program_id(0)",
         "plane = tl.program_id(2).to(tl.int64)",
         "sample, c = plane // CHANNELS, plane % CHANNELS",
-        "col = tl.program_id(0) * LANES + tl.arange(0, LANES)",
+        "col = tl.program_id(1) * LANES + tl.arange(0, LANES)",
         "good = col < columns",
         "place = (plane * rows + row) * columns + col",
-        "part = (plane * rows + row) * tl.num_programs(0) + tl.program_id(0)",
+        "part = (plane * rows + row) * tl.num_programs(1) + tl.program_id(1)",
     ):
         text.do(line)
     part, outputs, sums = Part(program, 0), [], []
@@ -282,7 +284,7 @@ def _slid(
     program = None if factor is None else factor.parts[0].program
     lanes = _lanes(out, size[1])
     scaled = {} if factor is None else _arguments("f", factor)
-    compiled(slide(_bare(x.parts), spread, program))[(triton.cdiv(size[1], lanes), size[0], x.shape[0])](
+    compiled(slide(_bare(x.parts), spread, program))[(size[0], triton.cdiv(size[1], lanes), x.shape[0])](
         out=made, weight=weight, bias=weight if bias is None else bias.contiguous(), **_arguments("x", x), **scaled,
         weight_o=steps[0], weight_i=steps[1], columns=size[1], rows=size[0], height=x.shape[2], width=x.shape[3],
         top=padding[0], left=padding[2], OUT=out, OUT_P=triton.next_power_of_2(out), KH=weight.shape[2],
@@ -325,7 +327,7 @@ def _correlated(sat: Mixed, x: Mixed, kernel: Pair, stride: Pair, padding: Paddi
     if not made.numel() or not height * width:
         return made.sum(0)
     dtype = torch.float64 if torch.float64 in (sat.dtype, x.dtype) else torch.float32
-    compiled(correlate(_bare(sat.parts), _bare(x.parts)))[(channels * kernel[0], count, n)](
+    compiled(correlate(_bare(sat.parts), _bare(x.parts)))[(channels * kernel[0] * count, 1, n)](
         out=made, **_arguments("s", sat), **_arguments("x", x), blocks=blocks, columns=columns, rows=rows,
         height=height, width=width, top=padding[0], left=padding[2], OUT=out, OUT_P=triton.next_power_of_2(out),
         CHANNELS=channels, KH=kernel[0], KW=kernel[1], KW_P=taps, SY=stride[0], SX=stride[1], DY=dilation[0],
@@ -374,7 +376,7 @@ def _walked(
     if n * channels * rows * columns:
         (bare,) = _bare(x.parts)
         by = {} if given is None else _arguments("g", _given(given, grad))
-        compiled(walk(bare.program, value, slopes, grad, summed))[(blocks, rows, n * channels)](
+        compiled(walk(bare.program, value, slopes, grad, summed))[(rows, blocks, n * channels)](
             **_arguments("x", x), **by, **{f"o{k}": each for k, each in enumerate(outputs)},
             **{f"t{k}": each for k, each in enumerate(sums)}, columns=columns, rows=rows, CHANNELS=channels,
             REAL=_real(dtype), LANES=lanes,

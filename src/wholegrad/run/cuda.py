@@ -91,8 +91,9 @@ class CudaDevice(Device):
         after one that warms up, in which libraries choose their kernels and make their handles.
         """
         with torch.cuda.device(self.torch):
+            callers = torch.cuda.current_stream(self.torch)
             stream = torch.cuda.Stream(self.torch)  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream(self.torch))
+            stream.wait_stream(callers)
             with torch.cuda.stream(stream):
                 work()
                 stream.synchronize()
@@ -114,6 +115,7 @@ class CudaDevice(Device):
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # an op that waits for the device, or that no graph can hold
+                torch.cuda.set_stream(callers)  # which PyTorch leaves undone where the end of a capture fails
                 torch.cuda.synchronize(self.torch)
                 return None
             self._recorded_bytes += max(torch.cuda.memory_reserved(self.torch) - before, 0)
