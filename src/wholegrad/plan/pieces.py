@@ -413,6 +413,7 @@ class Piece:
         areas = self._areas(self._walk, tiles.rows, tiles.cols)
         read = self._in_flight(tiles.rows, tiles.cols) * self._walk.arriving(areas, self.terms.raw)
         through = read + (self.terms.workers + 1) * self._walk.handed_on(areas)
+        through = through + self.terms.workers * self._walk.fetched(areas)
         return int(devices.PINNED * int(through[0])) + int(self._band(tiles.rows, tiles.cols)[0])
 
     def _asked(self, forward: int, backward: int) -> tuple[int, int]:
