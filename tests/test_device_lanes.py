@@ -17,6 +17,7 @@ import wholegrad as wg
 from oracle import SEED, reference
 from pretend_streams import RaceError, streamed
 from support_cases import named_cases
+from wholegrad.errors import PlanError
 from wholegrad.losses import LOSSES
 from wholegrad.plan import devices
 from wholegrad.proof import random_labels
@@ -195,6 +196,13 @@ def test_parameters_that_no_gradient_reaches_get_none() -> None:
             wg.backward(model, lambda out, y: (out - y).square().mean(), image, target, plan=plan)
         assert model.spare.weight.grad is None and model.used.weight.grad is not None
         model.zero_grad()
+
+
+def test_a_plan_without_recordings_does_not_run_with_them() -> None:
+    model, image, target = bytes_case()
+    plan = wg.plan(model, LOSSES["bce"], image, target, device=pretend.device())
+    with pytest.raises(PlanError, match="without graphs, which take memory; plan again"):
+        wg.backward(model, LOSSES["bce"], image, target, plan=plan, device=pretend.device(graphs=True))
 
 
 def allocated(there: Any) -> int:

@@ -134,7 +134,11 @@ def check_device(made: Plan, device: Device) -> None:
     """Whether a plan may run there.
 
     Raises:
-        PlanError: it was made for another device.
+        PlanError: it was made for another device, or for one that keeps less.
     """
     if made.device != device.name:
         raise PlanError("plan", f"was made for {made.device}", f"plan again for {device.name}")
+    if device.options.graphs and made.apart is not None and not made.apart.graphs:
+        raise PlanError(
+            "plan", f"was made for {made.device} without graphs, which take memory", "plan again with graphs"
+        )

@@ -153,7 +153,9 @@ class Recordings:
         blocks = self._blocks[what]
         if blocks and blocks[0].numel() >= size:
             return
-        self._kept.clear()
+        if self._kept:
+            self._kept.clear()
+            self.device.forget_recordings()
         self._kinds = {known: kinds for known, kinds in self._kinds.items() if known == name}
         blocks.clear()
         for _ in range(self.lanes):
