@@ -81,8 +81,10 @@ class Ledger:
             count, size = self.alive.pop(block)
             if count > 1:
                 self.alive[block] = count - 1, size
-            else:
-                self.now -= size
+                return
+            self.now -= size
+        for watch in WATCHES:
+            watch.gone(block)
 
     def crossed(self, tensor: torch.Tensor, up: bool) -> None:
         with self.lock:
@@ -93,6 +95,19 @@ class Ledger:
 
 
 LEDGER = Ledger()
+
+
+class Watch:
+    """Told of every op on the device's tensors, and of memory that nobody looks at any more; this one does not care."""
+
+    def op(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
+        """Storages are those of the tensors that went in and came out."""
+
+    def gone(self, block: int) -> None:
+        """The memory of this storage is free."""
+
+
+WATCHES: list[Watch] = []
 
 
 class Pretend(torch.Tensor):
@@ -120,7 +135,10 @@ class Pretend(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, dict(kwargs or {}))
+        found = _run(func, args, dict(kwargs or {}))
+        for watch in WATCHES:
+            watch.op(func, args, kwargs or {}, found)
+        return found
 
 
 def _raw(value: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
 from wholegrad.proof import random_labels
 from wholegrad.run.process import resident
+from wholegrad.run.recordings import recordings_of
 from wholegrad.verify import EXACT, Case, errors
 from zoo import Entry
 
@@ -43,9 +44,9 @@ def bytes_case(height: int, width: int) -> Data:
     return unet4492(seed=0), pixels, random_labels((height, width), 0)
 
 
-def gpu_errors(data: Data, loss: Any, **fixed: Any) -> dict[str, float]:
+def gpu_errors(data: Data, loss: Any, there: Any = "cuda", **fixed: Any) -> dict[str, float]:
     """Relative errors of a run on the GPU against whole-image autograd on the CPU."""
-    tried = Case(data[0], loss, *data[1:], torch.float64, SEED, "cuda")
+    tried = Case(data[0], loss, *data[1:], torch.float64, SEED, there)
     found = tried.run(tried.plan(**fixed), fixed.get("tile"))
     return errors(found, reference(data[0], loss, *data[1:]).tensors)
 
@@ -83,10 +84,83 @@ def test_float32_is_as_good_as_whole_image_float32_without_tf32() -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 4])
-def test_the_same_plan_twice_gives_the_same_bits(at_once: int) -> None:
+WAYS: list[dict[str, Any]] = [
+    {"at_once": 1},
+    {"at_once": 4},
+    {"at_once": 1, "graphs": True},
+    {"at_once": 3, "graphs": True},
+    {"at_once": 2, "triton": True},
+    {"at_once": 2, "triton": True, "graphs": True},
+]
+
+
+def opened(**options: Any) -> wg.Device:
+    if options.get("triton"):
+        pytest.importorskip("triton", reason="Triton is not installed")
+    return wg.open_device("cuda", **options)
+
+
+def recorded_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record what can be, also where launching takes little of a tile's time."""
+    monkeypatch.setattr("wholegrad.run.cuda.LAUNCHING", 0.0)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("loss", ["bce", "dice"])
+def test_every_way_of_running_is_exact(monkeypatch: pytest.MonkeyPatch, way: dict[str, Any], loss: str) -> None:
+    recorded_all(monkeypatch)
+    fixed = {"tile": (64, 64), "boundaries": ["middle"], "there": opened(**way)}
+    assert max(gpu_errors(case(384, 448), LOSSES[loss], **fixed).values()) <= EXACT
+
+
+@pytest.mark.parametrize("entry", NETWORKS, ids=str)
+def test_the_zoo_is_exact_with_recordings(monkeypatch: pytest.MonkeyPatch, entry: Entry) -> None:
+    recorded_all(monkeypatch)
+    height, width = entry.size
+    data = (entry.build(), entry.image(height, width), entry.target(height, width))
+    there = opened(at_once=2, graphs=True)
+    found = gpu_errors(data, entry.loss, there, tile=(height // 4 + 1, width // 4 + 2))
+    assert max(found.values()) <= EXACT, found
+
+
+def test_tiles_are_recorded_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of falling back silently: interior tiles have CUDA graphs, kept from step to step, in bounded memory."""
+    recorded_all(monkeypatch)
+    model, image, target = bytes_case(1024, 1536)
+    there = opened(at_once=2, graphs=True)
+    plan = wg.plan(model, LOSSES["bce"], image, target, tile=(128, 128), device=there)
+    there.forget_peak()
+    for _ in range(3):
+        wg.backward(model, LOSSES["bce"], image, target, plan=plan)
+    made = recordings_of(plan, there)
+    assert made.count >= 2
+    assert there.peak() <= plan.projected
+
+
+def test_a_callers_stream_is_waited_for_and_waits() -> None:
+    """A caller on a stream of its own: weights that it has only asked for, gradients that it reads at once."""
     model, image, target = bytes_case(512, 640)
-    there = wg.open_device("cuda", deterministic=True, at_once=at_once)
+    model.cuda()
+    there = opened(at_once=2)
+    plan = wg.plan(model, LOSSES["bce"], image, target, tile=(128, 160), device=there)
+    found = []
+    for stream in (None, torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            for parameter in model.parameters():
+                parameter.grad = None
+                torch.cuda._sleep(10_000_000)  # the device is busy before weights are there
+                parameter.data.mul_(1.0)
+            wg.backward(model, LOSSES["bce"], image, target, plan=plan)
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.cuda.synchronize()
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_same_plan_twice_gives_the_same_bits(way: dict[str, Any]) -> None:
+    model, image, target = bytes_case(512, 640)
+    there = opened(deterministic=True, **way)
     plan = wg.plan(model, LOSSES["bce+dice"], image, target, tile=(128, 160), device=there)
     found = []
     for _ in range(3):

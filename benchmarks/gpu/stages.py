@@ -21,8 +21,10 @@ import wholegrad as wg
 from wholegrad.losses import bce_loss
 from wholegrad.nets import unet4492
 from wholegrad.run.process import peak_resident
+from wholegrad.run.recordings import drop_recordings, recordings_of
 
 GIB = 1 << 30
+SAMPLE = 12  # steps of the training that are taken
 
 
 def say(stage: str, name: str, **found: Any) -> None:
@@ -162,14 +164,20 @@ def step(size: str) -> None:
     height, width = (int(edge) for edge in size.split("x"))
     variants: list[tuple[str, dict[str, Any], bool, Any]] = [
         ("image on the host", {}, False, "8GiB"),
-        ("image on the host, 4 tiles in flight", {"at_once": 4}, False, "8GiB"),
+        ("image on the host, Triton", {"triton": True}, False, "8GiB"),
+        ("image on the host, Triton, graphs", {"triton": True, "graphs": True}, False, "8GiB"),
+        ("image on the host, graphs", {"graphs": True}, False, "8GiB"),
         ("image on the host, 1 tile in flight", {"at_once": 1}, False, "8GiB"),
+        ("image on the host, 4 tiles in flight", {"at_once": 4}, False, "8GiB"),
         ("image on the host, deterministic", {"deterministic": True}, False, "8GiB"),
         ("image on the host, tf32", {"tf32": True}, False, "8GiB"),
-        ("image on the host, Triton", {"triton": True}, False, "8GiB"),
         ("image on the host, 2 GiB", {}, False, "2GiB"),
+        ("image on the host, 2 GiB, graphs", {"graphs": True}, False, "2GiB"),
+        ("image on the host, 2 GiB, Triton, graphs", {"triton": True, "graphs": True}, False, "2GiB"),
         ("image on the device", {}, True, None),
         ("image on the device, Triton", {"triton": True}, True, None),
+        ("image on the device, Triton, graphs", {"triton": True, "graphs": True}, True, None),
+        ("image on the device, Triton, 4 tiles in flight", {"triton": True, "at_once": 4}, True, None),
     ]
     data, where = pixels(height, width, False), False
     for name, options, there, budget in variants:
@@ -187,12 +195,71 @@ def step(size: str) -> None:
         print(plan, file=sys.stderr, flush=True)
         about = {"size": size, "projected_bytes": plan.projected, "held_bytes": held, "predicted": plan.seconds,
                  "tiles": [[*part.tile, part.tiles] for part in plan.segments]}  # fmt: skip
+        device.forget_peak()
         measured("step", name, lambda m=model, d=data, p=plan: _train(m, bce_loss, d, p), 5, **about)  # type: ignore[misc]
+        made = recordings_of(plan, device).count if options.get("graphs") else 0
+        say("step", f"{name}: kept", device_peak_bytes=device.peak(), recordings=made)
+        drop_recordings()
 
 
 def _train(model: nn.Module, loss_fn: Any, data: tuple[Any, Any], plan: Any) -> None:
     model.zero_grad(set_to_none=True)
     wg.backward(model, loss_fn, *data, plan=plan)
+
+
+def profile(size: str) -> None:
+    """Which kernels a step's time on the device goes to, and how much of the step the device works at all."""
+    height, width = (int(edge) for edge in size.split("x"))
+    data = pixels(height, width, True)
+    for options in ({}, {"triton": True}):
+        model = unet4492(seed=0).cuda()
+        try:
+            device = wg.open_device("cuda", **options)
+            plan = wg.plan(model, bce_loss, *data, device=device, budget=torch.cuda.memory_allocated() + 8 * GIB)
+            _train(model, bce_loss, data, plan)
+            torch.cuda.synchronize()
+            kinds = [torch.profiler.ProfilerActivity.CUDA]
+            start = time.perf_counter()
+            with torch.profiler.profile(activities=kinds) as found:
+                _train(model, bce_loss, data, plan)
+                torch.cuda.synchronize()
+            took = time.perf_counter() - start
+        except Exception as error:
+            say("profile", str(options), error=f"{type(error).__name__}: {error}"[:300])
+            continue
+        rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)
+        busy = sum(row.self_device_time_total for row in rows) / 1e6
+        say(
+            "profile", f"{options}: all kernels", busy_seconds=busy, wall_seconds=took, calls=sum(r.count for r in rows)
+        )
+        for row in rows[:15]:
+            about = {"busy_seconds": row.self_device_time_total / 1e6, "calls": row.count}
+            say("profile", f"{options}: {row.key[:80]}", **about)
+
+
+def training(size: str) -> None:
+    """Steps of a training with a new image each: what the paper's 4940 would take, extrapolated from these."""
+    height, width = (int(edge) for edge in size.split("x"))
+    images = [pixels(height, width, False) for _ in range(2)]  # in turn: a step's image was not the one before
+    for options in ({}, {"triton": True}, {"triton": True, "graphs": True}):
+        model = unet4492(seed=0)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        try:
+            plan = wg.plan(model, bce_loss, *images[0], device=wg.open_device("cuda", **options), budget="8GiB")
+            taken, losses = [], []
+            for i in range(SAMPLE + 1):
+                start = time.perf_counter()
+                optimizer.zero_grad()
+                losses.append(float(wg.backward(model, bce_loss, *images[i % 2], plan=plan)))
+                optimizer.step()
+                taken.append(time.perf_counter() - start)
+        except Exception as error:
+            say("training", str(options), error=f"{type(error).__name__}: {error}"[:300])
+            continue
+        hours = 4940 * sum(taken[1:]) / SAMPLE / 3600
+        say("training", f"{options}, {SAMPLE} steps", seconds=taken[1:], extrapolated_hours_4940_steps=hours,
+            first_step=taken[0], losses=losses, size=size)  # fmt: skip
+        drop_recordings()
 
 
 def whole(size: str) -> None:
@@ -287,7 +354,7 @@ def errors(size: str) -> None:
     for name, dtype, options in (
         ("tiles float64", torch.float64, {}), ("tiles float32", torch.float32, {}),
         ("tiles tf32", torch.float32, {"tf32": True}), ("tiles Triton", torch.float32, {"triton": True}),
-        ("tiles bfloat16", torch.bfloat16, {}),
+        ("tiles bfloat16", torch.bfloat16, {}), ("tiles recorded", torch.float32, {"graphs": True}),
     ):  # fmt: skip
         model = copy.deepcopy(first).to(dtype)
         try:
@@ -302,7 +369,7 @@ def errors(size: str) -> None:
         say("errors", name, size=size, worst=max(worst.values()), each=worst)
 
 
-STAGES = {each.__name__: each for each in (machine, kernels, step, whole, wide, errors)}
+STAGES = {each.__name__: each for each in (machine, kernels, step, profile, training, whole, wide, errors)}
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from wholegrad.run import calibrate, process
 from wholegrad.run.blocks import drop_blocks
 from wholegrad.run.budget import budget_bytes, is_automatic
 from wholegrad.run.device import Device
+from wholegrad.run.recordings import drop_recordings
 from wholegrad.run.sources import raw_images
 from wholegrad.run.workers import default_workers
 
@@ -87,6 +88,7 @@ def request_of(
         PlanError: a budget cannot be read, or is of a host that has the only one.
     """
     drop_blocks()
+    drop_recordings()
     raw = raw_images(graph, inputs.sources)
     if device is None or not device.apart:
         if host_budget is not None:
@@ -99,7 +101,8 @@ def request_of(
     limit, held_there = _of_device(device, budget)
     still_to_load = 0 if process.has_run() else devices.RUNTIME
     on_host = int(Reserved(process.resident(), still_to_load, inputs.cache_bytes))
-    apart = Apart(device.name, device.options.at_once, device.most_bytes, budget_bytes(host_budget), on_host)
+    at_once, graphs = device.options.at_once, device.options.graphs
+    apart = Apart(device.name, at_once, graphs, device.most_bytes, budget_bytes(host_budget), on_host)
     reserved = Reserved(held_there + sent, devices.WORKSPACE)
     return Request(limit, reserved, backward, apart.at_once, sinks, raw=raw, rates=devices.ASSUMED, apart=apart)
 
@@ -131,7 +134,11 @@ def check_device(made: Plan, device: Device) -> None:
     """Whether a plan may run there.
 
     Raises:
-        PlanError: it was made for another device.
+        PlanError: it was made for another device, or for one that keeps less.
     """
     if made.device != device.name:
         raise PlanError("plan", f"was made for {made.device}", f"plan again for {device.name}")
+    if device.options.graphs and made.apart is not None and not made.apart.graphs:
+        raise PlanError(
+            "plan", f"was made for {made.device} without graphs, which take memory", "plan again with graphs"
+        )

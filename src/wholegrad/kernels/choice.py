@@ -64,9 +64,13 @@ def using_triton(use: bool, anywhere: bool = False) -> Iterator[None]:
         _Triton.on, _Triton.anywhere = before
 
 
+def triton_runs(x: torch.Tensor) -> bool:
+    """Whether Triton's kernels may run on this tensor."""
+    return _Triton.on and (x.device.type == "cuda" or _Triton.anywhere)
+
+
 def triton_serves(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
     """Whether :mod:`wholegrad.kernels.triton_thin` should compute this convolution, transposed or not."""
     shape = weight.shape
     thin = groups == 1 and len(shape) == 4 and min(shape[:2]) <= THIN and max(shape[:2]) <= THICK
-    here = x.device.type == "cuda" or _Triton.anywhere
-    return _Triton.on and here and thin and prod(shape[2:]) <= MOST_TAPS and x.dtype == weight.dtype
+    return triton_runs(x) and thin and prod(shape[2:]) <= MOST_TAPS and x.dtype == weight.dtype

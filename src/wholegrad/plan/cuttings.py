@@ -217,10 +217,14 @@ class Cutting:
         """The fastest tiles that fit into ``room`` bytes beside boundaries in these places; None if none do."""
         room -= self.leftover + (way.spill if way.far is None else 0)
         found = []
+        most = max((int(each.max(initial=0)) for each in way.held), default=0)
         for piece, ahead, back in zip(self.pieces, *(each.tolist() for each in way.held), strict=True):
             if (back if piece.fused else max(ahead, back)) > room:
                 return None
-            option = piece.fastest(piece.coarse if coarse else piece.fine, room - ahead, room - back)
+            spare = (room - ahead, room - back)
+            if self._recorded:  # half for tiles that run, half for what recordings of any segment keep
+                spare = ((room - most) / 2, (room - most) / 2)
+            option = piece.fastest(piece.coarse if coarse else piece.fine, *spare)
             if option is None:
                 return None
             found.append(option)
@@ -241,6 +245,16 @@ class Cutting:
             most = max(most, int(max(held.forward[k], held.backward[k])) + piece.staging(option.tile))
         return most + choice.way.spill
 
+    @property
+    def _recorded(self) -> bool:
+        return self.terms.apart is not None and self.terms.apart.graphs
+
+    def recordings(self, choice: Choice) -> int:
+        """Bytes that recordings keep: as much as the tiles of the segment that need the most, whichever runs."""
+        if not self._recorded:
+            return 0
+        return max(max(piece.needs(option.tile)) for piece, option in zip(self.pieces, choice.options, strict=True))
+
     def peak(self, choice: Choice) -> int:
         """Bytes beyond what is there whatever the plan."""
         most, (held, messages) = 0, self._shared.get(choice.tiles, (choice.way.held, 0))
@@ -250,7 +264,8 @@ class Cutting:
                 most = max(most, int(held.forward[k]) + ahead)
             if self.terms.backward:
                 most = max(most, int(held.backward[k]) + back)
-        return most + self.leftover + messages + (choice.way.spill if choice.way.far is None else 0)
+        beside = self.leftover + messages + self.recordings(choice)
+        return most + beside + (choice.way.spill if choice.way.far is None else 0)
 
     def on_disk(self, places: Mapping[Ref, Placement]) -> int:
         """Bytes there at most, boundaries' gradients included."""

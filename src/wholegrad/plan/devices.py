@@ -36,6 +36,7 @@ class Apart:
     Attributes:
         name: as PyTorch has it.
         at_once: tiles in flight.
+        graphs: whether tiles are recorded: a recording keeps the working set of its tiles, from step to step.
         most_bytes: a tensor there has fewer; None without such a limit.
         host_budget: bytes for the whole process; None for no limit.
         host_reserved: bytes that it holds whatever the plan.
@@ -43,6 +44,7 @@ class Apart:
 
     name: str
     at_once: int
+    graphs: bool = False
     most_bytes: int | None = None
     host_budget: int | None = None
     host_reserved: int = 0

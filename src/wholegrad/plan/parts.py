@@ -29,6 +29,7 @@ class Parts:
         tiles: working sets of the tiles that run side by side, and rows of tiles that wait to be written.
         allocator: what the heap keeps in pieces that nobody can use, and libraries' copies.
         messages: what ranks that share the image send and receive at once.
+        recordings: what recorded tiles keep on a device.
     """
 
     interpreter: int
@@ -42,6 +43,7 @@ class Parts:
     tiles: int
     allocator: int
     messages: int = 0
+    recordings: int = 0
 
     @property
     def total(self) -> int:
@@ -61,6 +63,7 @@ def parts(
     segments: int,
     spill: int = 0,
     messages: int = 0,
+    recordings: int = 0,
 ) -> Parts:
     """The parts at the moment when they are most.
 
@@ -70,6 +73,7 @@ def parts(
         segments: how many there are.
         spill: what boundaries on disk take in memory.
         messages: what ranks send and receive at once.
+        recordings: what recorded tiles keep.
     """
     held = reserved if isinstance(reserved, memory.Reserved) else memory.Reserved(reserved)
     boundaries, gradients, working, slack = max(moments, key=lambda each: sum(each[:3]), default=(0, 0, 0, 1.0))
@@ -86,4 +90,5 @@ def parts(
         tiles,
         working - tiles + memory.leftover(segments),
         messages,
+        recordings,
     )

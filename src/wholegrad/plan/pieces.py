@@ -326,7 +326,11 @@ class Piece:
         side, wear = np.minimum(count, terms.workers), None if seen else memory.wear(count, terms.workers, sweeps)
         forward, backward = (side * each for each in self._largest(rows, cols, wear))
         if terms.apart is not None:
-            beside = self._in_flight(rows, cols) * self._walk.arriving(self._areas(self._walk, rows, cols), terms.raw)
+            areas = self._areas(self._walk, rows, cols)
+            arriving = self._walk.arriving(areas, terms.raw)
+            beside = self._in_flight(rows, cols) * arriving
+            if terms.apart.graphs:  # what a recording reads and makes, and copies of that
+                beside = beside + side * (arriving + 2 * self._walk.handed_on(areas))
             return (forward + beside).tolist(), (backward + beside).tolist()
         self._weigh_few(rows, cols, wear, forward, backward)
         if wear is not None:
@@ -409,6 +413,7 @@ class Piece:
         areas = self._areas(self._walk, tiles.rows, tiles.cols)
         read = self._in_flight(tiles.rows, tiles.cols) * self._walk.arriving(areas, self.terms.raw)
         through = read + (self.terms.workers + 1) * self._walk.handed_on(areas)
+        through = through + self.terms.workers * self._walk.fetched(areas)
         return int(devices.PINNED * int(through[0])) + int(self._band(tiles.rows, tiles.cols)[0])
 
     def _asked(self, forward: int, backward: int) -> tuple[int, int]:

@@ -209,8 +209,17 @@ class Plan:
         spilled = [ref for ref, place in self.placements.items() if place is Placement.DISK]
         spill = spill_bytes(self.graph, spilled, self.boundary_dtype, self.workers)
         if self.apart is not None:
-            return parts(self.graph, self.reserved, moments, 0, messages=self.messages)
+            beside = {"messages": self.messages, "recordings": self._recorded_bytes}
+            return parts(self.graph, self.reserved, moments, 0, **beside)
         return parts(self.graph, self.reserved, moments, len(cut), spill, self.messages)
+
+    @property
+    def _recorded_bytes(self) -> int:
+        """What recordings keep on a device: as much as the tiles that need the most."""
+        if self.apart is None or not self.apart.graphs:
+            return 0
+        sweeps = [(0 if part.fused else part.working.forward, part.working.backward) for part in self.segments]
+        return max((max(each[0], each[1] * self.backward) for each in sweeps), default=0)
 
     def here(self, ref: Ref, size: int) -> int:
         """Of a boundary's bytes, what the rank with most of it holds; all where nobody shares it."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from wholegrad.graph.graph import READERS, Graph, Ref
+from wholegrad.graph.graph import READERS, Graph, Kind, Ref
 from wholegrad.graph.inline import Inlined
 from wholegrad.graph.rules import rule_for
 from wholegrad.graph.rules.random import is_random
@@ -130,6 +130,14 @@ class Walk:
                 pixel = self.upkeep.pixel[ref.node] // (self.upkeep.item[ref.node] if ref in raw else 1)
                 total += areas[self.place[ref.node]] * pixel
         return total
+
+    def fetched(self, areas: Bytes) -> Bytes:
+        """Bytes of boundaries that each tile reads, and of gradients of those that it makes, if all lay elsewhere."""
+        graph, place = self.upkeep.graph, self.place
+        made = [ref.node for ref in self.segment.maps if graph.nodes[ref.node].kind is Kind.MAP]
+        made += [ref.node for ref in self.segment.outputs if self.upkeep.grad[ref.node]]
+        found = [areas[place[index]] * self.upkeep.pixel[index] for index in made if index in place]
+        return sum(found, np.zeros(areas.shape[1], np.int64))
 
     def _sized(self, areas: Bytes, wear: Share | None = None) -> _Tiles:
         sizes = areas * np.array(self._pixels())[:, None]

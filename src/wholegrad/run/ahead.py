@@ -44,12 +44,16 @@ class Ahead:
                 self._asked[ref, box] = self._pool.submit(self._sent, ref, box)
 
     def take(self, ref: Ref, box: Box) -> torch.Tensor:
-        """The elements of an image or a target on ``box``, on the device, as the model sees them."""
+        """The elements of an image or a target on ``box``, on the device, as they came: :meth:`seen` makes the rest."""
         if ref in self._there:
-            return self._source(ref).of_staged(self._source(ref).cut_out(self._there[ref], box))
+            return self._source(ref).cut_out(self._there[ref], box)
         asked = self._asked.pop((ref, box), None)
         moving = self._sent(ref, box) if asked is None else asked.result()
-        return self._source(ref).of_staged(self.device.arrived(moving))
+        return self.device.arrived(moving)
+
+    def seen(self, ref: Ref, staged: torch.Tensor) -> torch.Tensor:
+        """What the model sees of what :meth:`take` gave."""
+        return self._source(ref).of_staged(staged)
 
     def forget(self) -> None:
         """Drop what was asked for and never taken."""

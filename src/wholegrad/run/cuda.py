@@ -1,24 +1,29 @@
 """NVIDIA's and AMD's GPUs: transfers beside the arithmetic, memory as PyTorch's allocator counts it.
 
-Ops of all threads go to the current stream, in the order in which they are called; what is uploaded goes through a
-stream of its own, from pinned memory, so that pixels of the next tile arrive while this one is computed. The pinned
-memory comes from PyTorch's own cache, which hands a block out again only when the copy from it is done.
+What is uploaded goes through a stream of its own, from pinned memory, so that pixels of the next tile arrive while this
+one is computed. The pinned memory comes from PyTorch's own cache, which hands a block out again only when the copy from
+it is done. Tiles run on streams beside that of the thread that merges them (:mod:`wholegrad.run.lanes`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from wholegrad.errors import PlanError, WholegradError
 from wholegrad.kernels.choice import using_triton
-from wholegrad.run.device import Device, Moving, Options, Room
+from wholegrad.run.device import Device, Gate, Moving, Options, Recording, Room
+from wholegrad.run.lanes import Lanes, StreamGate
 
 FILLS = "fill_uninitialized_memory"  # a setting of torch.utils.deterministic
+LAUNCHING = 0.5  # of the time of a tile's work, which asking for it must take for a recording to be worth its memory
 
 
 class CudaDevice(Device):
@@ -34,12 +39,17 @@ class CudaDevice(Device):
         super().__init__(torch.device("cuda", number), options)
         if options.triton and not find_spec("triton"):
             raise PlanError("triton=True", "needs Triton, which is not installed", "pip install triton")
+        self._lock = threading.Lock()
         self._uploads: torch.cuda.Stream | None = None
+        self._lanes: Lanes | None = None
+        self._pools: dict[int, Any] = {}  # of recordings, by lane
+        self._recorded_bytes = 0
 
     def _stream(self) -> torch.cuda.Stream:
-        if self._uploads is None:
-            self._uploads = torch.cuda.Stream(self.torch)  # type: ignore[no-untyped-call]
-        return self._uploads
+        with self._lock:
+            if self._uploads is None:
+                self._uploads = torch.cuda.Stream(self.torch)  # type: ignore[no-untyped-call]
+            return self._uploads
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         with torch.cuda.device(self.torch):
@@ -63,10 +73,58 @@ class CudaDevice(Device):
         with torch.cuda.device(self.torch):
             here = torch.empty_like(tensor, device="cpu", pin_memory=True)
             here.copy_(tensor.detach(), non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record()
-        done.synchronize()  # for this copy alone: other threads' tiles go on
+        done.synchronize()  # for this copy and what its own stream did before: other tiles' streams go on
         return here
+
+    def gate(self) -> Gate:
+        if self._lanes is None:
+            streams = [torch.cuda.Stream(self.torch) for _ in range(self.options.at_once)]  # type: ignore[no-untyped-call]
+            self._lanes = Lanes(streams)
+        return StreamGate(CudaStreams(self.torch), self._lanes)
+
+    def recorded(self, work: Callable[[], None], lane: int) -> Recording | None:
+        """A CUDA graph; what is recorded for one lane shares one pool of memory, since a lane replays one at a time.
+
+        It is made where asking for the work takes at least ``LAUNCHING`` of the time that the work takes: of one run
+        after one that warms up, in which libraries choose their kernels and make their handles.
+        """
+        with torch.cuda.device(self.torch):
+            callers = torch.cuda.current_stream(self.torch)
+            stream = torch.cuda.Stream(self.torch)  # type: ignore[no-untyped-call]
+            stream.wait_stream(callers)
+            with torch.cuda.stream(stream):
+                work()
+                stream.synchronize()
+                start = time.perf_counter()
+                work()
+                asked = time.perf_counter()
+                stream.synchronize()
+                done = time.perf_counter()
+            if asked - start < LAUNCHING * (done - start):
+                return None
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(self.torch)
+            graph = torch.cuda.CUDAGraph()
+            if lane not in self._pools:
+                self._pools[lane] = torch.cuda.graph_pool_handle()
+            try:
+                with torch.cuda.graph(graph, pool=self._pools[lane], stream=stream, capture_error_mode="thread_local"):
+                    work()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # an op that waits for the device, or that no graph can hold
+                torch.cuda.set_stream(callers)  # which PyTorch leaves undone where the end of a capture fails
+                torch.cuda.synchronize(self.torch)
+                return None
+            self._recorded_bytes += max(torch.cuda.memory_reserved(self.torch) - before, 0)
+        return graph
+
+    def forget_recordings(self) -> None:
+        """Recordings are gone: what they held is free."""
+        self._pools.clear()
+        self._recorded_bytes = 0
 
     def room(self) -> Room:
         free, total = torch.cuda.mem_get_info(self.torch)
@@ -74,7 +132,8 @@ class CudaDevice(Device):
         return Room(total, held, free + torch.cuda.memory_reserved(self.torch) - held)
 
     def peak(self) -> int:
-        return int(torch.cuda.max_memory_allocated(self.torch))
+        """The most that tensors held, and what recordings keep for themselves beside tensors."""
+        return int(torch.cuda.max_memory_allocated(self.torch)) + self._recorded_bytes
 
     def forget_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.torch)
@@ -84,31 +143,86 @@ class CudaDevice(Device):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        options = self.options
-        if options.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads when it is first used
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = (
-            matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark,
-            torch.are_deterministic_algorithms_enabled(), _fills(),
-        )  # fmt: skip
-        matmul.allow_tf32 = cudnn.allow_tf32 = options.tf32
-        cudnn.deterministic, cudnn.benchmark = options.deterministic, False
-        torch.use_deterministic_algorithms(options.deterministic)
-        _set_fills(False)
-        try:
-            with torch.cuda.device(self.torch), using_triton(options.triton):
-                yield
-        except torch.OutOfMemoryError as error:
-            raise _out_of_memory(self, error) from error
-        except RuntimeError as error:
-            if "deterministic implementation" in str(error):
-                raise _no_order(error) from error
-            raise
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before[:4]
-            torch.use_deterministic_algorithms(before[4])
-            _set_fills(before[5])
+        with settings(self.options):
+            try:
+                with torch.cuda.device(self.torch), using_triton(self.options.triton):
+                    yield
+            except torch.OutOfMemoryError as error:
+                raise _out_of_memory(self, error) from error
+            except RuntimeError as error:
+                if "deterministic implementation" in str(error):
+                    raise _no_order(error) from error
+                raise
+
+
+class CudaStreams:
+    """What :class:`~wholegrad.run.lanes.StreamGate` asks of CUDA."""
+
+    def __init__(self, where: torch.device) -> None:
+        self.where = where
+
+    def current(self) -> Any:
+        return torch.cuda.current_stream(self.where)
+
+    @contextmanager
+    def using(self, stream: Any) -> Iterator[None]:
+        with torch.cuda.device(self.where), torch.cuda.stream(stream):  # both are kept a thread
+            yield
+
+    def mark(self, stream: Any) -> Any:
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(stream)
+        return event
+
+    def wait(self, stream: Any, mark: Any) -> None:
+        stream.wait_event(mark)
+
+    def look(self, mark: Any) -> None:
+        mark.synchronize()
+
+    def used_on(self, tensor: torch.Tensor, stream: Any) -> None:
+        if tensor.is_cuda:
+            tensor.record_stream(stream)
+
+
+@contextmanager
+def settings(options: Options) -> Iterator[None]:
+    """PyTorch's settings of precision and of the order of sums, as the options ask for them, put back afterwards.
+
+    Precision has two faces: ``fp32_precision``, where a setting may also come from a more general one, and the older
+    ``allow_tf32``, which cannot be read where the newer ones differ. Both are set, so that whoever reads either agrees.
+    """
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads when it is first used
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    newer: tuple[Any, ...] = (products, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
+    precisions = [each.fp32_precision for each in newer]
+    older = _older()
+    before = cudnn.deterministic, cudnn.benchmark, torch.are_deterministic_algorithms_enabled(), _fills()
+    products.allow_tf32 = cudnn.allow_tf32 = options.tf32
+    for each in newer:
+        each.fp32_precision = "tf32" if options.tf32 else "ieee"
+    cudnn.deterministic, cudnn.benchmark = options.deterministic, False  # tiles at edges have shapes of their own
+    torch.use_deterministic_algorithms(options.deterministic)
+    _set_fills(False)
+    try:
+        yield
+    finally:
+        if older is not None:
+            products.allow_tf32, cudnn.allow_tf32 = older
+        for each, precision in zip(newer, precisions, strict=True):
+            each.fp32_precision = precision
+        cudnn.deterministic, cudnn.benchmark = before[:2]
+        torch.use_deterministic_algorithms(before[2])
+        _set_fills(before[3])
+
+
+def _older() -> tuple[bool, bool] | None:
+    """``allow_tf32`` of products of matrices and of cuDNN; None where the newer settings do not let it be read."""
+    try:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return None
 
 
 def _fills() -> bool:

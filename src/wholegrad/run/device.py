@@ -7,10 +7,10 @@ here of an accelerator holds for any that PyTorch knows: tensors move by ``Tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -31,13 +31,16 @@ class Options:
         deterministic: whether ops whose sums come in no fixed order are refused, so that the same plan twice gives the
             same bits (rule 6). PyTorch has no other kernel for some ops of a GPU.
         triton: whether thin convolutions run in the project's own Triton kernels (CUDA).
-        at_once: tiles in flight.
+        at_once: tiles in flight, each on a stream of its own where the device has streams.
+        graphs: whether tiles that are computed alike are recorded once and replayed (CUDA graphs), so that a tile costs
+            one launch; each tile in flight then holds its working set twice.
     """
 
     tf32: bool = False
     deterministic: bool = False
     triton: bool = False
     at_once: int = AT_ONCE
+    graphs: bool = False
 
 
 class Room(NamedTuple):
@@ -53,6 +56,32 @@ class Moving(NamedTuple):
 
     tensor: torch.Tensor
     mark: object = None
+
+
+class Recording(Protocol):
+    """Work that was recorded once; it reads and writes the tensors that it read and wrote then."""
+
+    def replay(self) -> None:
+        """Ask for the same work again, on the calling thread's stream."""
+
+
+class Gate:
+    """Between the thread that merges results and those that run tiles, for one pass over a segment's tiles.
+
+    The merging thread makes it when all that tiles read is asked for. This class is for devices whose ops run in the
+    order in which any thread asks for them: nobody waits.
+    """
+
+    @contextmanager
+    def lane(self) -> Iterator[int]:
+        """Open while a thread runs a tile; gives the number of the tiles' lane, below ``at_once``."""
+        yield 0
+
+    def done(self) -> Any:
+        """A mark behind all that this lane was asked for so far."""
+
+    def join(self, mark: Any, tensors: Iterable[torch.Tensor]) -> None:
+        """Have the merging thread's ops wait for a mark, after which they read (and free) these tensors."""
 
 
 class Device:
@@ -94,6 +123,21 @@ class Device:
     def fetched(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same values in host memory; strides are kept."""
         return tensor.to(CPU)
+
+    def gate(self) -> Gate:
+        """For tiles that read what the calling thread has asked for so far."""
+        return Gate()
+
+    def recorded(self, work: Callable[[], None], lane: int) -> Recording | None:
+        """Record ``work``, which reads and writes tensors that stay; None where it cannot be, or would save no time.
+
+        Args:
+            lane: in which it will be replayed; what is recorded for one lane may share memory.
+        """
+        return None
+
+    def forget_recordings(self) -> None:
+        """Nobody will replay what was recorded."""
 
     def room(self) -> Room:
         """What there is now.
@@ -176,12 +220,13 @@ def open_device(
     deterministic: bool = False,
     triton: bool = False,
     at_once: int = AT_ONCE,
+    graphs: bool = False,
 ) -> Device:
     """A device by its name, with options, for ``device=`` of every call.
 
     Args:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or ``"auto"`` for the accelerator that PyTorch finds.
-        tf32, deterministic, triton, at_once: see :class:`Options`; nothing of them is of the CPU.
+        tf32, deterministic, triton, at_once, graphs: see :class:`Options`; nothing of them is of the CPU.
 
     Raises:
         PlanError: there is no such device, or the project does not know how to use it.
@@ -199,4 +244,4 @@ def open_device(
         raise PlanError("device", f"is {where}, on which tiles do not run", f"choose from {known}") from None
     if at_once < 1:
         raise PlanError("at_once", f"is {at_once}", "give 1 or more tiles in flight")
-    return KINDS[where.type](where, Options(tf32, deterministic, triton, at_once))
+    return KINDS[where.type](where, Options(tf32, deterministic, triton, at_once, graphs))

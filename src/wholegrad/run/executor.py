@@ -32,8 +32,10 @@ from wholegrad.plan.plan import Plan
 from wholegrad.plan.tiles import Grid, Tile
 from wholegrad.run import process
 from wholegrad.run.ahead import Ahead
+from wholegrad.run.bodies import Bodies, Made, Pass, tensors_of
 from wholegrad.run.boundaries import Boundaries
 from wholegrad.run.device import Device
+from wholegrad.run.recordings import recordings_of
 from wholegrad.run.sink import Sink
 from wholegrad.run.small import SmallValues, levels
 from wholegrad.run.sources import Source, raw_images
@@ -106,6 +108,7 @@ class Executor:
         self.kept = Boundaries(plan, self.device, self.rank)
         self.sums = Sums(plan.graph, later=self.device.apart)
         self.ahead = Ahead(plan.graph, sources, self.device) if self.device.apart else None
+        self.bodies = None if self.ahead is None else self._bodies(self.ahead)
         self.level = levels(plan)
         self.done, self.ceiling = 0, process.Ceiling(plan.host_peak)
         self.total = self._count_tiles()
@@ -114,12 +117,19 @@ class Executor:
         runs = 2 if self.plan.backward else 1
         return sum(len(self.grid(i)) * (1 if part.fused else runs) for i, part in enumerate(self.plan.segments))
 
+    def _bodies(self, ahead: Ahead) -> Bodies:
+        """What runs tiles on a device with memory of its own."""
+        recordings = recordings_of(self.plan, self.device) if self.device.options.graphs else None
+        return Bodies(self.device, self.kept, self.small, ahead, self._fetch, self.seed, recordings)
+
     def grid(self, i: int) -> Grid:
         """The tiles of segment ``i`` that run here."""
         return self.plan.grid(i)
 
     def close(self) -> None:
-        """Give all boundaries back."""
+        """Give all boundaries back, once no op uses them any more."""
+        self.device.finish()
+        self.bodies = None  # which knows this executor: what both hold goes now, not when Python next looks for cycles
         if self.ahead is not None:
             self.ahead.close()
         self.kept.close()
@@ -172,23 +182,26 @@ class Executor:
             sunk |= {out: replace(sunk[out], make=None)} if store else {}
             strips = Strips(self.graph, how, self.small.leaf, store)
 
-        def work(tile: Tile) -> tuple[dict[Ref, torch.Tensor], dict[Ref, torch.Tensor], dict[int, State]]:
+        def work(tile: Tile) -> Made:
             with torch.no_grad():
-                fetch, small = self._fetch, self.small.leaf
-                runs = self.graph, segment, tile, fetch, small, False, self.seed, how
-                run = run_tile(*runs, strips=strips, device=self.device.torch)
-                outputs = {ref: self.kept.brought(ref, run.owned[ref]) for ref in kept if ref in run.owned}
+                runs = self.graph, segment, tile, self._fetch, self.small.leaf, False, self.seed, how
+                run = run_tile(*runs, strips=strips)
+                outputs = {ref: run.owned[ref] for ref in kept if ref in run.owned}
                 made = {ref: sink.made(run.owned[ref]) for ref, sink in sunk.items() if ref in run.owned}
-                made = {ref: self.device.fetched(value) for ref, value in made.items()}
-                return outputs, made, partials(self.graph, segment, run)
+                return Made(outputs, made, partials(self.graph, segment, run), {}, {}, {})
 
-        soon = partial(self._soon, Recall(self.graph, segment, {}), False)
-        for tile, (outputs, made, parts) in self._tiles(i, work, soon, clock.FORWARD):
-            for ref, value in outputs.items():
+        again = Recall(self.graph, segment, {})
+        soon = partial(self._soon, again, False)
+        if self.bodies is None:
+            found = self._tiles(i, work, soon, clock.FORWARD)
+        else:
+            found = self._on_device(i, Pass(("forward", i), again, how, kept=kept, sunk=sunk), soon, clock.FORWARD)
+        for tile, made in found:
+            for ref, value in made.outputs.items():
                 self._keep(ref, tile.owned[ref], value)
-            for ref, value in made.items():
+            for ref, value in made.sunk.items():
                 self._hand_on(ref, tile.owned[ref], value)
-            self.sums.merge(parts, tile)
+            self.sums.merge(made.parts, tile)
             self._tick("forward")
 
     def _soon(self, again: Recall, grads: bool, tile: Tile) -> None:
@@ -218,6 +231,23 @@ class Executor:
             if spill is not None:
                 spill.forget()
 
+    def _on_device(self, i: int, each: Pass, soon: Callable[[Tile], None], sweep: str) -> Iterator[tuple[Tile, Made]]:
+        """:meth:`_tiles` on a device, several in flight; what they made is there for the calling thread's ops."""
+        bodies = self.bodies
+        assert bodies is not None
+        bodies.prepare(each, self.grid(i))
+        gate = self.device.gate()
+
+        def work(tile: Tile) -> tuple[Made, object]:
+            with gate.lane() as lane:
+                return bodies.run(each, lane, tile), gate.done()
+
+        for tile, (made, mark) in self._tiles(i, work, soon, sweep):
+            gate.join(mark, tensors_of(made))
+            bodies.add(each, made)
+            yield tile, made
+        bodies.finish(each, self.of_tiles)
+
     def _make_room(self, working: int, new: Mapping[Ref, int]) -> None:
         """Of the host's memory, for a segment whose tiles take ``working`` bytes where they run."""
         self.kept.make_room(0 if self.device.apart else working, new)
@@ -241,7 +271,7 @@ class Executor:
     def _read(self, node: Node, ref: Ref, box: Box, raw: bool) -> torch.Tensor:
         if node.kind in READERS:
             if self.ahead is not None:
-                return self.ahead.take(ref, box)
+                return self.ahead.seen(ref, self.ahead.take(ref, box))
             source = self.sources[node.name]
             return source.read_raw(box) if raw else source.read(box)
         if node.kind is Kind.SPREAD:
@@ -303,18 +333,27 @@ class Executor:
         again = recall(self.graph, segment, self.kept.maps.keys())
         how = self._how(again.graph, again.segment, True)
         self._make_room(self.plan.segments[i].working.backward, self.kept.new_grads(segment))
-        soon, work = partial(self._soon, again, True), self._pulling(again, how, pull, False)
-        for _, pulled in self._tiles(i, work, soon, clock.BACKWARD):
+        for _, pulled in self._pulled(i, again, how, pull, False):
             self._add_grads(pulled)
             self._tick("backward")
 
     def _how(self, graph: Graph, segment: Segment, pulled: bool = False) -> Inlined:
         """What of a segment is computed where it is read; ``pulled`` where tiles are pulled back."""
         with clock.span("preparing", "what is read as it is computed"):
-            if self.device.apart:
-                return plain(segment)
             raw = raw_images(graph, self.sources)
+            if self.device.apart:
+                return inline(graph, segment, raw) if self.device.options.triton else plain(segment)
             return inline(graph, segment, raw, not self.plan.backward, tails=pulled)
+
+    def _pulled(self, i: int, again: Recall, how: Inlined, pull: Pull, fused: bool) -> Iterator[tuple[Tile, _Pulled]]:
+        """Every tile of segment ``i``, run forward and pulled back, in tile order."""
+        soon, sweep = partial(self._soon, again, True), clock.FUSED if fused else clock.BACKWARD
+        if self.bodies is None:
+            yield from self._tiles(i, self._pulling(again, how, pull, fused), soon, sweep)
+            return
+        for tile, made in self._on_device(i, Pass((sweep, i), again, how, pull, fused), soon, sweep):
+            boxes = again.boxes(tile.boxes)
+            yield tile, _Pulled(made.parts, made.grads, {ref: boxes[ref.node] for ref in made.grads})
 
     def _pulling(self, again: Recall, how: Inlined, pull: Pull, fused: bool) -> Callable[[Tile], _Pulled]:
         """What runs a tile forward and pulls it back."""
@@ -333,15 +372,10 @@ class Executor:
             return self._fetch(again.original(ref), box, raw)
 
         graph, segment, tile = again.graph, again.segment, replace(tile, boxes=again.boxes(tile.boxes))
-        leaf, where = self.small.leaf, self.device.torch
-        runs = graph, segment, tile, fetch, leaf, True, self.seed, how, pull.grads
-        run = run_tile(*runs, device=where, blocks=blocks)
+        runs = graph, segment, tile, fetch, self.small.leaf, True, self.seed, how, pull.grads
+        run = run_tile(*runs, blocks=blocks)
         parts = partials(graph, segment, run) if fused else {}
-        grads = pull_back(graph, segment, run, pull, tile)
-        if self.device.apart:
-            kept = [ref for ref in grads if ref in run.boxes and graph.nodes[ref.node].kind is not Kind.SPREAD]
-            grads |= {ref: self.kept.brought(ref, grads[ref]) for ref in kept}
-        return _Pulled(parts, grads, run.boxes)
+        return _Pulled(parts, pull_back(graph, segment, run, pull, tile), run.boxes)
 
     def _add_grads(self, pulled: _Pulled) -> None:
         for ref, grad in pulled.grads.items():
@@ -376,8 +410,7 @@ class Executor:
         again = recall(self.graph, segment, frozenset())
         how = self._how(again.graph, again.segment, True)
         self._make_room(self.plan.segments[i].working.backward, self.kept.new_grads(segment))
-        soon, work = partial(self._soon, again, True), self._pulling(again, how, pull, True)
-        for tile, pulled in self._tiles(i, work, soon, clock.FUSED):
+        for tile, pulled in self._pulled(i, again, how, pull, True):
             self.sums.merge(pulled.parts, tile)
             self._add_grads(pulled)
             self._tick("fused")

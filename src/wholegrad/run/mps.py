@@ -1,7 +1,7 @@
 """Apple's GPUs, by construction: nothing here was ever run on one.
 
 Metal's tensors have fewer than 2**32 bytes (rule 8), and no float64: sums are held in float32 there. Tiles run one at a
-time, since PyTorch's queue for this device is one.
+time, since PyTorch's queue for this device is one; there are no recordings and no Triton.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MpsDevice(Device):
     def __init__(self, where: torch.device, options: Options = Options()) -> None:  # noqa: B008
         if not torch.backends.mps.is_available():
             raise PlanError(f"device {where}", "is not there: PyTorch finds no GPU of Apple's", "give device='cpu'")
-        super().__init__(torch.device("mps", 0), replace(options, at_once=1))
+        super().__init__(torch.device("mps", 0), replace(options, at_once=1, graphs=False, triton=False))
         self._most = 0
 
     def room(self) -> Room:

@@ -111,7 +111,7 @@ class SmallValues:
 
     def add_grad(self, ref: Ref, grad: torch.Tensor) -> None:
         """Add to the gradient of a small value, which is held like the value; of a parameter, in float64."""
-        grad = grad.detach().to(self._grad_dtype(ref))
+        grad = grad.detach().to(self.grad_dtype(ref))
         if ref in self.grads:
             self.grads[ref].add_(grad)
         else:
@@ -121,10 +121,11 @@ class SmallValues:
         """Add to the gradient of a small value that runs along the image, on a box of it."""
         if ref not in self.grads:
             shape = self.graph.spec(ref).shape
-            self.grads[ref] = torch.zeros(shape, dtype=self._grad_dtype(ref), device=self.device)
+            self.grads[ref] = torch.zeros(shape, dtype=self.grad_dtype(ref), device=self.device)
         on_box(self.grads[ref], layout, box).add_(unflattened(grad.detach(), layout, box))
 
-    def _grad_dtype(self, ref: Ref) -> torch.dtype:
+    def grad_dtype(self, ref: Ref) -> torch.dtype:
+        """In which the gradient of a small value is held."""
         parameter = self.graph.nodes[ref.node].kind is Kind.PARAMETER
         spec = self.graph.spec(ref)
         return wide(torch.float64, self.device) if parameter or spec.wide else spec.dtype

@@ -28,7 +28,7 @@ class Sums:
     def __init__(self, graph: Graph, later: bool = False) -> None:
         self.graph, self.later = graph, later
         self.totals: dict[int, State] = {}
-        self._unseen: list[tuple[int, Box, torch.Tensor]] = []
+        self._unseen: list[tuple[int, Box, torch.Tensor]] = []  # sums that nobody looked at yet
 
     def merge(self, found: Mapping[int, State], tile: Tile) -> None:
         """Merge a tile's partial results into the totals.
@@ -61,20 +61,24 @@ class Sums:
         return found
 
     def _check(self, index: int, box: Box, values: Sequence[torch.Tensor]) -> None:
-        flags = [torch.isfinite(value).all() for value in values]
         if self.later:
-            self._unseen += [(index, box, flag) for flag in flags]
-        elif not all(flags):
+            self._unseen += [(index, box, value) for value in values]
+        elif not all(torch.isfinite(value).all() for value in values):
             raise self._not_finite(index, box)
 
     def _look(self) -> None:
         """Look at what :meth:`_check` left for later, all at once."""
         unseen, self._unseen = self._unseen, []
-        if unseen:
-            flags = torch.stack([flag for *_, flag in unseen]).to("cpu")
-            for (index, box, _), good in zip(unseen, flags.tolist(), strict=True):
-                if not good:
-                    raise self._not_finite(index, box)
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for k, (*_, value) in enumerate(unseen):
+            alike.setdefault((*value.shape, value.dtype.itemsize), []).append(k)
+        bad = []
+        for numbers in alike.values():
+            values = torch.stack([unseen[k][2] for k in numbers]).flatten(1 if unseen[numbers[0]][2].dim() else 0)
+            finite = torch.isfinite(values).to("cpu").reshape(len(numbers), -1).all(1)
+            bad += [k for k, good in zip(numbers, finite.tolist(), strict=True) if not good]
+        if bad:
+            raise self._not_finite(*unseen[min(bad)][:2])
 
     def _not_finite(self, index: int, box: Box) -> NumericsError:
         return NumericsError(

@@ -21,7 +21,6 @@ from wholegrad.graph.rules.cropping import cropped
 from wholegrad.graph.rules.reduction import wide
 from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.graph.tails import Tail
-from wholegrad.kernels import pointwise
 from wholegrad.kernels.choice import THIN
 from wholegrad.kernels.thin import REAL, Mixed
 from wholegrad.plan.tiles import Tile
@@ -215,7 +214,7 @@ class _TileRunner:
             x = self._mixed(reading, box)
         with torch.no_grad(), clock.span("sums", op_name(node), node.path or "loss") as span:
             real = spec.dtype if spec.dtype.is_floating_point else x.dtype
-            found = pointwise.total(x, real if real in REAL else torch.float32, share)
+            found = thin.passes(x.first).total(x, real if real in REAL else torch.float32, share)
             span.moved(*x.leaves, *found.grads.values())
             assert found.total is not None
             total = found.total.sum().to(wide(node.outputs[0].dtype))

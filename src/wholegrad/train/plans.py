@@ -135,7 +135,7 @@ def device_of_run(train: TrainConfig, place: Place) -> Device | None:
     Raises:
         PlanError: there is no such device.
     """
-    how = {"tf32": train.tf32, "deterministic": train.deterministic}
+    how = {name: getattr(train, name) for name in ("tf32", "deterministic", "triton", "graphs")}
     name = device_name(train.device, place)
     return None if name is None else open_device(name, **how)
 

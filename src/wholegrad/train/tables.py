@@ -151,7 +151,7 @@ class TrainConfig(_Table):
     """Steps or epochs, not both; a step is one slide; ``weights`` are of background and tissue.
 
     ``device`` is where tiles run (the weights stay in the host's memory); if it has memory of its own, ``budget`` is
-    for that, and ``host_budget`` the process's. ``tf32`` and ``deterministic`` as for
+    for that, and ``host_budget`` the process's. ``tf32``, ``deterministic``, ``triton`` and ``graphs`` as for
     :func:`wholegrad.open_device`.
     ``boundary_dtype`` stores boundaries rounded to it, as :func:`wholegrad.plan` does; left out, as they are.
     ``strategy`` is how activations are held, as for :func:`wholegrad.plan`.
@@ -176,6 +176,8 @@ class TrainConfig(_Table):
     host_budget: str | int | None = None
     tf32: bool = False
     deterministic: bool = False
+    triton: bool = False
+    graphs: bool = False
     boundary_dtype: Literal["bfloat16", "float16"] | None = None
     strategy: Literal["auto", "in-core", "recompute", "offload", "stream"] = "auto"
     seed: int = Field(default=0, ge=0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from wholegrad import clock
 from wholegrad.kernels import pointwise, thin
+from wholegrad.kernels.choice import triton_runs
 from wholegrad.kernels.expression import IDENTITY, Leaf, Program
 from wholegrad.kernels.stage import Part
 from wholegrad.kernels.thin import Mixed
@@ -20,6 +22,41 @@ class Window(NamedTuple):
     padding: tuple[int, int, int, int]
     dilation: tuple[int, int]
     size: tuple[int, int] | None
+
+
+class Convolutions(Protocol):
+    """What kernels for thin convolutions offer: the CPU's (:mod:`wholegrad.kernels.thin`), or Triton's."""
+
+    forward: Callable[..., torch.Tensor]
+    input_gradient: Callable[..., torch.Tensor]
+    weight_gradient: Callable[..., torch.Tensor]
+
+
+class Passes(Protocol):
+    """What kernels for pointwise passes offer: the CPU's (:mod:`wholegrad.kernels.pointwise`), or Triton's."""
+
+    values: Callable[..., torch.Tensor]
+    pull: Callable[..., dict[int, torch.Tensor]]
+    total: Callable[..., pointwise.Walked]
+    aligned: Callable[..., Mixed]
+
+
+def convolutions(leaf: torch.Tensor) -> Convolutions:
+    """What computes convolutions where this tensor lies."""
+    if not triton_runs(leaf):
+        return thin
+    from wholegrad.kernels import triton_mixed
+
+    return triton_mixed
+
+
+def passes(leaf: torch.Tensor) -> Passes:
+    """What computes pointwise passes and sums where this tensor lies."""
+    if not triton_runs(leaf):
+        return pointwise
+    from wholegrad.kernels import triton_mixed
+
+    return triton_mixed
 
 
 class ThinConvolve(torch.autograd.Function):
@@ -38,9 +75,10 @@ class ThinConvolve(torch.autograd.Function):
         ctx.window, ctx.parts, ctx.label = window, parts, clock.label("slide")
         x = Mixed(parts, leaves)
         stride, padding, dilation, size = window
+        kernels = convolutions(weight)
         if size is None:
-            return thin.forward(x, weight, bias, stride, padding, dilation)
-        return thin.input_gradient(x, weight, size, stride, padding, dilation, bias)
+            return kernels.forward(x, weight, bias, stride, padding, dilation)
+        return kernels.input_gradient(x, weight, size, stride, padding, dilation, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
@@ -56,7 +94,8 @@ class ThinConvolve(torch.autograd.Function):
                 sums = thin.ChannelSums("g" if size is None else "x")
             with clock.gradient_span(ctx.label, "weight gradient", "correlate", 1.0) as span:
                 span.moved(*leaves, grad)
-                of_weight = thin.weight_gradient(sat, read, kernel, stride, padding, dilation, sums).to(weight.dtype)
+                found = convolutions(grad).weight_gradient(sat, read, kernel, stride, padding, dilation, sums)
+                of_weight = found.to(weight.dtype)
             of_bias = sums.found.to(grad.dtype) if sums is not None and sums.found is not None else None
         if ctx.needs_input_grad[1] and of_bias is None:
             with clock.gradient_span(ctx.label, "bias gradient", "sum") as span:
@@ -73,7 +112,7 @@ def _all_read(grad: torch.Tensor, x: Mixed, kernel: tuple[int, int], window: Win
 def _channel_sums(grad: torch.Tensor) -> torch.Tensor:
     """Sums over rows, columns and batch, a row in the map's own precision, rows in float64."""
     whole = Mixed((Part(IDENTITY, grad.shape[1]),), (grad,))
-    found = pointwise.total(whole, grad.dtype, None).total
+    found = passes(grad).total(whole, grad.dtype, None).total
     assert found is not None
     return found.sum(0)
 
@@ -82,7 +121,7 @@ def _leaf_gradients(ctx: Any, x: Mixed, grad: torch.Tensor, weight: torch.Tensor
     """The gradient of every leaf: of the one map of each part whose derivative is wanted."""
     stride, padding, dilation, size = ctx.window
     result: list[torch.Tensor | None] = []
-    before = 0
+    kernels, before = convolutions(grad), 0
     for number, part in enumerate(x.parts):
         wanted = part.program.wanted
         given: torch.Tensor | None = None
@@ -91,11 +130,11 @@ def _leaf_gradients(ctx: Any, x: Mixed, grad: torch.Tensor, weight: torch.Tensor
             mine = slice(before, before + part.channels)
             with clock.gradient_span(ctx.label, "input gradient", "slide", part.channels / x.shape[1]) as span:
                 if size is None:
-                    given = thin.input_gradient(
+                    given = kernels.input_gradient(
                         grad, weight[:, mine], x.shape[2:], stride, padding, dilation, factor=factor
                     )
                 else:
-                    given = thin.forward(grad, weight[mine], None, stride, padding, dilation, factor=factor)
+                    given = kernels.forward(grad, weight[mine], None, stride, padding, dilation, factor=factor)
                 span.moved(grad, given, *(factor.leaves if factor else ()))
         result.extend(given if i in wanted else None for i in range(len(part.program.leaves)))
         before += part.channels
@@ -115,10 +154,11 @@ class Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, part: Part, dtype: torch.dtype, *leaves: torch.Tensor) -> torch.Tensor:
-        x = pointwise.aligned(Mixed((part,), leaves))
+        kernels = passes(leaves[0])
+        x = kernels.aligned(Mixed((part,), leaves))
         ctx.save_for_backward(*x.leaves)
         ctx.part, ctx.label = part, clock.label("chain")
-        return pointwise.values(x, dtype)
+        return kernels.values(x, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
@@ -127,7 +167,7 @@ class Chain(torch.autograd.Function):
         marked = tuple(leaf._replace(grad=want) for leaf, want in zip(ctx.part.program.leaves, wanted, strict=True))
         part = ctx.part._replace(program=ctx.part.program._replace(leaves=marked))
         with clock.gradient_span(ctx.label, "backward", "chain") as span:
-            found = pointwise.pull(Mixed((part,), leaves), grad) if any(wanted) else {}
+            found = passes(grad).pull(Mixed((part,), leaves), grad) if any(wanted) else {}
             span.moved(*leaves, grad, *found.values())
         grads = [found[i].reshape(leaf.shape).to(leaf.dtype) if i in found else None for i, leaf in enumerate(leaves)]
         return None, None, *grads
