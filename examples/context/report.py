@@ -5,12 +5,13 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from main import BUDGET, PATCHES, TEST, UPDATES, WAYS, accuracy, result_of, todo
+from main import BUDGET, PATCHES, SHORT, TEST, UPDATES, WAYS, accuracy, result_of, todo
 from PIL import Image
 from task import TASKS, Task, draw
 
@@ -18,10 +19,11 @@ from wholegrad.train.svg import HEIGHT, WIDTH, Line, chart
 
 HERE = Path(__file__).parent
 MARKS = ("<!-- results: written by main.py --write -->", "<!-- end of results -->")
-COLOURS = {"c1": "#2b6fd6", "c2": "#e07b00"}
+COLOURS = {"c1": "#2b6fd6", "c2": "#e07b00", "c3": "#8a6bbf", "c4": "#9aa1a9"}
+KEYS = {"c1": "whole slides", "c2": "patches, judged by patches", "c3": "patches, judged on whole slides", "c4": "0.75"}
 LOOKS = """
 svg { background: #ffffff; font: 12px system-ui, sans-serif; } text { fill: #66707b; }
-.grid { stroke: #e2e4e7; } .line { fill: none; stroke-width: 1.6; }
+.grid { stroke: #e2e4e7; } .line { fill: none; stroke-width: 1.6; } .line.c4 { stroke-dasharray: 5 4; }
 """ + "".join(f".line.{c} {{ stroke: {v}; }} .dot.{c} {{ fill: {v}; }} " for c, v in COLOURS.items())
 Results = dict[tuple[Task, str], list[dict[str, Any]]]
 
@@ -30,15 +32,12 @@ def write(out: Path) -> None:
     """Put tables between the README's marks, curves and a picture of the slides beside it."""
     results: Results = {}
     tuning: list[dict[str, Any]] = []
-    for way in WAYS:
-        for run in dict.fromkeys(todo(out, way)):
-            if not (out / f"{run.name}.json").exists():
-                continue
-            found = result_of(out, run)
+    for task, way in product(TASKS, WAYS):
+        for run in todo(out, task, way):
             if run.seed == 0:
-                tuning.append(found)
+                tuning.append(result_of(out, run))
             else:
-                results.setdefault((run.task, way), []).append(found)
+                results.setdefault((task, way), []).append(result_of(out, run))
     shown = "![two slides, and pieces of 128 pixels: control, a striped region, a plain one](slides.png)"
     parts = [shown, table(results), "![accuracy while training](curves.svg)", tuned(tuning), machine(results, tuning)]
     readme = HERE / "README.md"
@@ -53,11 +52,11 @@ def write(out: Path) -> None:
 def table(results: Results) -> str:
     """Accuracy on the test slides: the mean over seeds, and each seed's."""
     lines = [
-        "| task | trained on | judged | right, of regions | seeds | of striped ones | of plain ones | updates "
-        "| minutes of processor |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | trained on | learning rate | judged | right, of regions | seeds | of striped ones | of plain ones "
+        "| updates | minutes of processor |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (task, way), runs in sorted(results.items(), key=lambda each: (each[0][0], each[0][1] != "whole")):
+    for (task, way), runs in results.items():
         first = runs[0]
         what = "whole slides" if way == "whole" else f"patches of {first['patch']} x {first['patch']}"
         spent = np.mean([run["processor"] for run in runs]) / 60
@@ -65,28 +64,32 @@ def table(results: Results) -> str:
             if judged in first["test"]:
                 each = [accuracy(run["test"][judged]) for run in runs]
                 striped, plain = np.mean([run["test"][judged] for run in runs], axis=(0, 1))
-                cells = [f"**{np.mean(each):.3f}**", ", ".join(f"{value:.3f}" for value in each)]
-                row = [
-                    task,
-                    what,
-                    said,
-                    *cells,
-                    f"{striped:.3f}",
-                    f"{plain:.3f}",
-                    str(first["updates"]),
-                    f"{spent:.1f}",
-                ]
-                lines.append(f"| {' | '.join(row)} |")
+                shown = ", ".join(f"{value:.3f}" for value in each)
+                cells = [task, what, f"{first['lr']:g}", said, f"**{np.mean(each):.3f}**", shown]
+                cells += [f"{striped:.3f}", f"{plain:.3f}", str(first["updates"]), f"{spent:.1f}"]
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def tuned(tuning: Sequence[dict[str, Any]]) -> str:
     """What was tried to choose settings by."""
-    lines = ["| trained on | task | learning rate | right on validation slides, at the end |", "|---|---|---|---|"]
-    for whole in (True, False):
-        for run in (run for run in tuning if (run["patch"] is None) == whole):
-            what = "whole slides" if whole else f"patches of {run['patch']}, {PATCHES[run['patch']]} an update"
-            lines.append(f"| {what} | {run['task']} | {run['lr']:g} | {run['curve'][-1][2]:.3f} |")
+    lines = [
+        f"Settings, chosen with seed 0 on trainings of {UPDATES // SHORT} updates' pixels; right on validation slides, "
+        "at the end:",
+        "",
+        "| trained on | learning rate | context, whole slides | by patches | local, whole slides | by patches |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows: dict[tuple[int, float], dict[Task, dict[str, Any]]] = {}
+    for run in tuning:
+        rows.setdefault((run["patch"] or 0, run["lr"]), {})[run["task"]] = run
+    for (patch, lr), tasks in sorted(rows.items()):
+        what = f"patches of {patch}, {PATCHES[patch]} an update" if patch else "whole slides"
+        cells = [what, f"{lr:g}"]
+        for task in TASKS:
+            last = tasks[task]["curve"][-1][2:] if task in tasks else []
+            cells += [f"{last[i]:.3f}" if i < len(last) else "" for i in range(2)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -95,18 +98,19 @@ def curves(results: Results) -> str:
     panels = []
     for number, task in enumerate(TASKS):
         lines = [
-            Line("", style, [x / 1e9 for x, _, _ in run["curve"]], [y for _, _, y in run["curve"]], dots=True)
-            for way, style in (("whole", "c1"), ("patches", "c2"))
-            for run in results.get((task, way), [])
+            Line("", style, [row[0] / 1e9 for row in run["curve"]], [row[column] for row in run["curve"]], dots=True)
+            for way, style, column in (("patches", "c3", 2), ("whole", "c1", 2), ("patches", "c2", 3))
+            for run in results[task, way]
         ]
+        lines.append(Line("", "c4", [0, max(lines[0].x)], [0.75, 0.75]))
         drawn = chart(task, lines, across="gigapixels seen")
         body = drawn[drawn.index("<svg") : drawn.index("</svg>")]
         inner = body[body.index(">") + 1 :]
         panels.append(f'<g transform="translate({number * WIDTH} 24)">{inner}<text x="58" y="-8">{task}</text></g>')
     keys = "".join(
-        f'<circle class="dot {style}" cx="{70 + 150 * i}" cy="{HEIGHT + 36}" r="4"/>'
-        f'<text x="{80 + 150 * i}" y="{HEIGHT + 40}">{said}</text>'
-        for i, (style, said) in enumerate((("c1", "whole slides"), ("c2", "patches")))
+        f'<circle class="dot {style}" cx="{70 + 230 * i}" cy="{HEIGHT + 36}" r="4"/>'
+        f'<text x="{80 + 230 * i}" y="{HEIGHT + 40}">{said}</text>'
+        for i, (style, said) in enumerate(KEYS.items())
     )
     size = f'width="{2 * WIDTH}" height="{HEIGHT + 48}" viewBox="0 0 {2 * WIDTH} {HEIGHT + 48}"'
     what = 'role="img" aria-label="Right on validation slides, against gigapixels seen"'
