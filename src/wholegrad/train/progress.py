@@ -31,6 +31,7 @@ from wholegrad.train.metrics import Score, mean_dice
 from wholegrad.train.split import Entry
 
 QUIET_SECONDS = 10.0  # between plain lines where output is no terminal
+PHASES = {"fused": "fwd + bwd"}  # how sweeps are called for people, where not as in the code
 REDRAW_SECONDS = 0.1  # a tile can take a millisecond; drawing each would cost more than running it
 
 
@@ -143,7 +144,7 @@ class Display:
             return
         self.drawn = now
         note = f"{show_bytes(resident())} now"
-        description = event.phase
+        description = PHASES.get(event.phase, event.phase)
         self.bars.update(
             self.tiles,
             description=description,
