@@ -46,9 +46,9 @@ def write(out: Path) -> None:
         results[task, way].sort(key=lambda runs: -validated(runs))
     shown = (
         "![two slides, and pieces of 128 pixels: control, a striped region, a plain one](slides.png)\n\n"
-        "Two slides, each a row: made small, with next to nothing to be seen; the same by how much grey varies, with what\n"
-        "is to be found on `context` in green, what is striped and not to be found in orange, plain discs in blue; 128\n"
-        "pixels of the control, of a striped disc and of a plain one."
+        "Two slides, each a row: made small, with next to nothing to be seen; the same by how much grey varies, with\n"
+        "what is to be found on `context` in green, what is striped and not to be found in orange, plain discs in\n"
+        "blue; 128 pixels of the control, of a striped disc and of a plain one."
     )
     parts = [shown, table(results), "![accuracy while training](curves.svg)", tuned(tuning), machine(results, tuning)]
     readme = HERE / "README.md"
