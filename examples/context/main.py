@@ -94,18 +94,24 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.one:
         sys.exit(one(args.one, args.out, began + args.seconds))
-    for task, way in product(args.tasks, args.ways):
-        for run in todo(args.out, task, way):
-            path = args.out / f"{run.name}.json"
-            if not path.exists():
-                left = args.seconds - (time.monotonic() - began)
-                words = ["--one", json.dumps(asdict(run)), "--out", str(args.out), "--seconds", str(left)]
-                if left <= 0 or subprocess.run([sys.executable, __file__, *words]).returncode:
-                    sys.exit("not all is done; call it again")
-    if args.write:
+    done = all(run_all(args.out, task, way, began + args.seconds) for task, way in product(args.tasks, args.ways))
+    if args.write:  # what there is, if all is not done
         from report import write
 
         write(args.out)
+    if not done:
+        sys.exit("not all is done; call it again")
+
+
+def run_all(out: Path, task: Task, way: str, until: float) -> bool:
+    """Do the trainings of a way on a task that have not been done; False if time is over before."""
+    for run in todo(out, task, way):
+        if not (out / f"{run.name}.json").exists():
+            left = until - time.monotonic()
+            words = ["--one", json.dumps(asdict(run)), "--out", str(out), "--seconds", str(left)]
+            if left <= 0 or subprocess.run([sys.executable, __file__, *words]).returncode:
+                return False
+    return True
 
 
 def one(run: Run, out: Path, until: float) -> int:
@@ -125,8 +131,9 @@ def todo(out: Path, task: Task, way: str) -> Iterator[Run]:
     yield from tried
     if way == "patches":
         rate = ranked(out, tried)[0].lr
-        tried += [Run(task, edge, rate, 0) for edge in PATCHES if edge != FIRST]
-        yield from tried
+        others = [Run(task, edge, rate, 0) for edge in PATCHES if edge != FIRST]
+        yield from others
+        tried += others
     for setting in ranked(out, tried)[: FINALISTS[task]]:
         yield from (replace(setting, seed=seed) for seed in SEEDS)
 

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import platform
-from collections.abc import Sequence
-from itertools import product
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from main import BUDGET, PATCHES, SEEDS, SHORT, TEST, UPDATES, WAYS, accuracy, result_of, todo
+from main import (
+    BUDGET,
+    FINALISTS,
+    LRS,
+    PATCHES,
+    PIXELS,
+    SEEDS,
+    SHORT,
+    TEST,
+    UPDATES,
+    WAYS,
+    Run,
+    accuracy,
+    result_of,
+    todo,
+)
 from PIL import Image
 from task import FOUND, PLAIN, STRIPED, TASKS, Task, draw, labels
 
@@ -34,16 +50,16 @@ def write(out: Path) -> None:
     """Put tables between the README's marks, curves and a picture of the slides beside it."""
     results: Results = {}
     tuning: list[dict[str, Any]] = []
-    for task, way in product(TASKS, WAYS):
-        for run in todo(out, task, way):
+    for task, way in itertools.product(TASKS, WAYS):
+        settings = results[task, way] = []
+        for run in done(out, task, way):
             if run.seed == 0:
                 tuning.append(result_of(out, run))
             else:
-                settings = results.setdefault((task, way), [])
                 if run.seed == SEEDS[0]:
                     settings.append([])
                 settings[-1].append(result_of(out, run))
-        results[task, way].sort(key=lambda runs: -validated(runs))
+        settings.sort(key=lambda runs: -validated(runs))
     shown = (
         "![two slides, and pieces of 128 pixels: control, a striped region, a plain one](slides.png)\n\n"
         "Two slides, each a row: made small, with next to nothing to be seen; the same by how much grey varies, with\n"
@@ -51,6 +67,11 @@ def write(out: Path) -> None:
         "blue; 128 pixels of the control, of a striped disc and of a plain one."
     )
     parts = [shown, table(results), "![accuracy while training](curves.svg)", tuned(tuning), machine(results, tuning)]
+    ran = len(tuning) + sum(len(runs) for settings in results.values() for runs in settings)
+    if ran < trainings():
+        parts.insert(
+            1, f"**{ran} of {trainings()} trainings have run so far. What is missing is left out; no verdict yet.**"
+        )
     readme = HERE / "README.md"
     head, _, rest = readme.read_text().partition(MARKS[0])
     _, _, tail = rest.partition(MARKS[1])
@@ -58,6 +79,18 @@ def write(out: Path) -> None:
     readme.write_text(f"{head}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{tail}")
     (HERE / "curves.svg").write_text(curves(results))
     picture(HERE / "slides.png")
+
+
+def done(out: Path, task: Task, way: str) -> Iterator[Run]:
+    """The trainings of a way on a task that have run, up to the first that has not."""
+    with suppress(FileNotFoundError):  # of results that choose what comes next
+        yield from itertools.takewhile(lambda run: (out / f"{run.name}.json").exists(), todo(out, task, way))
+
+
+def trainings() -> int:
+    """How many there are in all."""
+    tried = len(TASKS) * (2 * len(LRS) + len(PATCHES) - 1)
+    return tried + len(WAYS) * len(SEEDS) * sum(FINALISTS.values())
 
 
 def validated(runs: Sequence[dict[str, Any]]) -> float:
@@ -73,8 +106,9 @@ def table(results: Results) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (task, _), settings in results.items():
+        complete = sum(len(runs) for runs in settings) == FINALISTS[task] * len(SEEDS)
         for place, runs in enumerate(settings):
-            first, mark = runs[0], "" if place else "**"
+            first, mark = runs[0], "**" if complete and not place else ""
             what = f"patches of {first['patch']} x {first['patch']}" if first["patch"] else "whole slides"
             for judged, said in (("whole", "on whole slides"), ("patches", "by such patches")):
                 if judged in first["test"]:
@@ -118,9 +152,9 @@ def curves(results: Results) -> str:
         lines = [
             Line("", style, [row[0] / 1e9 for row in run["curve"]], [row[column] for row in run["curve"]], dots=True)
             for way, style, column in (("patches", "c3", 2), ("whole", "c1", 2), ("patches", "c2", 3))
-            for run in results[task, way][0]
+            for run in next(iter(results[task, way]), [])
         ]
-        lines.append(Line("", "c4", [0, max(lines[0].x)], [0.75, 0.75]))
+        lines.append(Line("", "c4", [0, UPDATES * PIXELS / 1e9], [0.75, 0.75]))
         drawn = chart(task, lines, across="gigapixels seen")
         body = drawn[drawn.index("<svg") : drawn.index("</svg>")]
         inner = body[body.index(">") + 1 :]
