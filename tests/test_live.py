@@ -23,6 +23,7 @@ from torch import nn
 import wholegrad as wg
 from wholegrad.cli import main
 from wholegrad.commands.live import LivePage
+from wholegrad.commands.view import _others
 from wholegrad.errors import ConfigError, SlideError
 from wholegrad.graph.geometry import Box
 from wholegrad.train.config import Config, check_config
@@ -348,3 +349,14 @@ def test_flags_of_the_page_need_it(slides: Path, capsys: pytest.CaptureFixture[s
     (slides / "run.toml").write_text('[data]\ntrain = ["a"]\n[train]\nsteps = 1\n')
     assert main(["train", str(slides / "run.toml"), "--live-keep"]) == 2
     assert "--live-keep: is of a live page; add --live" in capsys.readouterr().err
+
+
+def test_a_run_s_other_slides_are_named(slides: Path) -> None:
+    config = configure(slides, "out", steps=1)
+    train(config)
+    run = RunFolder(config.out)
+    assert _others(run, run.first().slide) == (
+        f"other slides of the run: a, b, d, e; wholegrad view NAME --run {config.out} shows one"
+    )
+    run.entries = [run.first()]
+    assert _others(run, run.first().slide) == ""

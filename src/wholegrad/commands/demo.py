@@ -187,7 +187,7 @@ def _table(whole: tuple[int, int], plan: wg.Plan, first: Training, second: Train
     table.add_row("parameters", "4492", str(count_parameters(unet4492())))
     table.add_row("peak memory, whole process", "over 100 GB", show_bytes(last.peak))
     table.add_row("  projected by the plan", "", show_bytes(last.projected))
-    table.add_row("  whole-image PyTorch would need", "", show_bytes(plan.whole_image))
+    table.add_row("  whole-image PyTorch would need, for maps alone", "", show_bytes(plan.whole_image))
     table.add_row("seconds a training step", "81", f"{last.seconds:.1f}")
     steps = f"{len(first.steps)} on that, {len(second.steps)} on smaller slides"
     table.add_row("training steps", "4940", steps)

@@ -34,8 +34,8 @@ from wholegrad.train.made_up import model_and_loss, target_of
 from wholegrad.train.state import write_whole
 
 TEXT = f"""\
-Print the plan of one training step: segments, tiles, projected peak, what whole-image training would need.
-Nothing is read or run.
+Print the plan of one training step: segments, tiles, projected peak, and what the maps of whole-image training alone
+would need. Nothing is read or run.
 
 {TARGETS}"""
 

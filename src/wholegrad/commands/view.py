@@ -35,6 +35,8 @@ Press Ctrl-C to end it. Over ssh: give --port, and ssh -L PORT:127.0.0.1:PORT.
 
 {TARGETS}"""
 
+OTHERS = 12  # names that are listed at most
+
 EXAMPLES = """\
   wholegrad view case.svs
   wholegrad view case.svs --mask case.geojson --prediction mask.ome.tif
@@ -96,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
     if folder is not None:
         if folder.entry(files.slide) is None:
             NOTES.print(f"{files.slide.name} is no slide of {folder.path}: only the run itself is shown")
+        if args.slide is None and (others := _others(folder, files.slide)):
+            NOTES.print(others, markup=False)
         files = completed(files, folder)
     step = StepWish(args.network, args.loss, args.target, args.budget, args.mpp, args.level)
     stop = threading.Event()
@@ -133,6 +137,15 @@ def _slide(given: Path | None, folder: RunFolder | None) -> Path:
         return folder.first().slide
     named = None if given.exists() else next((e for e in folder.entries if e.name == str(given)), None)
     return given if named is None else named.slide
+
+
+def _others(folder: RunFolder, shown: Path) -> str:
+    """What else of the run could be looked at, where nobody said which slide; nothing if there is no other."""
+    names = [entry.name for entry in folder.entries if entry.slide != shown]
+    if not names:
+        return ""
+    listed = ", ".join(names[:OTHERS]) + (f" and {len(names) - OTHERS} more" if len(names) > OTHERS else "")
+    return f"other slides of the run: {listed}; wholegrad view NAME --run {folder.path} shows one"
 
 
 def _open_browser(url: str) -> Callable[[], None]:

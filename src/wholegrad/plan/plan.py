@@ -108,7 +108,8 @@ class Plan:
             nobody asked.
         reserved: bytes of interpreter and libraries (of what is on the device already).
         projected: predicted peak of the same in bytes, at most ``budget``.
-        whole_image: bytes that whole-image autograd would need.
+        whole_image: bytes of maps and gradients that whole-image autograd would hold; nothing is counted in for the
+            process itself, as it is in ``projected``.
         recompute: multiply-adds of all forward runs over those of one whole-image forward.
         seconds: predicted, up to the speed of the machine.
         workers: tiles that run side by side.
@@ -324,7 +325,7 @@ class Plan:
             f"projected peak {self._of_device}{show_bytes(self.projected)} "
             f"(of which reserved {show_bytes(self.reserved)})"
             + (f" of a budget of {show_bytes(self.budget)}" if self.budget else "")
-            + f"; whole-image autograd would need {show_bytes(self.whole_image)}",
+            + f"; whole-image autograd would need {show_bytes(self.whole_image)} for its maps alone",
             *self._rank_lines(),
             "made up of " + ", ".join(f"{name} {show_bytes(size)}" for name, size in self.memory.rows() if size),
             *self._host_lines(),

@@ -60,13 +60,15 @@ def synthesize(
         slide_path: a JPEG pyramid, BigTIFF.
         mask_path: uint8 labels at full resolution, deflate pyramid, BigTIFF.
         mpp: um a pixel; nuclei and glands have their true size, pieces of tissue scale with the slide.
-        progress: called with (rows done, rows in all) after each band.
+        progress: called with (rows done, rows in all) at the start and after each band.
 
     Raises:
         ConfigError: a size below 64 pixels, an mpp outside 0.1 to 8, or a negative seed.
         SlideError: a file cannot be written; an unfinished one is never left under its name.
     """
     _check(height, width, seed, mpp)
+    if progress is not None:
+        progress(0, height)  # what follows takes some seconds
     rng = np.random.default_rng([seed, height, width])
     grid = grid_for(height, width, mpp)
     look, textures, fields = make_look(rng, mpp), make_textures(rng, mpp), make_fields(rng, grid)

@@ -178,7 +178,7 @@ def _plans(plans: Plans, log: Lines) -> str:
     return (
         f"<h2>Plan and memory</h2>{said}<div class='wide'><table>"
         "<thead><tr><th>image</th><th>segments</th><th>tiles</th>"
-        "<th>projected peak</th><th>whole-image autograd would need</th></tr></thead>"
+        "<th>projected peak of the process</th><th>whole-image autograd: maps alone</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
         f"<details><summary>The largest plan, segment by segment</summary><pre>{escape(str(largest))}</pre></details>"
     )

@@ -16,10 +16,12 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 import wholegrad as wg
 from wholegrad.plan.plan import show_bytes
@@ -29,6 +31,7 @@ from wholegrad.train.metrics import Score, mean_dice
 from wholegrad.train.split import Entry
 
 QUIET_SECONDS = 10.0  # between plain lines where output is no terminal
+PHASES = {"fused": "fwd + bwd"}  # how sweeps are called for people, where not as in the code
 REDRAW_SECONDS = 0.1  # a tile can take a millisecond; drawing each would cost more than running it
 
 
@@ -62,6 +65,13 @@ def score_table(scores: list[Score], title: str) -> Table:
     return table
 
 
+class _Count(MofNCompleteColumn):
+    """``3/10``; nothing for what is not counted."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None else super().render(task)
+
+
 class _Recent:
     """The mean of numbers, those far back counting less: what a step took lately."""
 
@@ -82,7 +92,7 @@ class Display:
             SpinnerColumn(),
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            _Count(),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
             console=console,
@@ -91,6 +101,7 @@ class Display:
         self.steps = self.bars.add_task(title, total=None, note="")
         self.tiles = self.bars.add_task("tiles", total=None, note="", visible=False)
         self.printed = self.drawn = 0.0
+        self.told = time.monotonic()  # of a job without steps: when it last said how far it is
         self.total = self.left = 0
         self.ranks = 1  # that take steps side by side
         self.seconds = _Recent()
@@ -122,8 +133,8 @@ class Display:
 
     def plan(self, slide: str, plan: wg.Plan) -> None:
         self.console.print(
-            f"plan for {slide}: {show_bytes(plan.projected)} projected, {plan.tiles} tiles "
-            f"(whole-image training would need {show_bytes(plan.whole_image)})",
+            f"plan for {slide}: {plan.tiles} tiles, {show_bytes(plan.projected)} projected for the whole process "
+            f"(whole-image training would need {show_bytes(plan.whole_image)} for its maps alone)",
             highlight=False,
         )
 
@@ -133,7 +144,7 @@ class Display:
             return
         self.drawn = now
         note = f"{show_bytes(resident())} now"
-        description = event.phase
+        description = PHASES.get(event.phase, event.phase)
         self.bars.update(
             self.tiles,
             description=description,
@@ -142,6 +153,9 @@ class Display:
             note=note,
             visible=event.done < event.total,
         )
+        if not self.console.is_terminal and not self.total and now - self.told > QUIET_SECONDS:
+            self.told = now
+            self.note(f"{description}: {event.done / max(event.total, 1):.0%}")
 
     def step(self, step: Step) -> None:
         self.left -= 1

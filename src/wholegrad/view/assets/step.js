@@ -52,7 +52,7 @@ export class Step {
     const facts = [
       ["Image", plan.image.slice(-2).reverse().map((n) => n.toLocaleString("en").replaceAll(",", " ")).join(" × ")],
       ["Peak memory", `${plan.projected}${plan.budget ? ` of ${plan.budget}` : ""}`],
-      ["Whole-image autograd", plan.whole_image],
+      ["Whole-image maps", plan.whole_image],
       ["Predicted time", seconds(plan.seconds)],
     ];
     const ran = this.scene.run?.steps;
