@@ -35,6 +35,7 @@ HEAP = 48 << 20  # bytes by which it has grown then beside
 KERNELS = 56 << 20  # LLVM, our own kernels' code, thread stacks, autograd and decoders
 LIBRARY = 84 << 20  # beside that: oneDNN's code and what it keeps for each thread
 LIBRARIES = KERNELS + LIBRARY
+PIECES = 2  # one byte beside every so many of readers' caches: decoded tiles come and go among a step's own blocks
 LEFTOVER = 16 << 20  # what each further segment leaves in pieces of the heap that cannot be given back
 DOUBLE = 8
 aten = torch.ops.aten
@@ -72,6 +73,11 @@ class Working:
 def libraries(graph: Graph) -> int:
     """Bytes of code that this graph makes or loads once it runs."""
     return LIBRARIES if any(by_library(graph, node) for node in graph.nodes) else KERNELS
+
+
+def of_readers(cache_bytes: int) -> int:
+    """Bytes that readers hold, and what their caches leave in pieces of the heap."""
+    return cache_bytes + cache_bytes // PIECES
 
 
 def by_library(graph: Graph, node: Node) -> bool:

@@ -25,7 +25,7 @@ import wholegrad as wg
 from wholegrad.asked import room_there
 from wholegrad.errors import BudgetError, ConfigError
 from wholegrad.losses import Loss
-from wholegrad.plan.memory import LIBRARIES
+from wholegrad.plan.memory import LIBRARIES, of_readers
 from wholegrad.plan.plan import Room
 from wholegrad.plan.rates import BUILT_IN, Rates
 from wholegrad.plan.storage import NARROW
@@ -97,7 +97,7 @@ class Conditions:
 
     def room(self, cache_bytes: int) -> int:
         """Bytes for a plan beside readers that keep so many, in whole steps; less than one step where it is tight."""
-        left = self.budget - self.held - GROWTH - cache_bytes
+        left = self.budget - self.held - GROWTH - of_readers(cache_bytes)
         return left // STEP * STEP if left >= STEP else left
 
     def to_json(self) -> str:
@@ -202,7 +202,7 @@ class Plans:
         held = resident() + LIBRARIES // (4 if has_run() else 1)
         caches = readers.slide.cache_bytes + readers.mask.cache_bytes
         room = self.conditions.room(caches)
-        left = self.conditions.budget - held - caches
+        left = self.conditions.budget - held - of_readers(caches)
         return Room(room) if 0 < room <= left else self.conditions.budget  # grown beyond what was allowed for
 
     def of(self, model: nn.Module, loss_fn: Loss, readers: Readers) -> tuple[wg.Plan, bool]:
