@@ -23,7 +23,7 @@ from wholegrad.plan.plan import Plan
 from wholegrad.plan.planner import Request, check_elements, make_plan
 from wholegrad.plan.rates import Rates
 from wholegrad.plan.strategies import WHOLE, Strategy, WholePlan, check_strategy
-from wholegrad.ranked import RanksLike, Together, shared_request, sharing
+from wholegrad.ranked import RanksLike, Together, exchanged, shared_request, sharing
 from wholegrad.run import process
 from wholegrad.run.budget import check_limit
 from wholegrad.run.device import Device, device_of
@@ -99,7 +99,7 @@ def plan(
     """
     check_tile(tile)
     check_boundary_dtype(boundary_dtype)
-    how, ranks = check_strategy(strategy), sharing(ranks)
+    how, everyone, ranks = check_strategy(strategy), ranks, sharing(ranks)
     given_by_name = {"tile": tile, "boundaries": boundaries, "placement": placement, "ranks": ranks}
     given_by_name["boundary_dtype"] = boundary_dtype
     fixed = [name for name, value in given_by_name.items() if value is not None]
@@ -110,6 +110,7 @@ def plan(
     graph = _capture(model, loss_fn, inputs, metrics)
     tensors = joint_tensors(model, loss_fn, metrics)
     asked: dict[str, Any] = {"rates": rates, "device": where, "host_budget": host_budget}
+    asked["exchange"] = exchanged(everyone, graph)
     request = replace(
         request_of(graph, inputs, tensors, budget, loss_fn is not None, **asked),
         tile=None if tile is None else (tile[0], tile[1]),

@@ -16,7 +16,7 @@ from wholegrad.plan.bands import bands
 from wholegrad.plan.plan import Plan
 from wholegrad.plan.planner import Request
 from wholegrad.plan.rates import Rates
-from wholegrad.plan.traffic import Link
+from wholegrad.plan.traffic import Link, bucket_bytes
 from wholegrad.run.distributed.agreement import agree, pixels_digest, plan_digest, tensors_digest, versions
 from wholegrad.run.distributed.ranks import Ranks, ranks_of, timeout_of, wire_of
 from wholegrad.run.distributed.slides import combined
@@ -56,6 +56,16 @@ def sharing(ranks: RanksLike) -> RanksLike:
         return ranks
     group = ranks_of(ranks)
     return None if group is None or group.tiles is None else group
+
+
+def exchanged(ranks: RanksLike, graph: Graph) -> int:
+    """Bytes that this process takes beside a step to bring the gradients of several slides together."""
+    if ranks is None or isinstance(ranks, int | tuple):
+        return 0
+    group = ranks_of(ranks)
+    assert group is not None
+    sizes = [node.outputs[0].numel for node in graph.of_kind(Kind.PARAMETER) if node.needs_grad]
+    return group.held + (0 if group.slides is None else bucket_bytes(sizes))
 
 
 def layout_of(size: tuple[int, int], ranks: int, one_axis: bool = False) -> tuple[int, int]:

@@ -31,6 +31,7 @@ class Ranks:
         timeout: seconds that a rank waits for another before the step ends with an error; None for what the plan's
             predicted time suggests, at least :data:`LEAST`.
         link: how fast they talk, for plans: assumed, unless :meth:`measured` found it out.
+        held: bytes that the caller holds beside each step, for what it does with gradients of several slides.
     """
 
     tiles: dist.ProcessGroup | None = None
@@ -40,6 +41,7 @@ class Ranks:
     combine: str = "mean"
     timeout: float | None = None
     link: Link = ASSUMED
+    held: int = 0
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINE:
