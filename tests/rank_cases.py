@@ -297,6 +297,93 @@ def two_axes(here: Here) -> dict[str, Any]:
     return result
 
 
+Predicted = tuple[Callable[[], nn.Module], tuple[int, int], dict[str, Any], dict[str, Any], tuple[int, ...]]
+PREDICTED: dict[str, Predicted] = {
+    "mask": (lambda: unet4492(seed=0), (61, 75), {"kind": "mask"}, {}, (3,)),
+    "logits, small tiles": (lambda: unet4492(seed=0), (96, 112), {"kind": "logits", "tile": (16, 24)}, {}, (2, 4)),
+    "probability, uneven": (
+        lambda: unet4492(seed=0), (70, 90), {"kind": "probability", "tile": (32, 32)}, {"shares": (0, 1, 2.5)}, (3,)
+    ),
+    "coarser": (lambda: seeded(classes), (50, 70), {"kind": "probability", "tile": (9, 70)}, {}, (3,)),
+    "three columns": (lambda: unet4492(seed=0), (40, 3), {"kind": "logits"}, {}, (4,)),
+    "norms in training mode": (lambda: seeded(normed), (48, 64), {"kind": "logits", "tile": (16, 64)}, {}, (2, 4)),
+}  # fmt: skip
+
+
+def classes() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 5, stride=4, padding=2)).eval()
+
+
+def normed() -> nn.Module:
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3, padding=1)]
+    return nn.Sequential(*layers).train()
+
+
+def predicting(here: Here) -> dict[str, Any]:
+    """How far predictions over ranks are from one process's own, in float64; and what goes wrong, told to all."""
+    found: dict[str, Any] = {}
+    for name, (make, size, asked, options, counts) in PREDICTED.items():
+        image = image_of(*size)
+        for count in (count for count in counts if here.rank < count):
+            group = wg.open_ranks(here.groups[count], timeout=60, **options)
+            model, alone = make().double(), make().double()
+            ours = wg.predict(model, image, group=group, **asked)
+            if here.rank:
+                assert ours is None
+                continue
+            truth = wg.predict(alone, image, **asked)
+            assert ours is not None and truth is not None and ours.shape == truth.shape and ours.dtype == truth.dtype
+            apart = float(abs(ours.astype(float) - truth.astype(float)).max())
+            buffers = zip(model.buffers(), alone.buffers(), strict=True)
+            found[f"{name} on {count}"] = max([apart, *(float((a - b).abs().max()) for a, b in buffers)])
+    return found | _predicted_files(here)
+
+
+def _predicted_files(here: Here) -> dict[str, Any]:
+    """Files that rank 0 writes; measures; errors of one rank on all."""
+    if here.rank >= 3:
+        return {}
+    folder, model = Path(os.environ["RANK_FOLDER"]), unet4492(seed=0)
+    group, image = wg.open_ranks(here.groups[3], timeout=60), image_of(96, 160)
+    paths = [folder / name for name in ("shared.ome.tif", "shared.npy")]
+    wg.predict(model, image, out=paths, kind="probability", group=group)
+    counts = {"sum": lambda output, target: (output.sigmoid() * target).sum((0, 2, 3))}
+    labels = random_labels((96, 160), 0)
+    ours = wg.measure(model, image, labels, metrics=counts, group=group)["sum"]
+
+    class Unreadable:
+        shape, dtype, cache_bytes, name = (3, 96, 160), image.numpy().dtype, 0, "slide.svs"
+
+        def read(self, box: Any) -> Any:
+            if here.rank == 1 and box.y0 >= 30 and box.height > 8:
+                raise wg.errors.SlideError("slide.svs", "is truncated", "copy it again")
+            rows, cols = box.slices()
+            return image[:, rows, cols].numpy()
+
+    told = {
+        "slide": _refusal(lambda: wg.predict(model, Unreadable(), out=folder / "a.npy", tile=(32, 64), group=group)),
+        "folder": _refusal(lambda: wg.predict(model, image, out=folder / "no" / "a.npy", group=group)),
+        "layout": _refusal(lambda: wg.predict(model, image, group=wg.open_ranks(here.groups[3], layout=(3, 1)))),
+    }
+    if here.rank == 0:
+        from wholegrad.slide.write import PyramidWriter
+
+        kept, PyramidWriter.seal = PyramidWriter.seal, _full  # type: ignore[method-assign]
+    told["disk"] = _refusal(lambda: wg.predict(model, image, out=folder / "b.tif", group=group))
+    if here.rank == 0:
+        PyramidWriter.seal = kept  # type: ignore[method-assign]
+        wg.predict(model, image, out=[folder / "one.ome.tif", folder / "one.npy"], kind="probability")
+        alone = wg.measure(model, image, labels, metrics=counts)["sum"]
+        told["measured"] = float((ours - alone).abs().max() / alone.abs().max())
+        told["left"] = sorted(path.name for path in folder.iterdir() if "json" not in path.name)
+    told["afterwards"] = float(wg.measure(model, image, labels, metrics=counts, group=group)["sum"])
+    return told
+
+
+def _full(writer: Any) -> None:
+    raise wg.errors.SlideError("b.tif", "cannot be written (no space left on device)", "make room")
+
+
 def _refusal(work: Callable[[], Any]) -> str:
     try:
         work()

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from torch import nn
 
@@ -43,10 +44,10 @@ EVERY = ["down1", "down2", "middle", "up2", "fuse2", "up1", "head"]
 WAIT = 280  # seconds for all cases of one test; other work may take most of the machine meanwhile
 
 
-def together(folder: Path, size: int, *cases: str) -> list[dict[str, Any]]:
+def together(folder: Path, size: int, *cases: str, **more: str) -> list[dict[str, Any]]:
     """What each of so many ranks reports; of a rank that was killed nothing."""
     paths = [str(Path(wg.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", **more}
     run = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder), str(size), *cases],
         capture_output=True, text=True, timeout=WAIT, env=env,
@@ -113,6 +114,26 @@ def test_a_rank_that_is_frozen_or_killed_ends_the_step_with_its_name_and_no_grad
         assert woken["told"].startswith("RankError: ") and woken["untouched"], (
             "who wakes late goes on as if nothing was"
         )
+
+
+def test_predictions_and_measures_of_ranks_are_those_of_one_process(tmp_path: Path) -> None:
+    reports = together(tmp_path, 4, "predicting", RANK_FOLDER=str(tmp_path))
+    mine = reports[0]["predicting"]
+    wrong = {name: error for name, error in mine.items() if " on " in name and not error <= EXACT}
+    assert not wrong and sum(" on " in name for name in mine) == 8
+    assert mine["left"] == ["one.npy", "one.ome.tif", "shared.npy", "shared.ome.tif"]
+    assert mine["measured"] <= 1e-6
+    one, shared = (np.load(tmp_path / f"{name}.npy") for name in ("one", "shared"))
+    assert np.abs(one - shared).max() <= 1e-6 and shared.std() > 0
+    images = [tifffile.imread(tmp_path / f"{name}.ome.tif", level=0) for name in ("one", "shared")]
+    assert np.abs(images[0].astype(int) - images[1].astype(int)).max() <= 1
+    for report in reports[:3]:
+        told = report["predicting"]
+        assert told["slide"].startswith("SlideError: slide.svs: is truncated")
+        assert "no/a.npy: cannot be written" in told["folder"]
+        assert told["layout"].startswith("PlanError: layout: is (3, 1), and predictions are of bands of columns")
+        assert told["disk"].startswith("SlideError: b.tif: cannot be written (no space left")
+        assert told["afterwards"] == mine["afterwards"], "the group is not as it was"
 
 
 @contextmanager

@@ -23,11 +23,12 @@ from wholegrad.plan.plan import Plan
 from wholegrad.plan.planner import Request, check_elements, make_plan
 from wholegrad.plan.rates import Rates
 from wholegrad.plan.strategies import WHOLE, Strategy, WholePlan, check_strategy
-from wholegrad.ranked import RanksLike, Together, exchanged, shared_request, sharing
+from wholegrad.ranked import RanksLike, Together, exchanged, of_one_image, shared_request, sharing
 from wholegrad.run import process
 from wholegrad.run.budget import check_limit
 from wholegrad.run.device import Device, device_of
 from wholegrad.run.distributed.executor import RankExecutor
+from wholegrad.run.distributed.ranks import Ranks
 from wholegrad.run.distributed.wire import Wire
 from wholegrad.run.executor import Executor, ProgressFn
 from wholegrad.run.sink import Sink
@@ -348,37 +349,49 @@ def measure(
     rates: Rates | None = None,
     device: DeviceLike = None,
     host_budget: str | int | None = None,
+    group: RanksLike = None,
 ) -> dict[str, torch.Tensor]:
     """Metrics of one image, forward only.
 
     Args:
         metrics: functions ``fn(output, target)`` to a small tensor.
         budget, rates, device, host_budget: as for :func:`plan`.
+        group: processes that share the image, each with this call, as for :func:`backward`; all get the same values.
 
     Returns:
         Their values by name, floating-point ones in float64.
     """
     inputs, where = given(image, target, model_dtype(model)), device_of(model, device)
     graph, tensors = _capture(model, _no_loss, inputs, metrics), joint_tensors(model, None, metrics)
-    made = make_plan(
-        graph,
-        request_of(graph, inputs, tensors, budget, False, rates=rates, device=where, host_budget=host_budget),
-    )
-    executor = _run_forward(made, tensors, inputs, where, progress=progress)
+    request = request_of(graph, inputs, tensors, budget, False, rates=rates, device=where, host_budget=host_budget)
+    ranks = of_one_image(group)
+    made = make_plan(graph, request if ranks is None else shared_request(ranks, graph, request))
+    executor = _run_forward(made, tensors, inputs, where, ranks, progress=progress)
     return {name: executor.small.values[ref].to("cpu") for name, ref in graph.metrics.items()}
 
 
 def _run_forward(
-    made: Plan, tensors: Mapping[str, torch.Tensor], inputs: Given, device: Device, **options: Any
+    made: Plan,
+    tensors: Mapping[str, torch.Tensor],
+    inputs: Given,
+    device: Device,
+    ranks: Ranks | None,
+    seed: int | None = None,
+    then: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> Executor:
-    """Run a plan without a backward sweep; returns what ran it, closed."""
+    """Run a plan without a backward sweep, and ``then`` something; returns what ran it, closed."""
     check_elements(made)
-    executor = _executor(made, tensors, inputs, device=device, **options)
-    try:
-        with _as_captured(device), torch.no_grad():
-            executor.forward()
-    finally:
-        executor.close()
+    with (together := Together.of(ranks, made)).step():
+        seed = together.checked(made, tensors, inputs, seed, lambda: _seed(made, seed))
+        executor = _executor(made, tensors, inputs, device=device, seed=seed, wire=together.tiles, **options)
+        try:
+            with _as_captured(device), torch.no_grad():
+                executor.forward()
+        finally:
+            executor.close()
+        then()
+        together.meet()
     _leave_buffers(executor.updates(), tensors)
     return executor
 
@@ -398,10 +411,14 @@ def run_outputs(
     seed: int | None = None,
     device: DeviceLike = None,
     host_budget: str | int | None = None,
+    ranks: Ranks | None = None,
+    then: Callable[[], None] = lambda: None,
 ) -> dict[Ref, torch.Tensor]:
     """Run the model forward and hand each box of its output maps to a sink; outputs that are small are returned.
 
     Args:
+        ranks: that share the image; rank 0's sinks get all boxes, a row of tiles after the other.
+        then: what follows when all is done, and must not fail on a rank without the others' knowing.
         sink_bytes: of sinks, once made: bytes held for each pixel of one row of tiles, and whatever the tiles.
     """
     inputs, where = given(image, None, model_dtype(model)), device_of(model, device)
@@ -410,6 +427,7 @@ def run_outputs(
     asked: dict[str, Any] = {"sinks": tuple(taken), "device": where, "host_budget": host_budget}
     request, held = request_of(graph, inputs, tensors, budget, False, **asked), sink_bytes()
     masks = frozenset(ref for ref, sink in taken.items() if sink.masks)
-    made = make_plan(graph, replace(request, tile=tile, sink_bytes=held[0], sink_held=held[1], as_bytes=masks))
-    executor = _run_forward(made, tensors, inputs, where, sinks=taken, progress=progress, seed=seed)
+    request = replace(request, tile=tile, sink_bytes=held[0], sink_held=held[1], as_bytes=masks)
+    made = make_plan(graph, request if ranks is None else shared_request(ranks, graph, request, columns=True))
+    executor = _run_forward(made, tensors, inputs, where, ranks, seed, then, sinks=taken, progress=progress)
     return {ref: executor.small.leaf(ref).to("cpu") for ref in graph.outputs if not graph.spec(ref).is_map}

@@ -26,11 +26,12 @@ from wholegrad.run.whole_image import Outcome
 RanksLike = object  # a number, (rows, columns), a ProcessGroup, a DeviceMesh or Ranks
 
 
-def shared_request(ranks: RanksLike, graph: Graph, request: Request) -> Request:
+def shared_request(ranks: RanksLike, graph: Graph, request: Request, columns: bool = False) -> Request:
     """The request that all ranks make alike, so that all get the same plan.
 
     Args:
         ranks: a number of ranks or their layout, to plan for processes that need not exist; or ``group=``.
+        columns: whether bands must be of columns, so that all ranks go down the same rows.
 
     Raises:
         PlanError: no such layout.
@@ -45,7 +46,9 @@ def shared_request(ranks: RanksLike, graph: Graph, request: Request) -> Request:
     group = ranks_of(ranks)
     assert group is not None and group.tiles is not None
     wire = wire_of(group.tiles, timeout_of(group, 0.0))
-    shape = group.layout or layout_of(size, group.count, bool(group.shares))
+    shape = group.layout or ((1, group.count) if columns else layout_of(size, group.count, bool(group.shares)))
+    if columns and shape[0] > 1:
+        raise PlanError("layout", f"is {shape}, and predictions are of bands of columns", "leave it out")
     with wire.step():
         return _agreed(wire, replace(request, bands=bands(size, shape, group.shares), link=group.link))
 
@@ -56,6 +59,23 @@ def sharing(ranks: RanksLike) -> RanksLike:
         return ranks
     group = ranks_of(ranks)
     return None if group is None or group.tiles is None else group
+
+
+def of_one_image(group: object) -> Ranks | None:
+    """Of a group the ranks that share this image, for what is run forward only; None for this process alone."""
+    ranks = ranks_of(group)
+    return None if ranks is None or ranks.tiles is None else replace(ranks, slides=None)
+
+
+def told_by_first(ranks: Ranks | None, make: Callable[[], str]) -> str:
+    """What ``make`` gives on rank 0, where alone it is called; what it raises is raised on all."""
+    if ranks is None or ranks.tiles is None:
+        return make()
+    wire = wire_of(ranks.tiles, timeout_of(ranks, 0.0))
+    with wire.step():
+        text = make().encode() if wire.rank == 0 else b""
+        told = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else None
+        return bytes(wire.meet(told)[0].tolist()).decode()
 
 
 def exchanged(ranks: RanksLike, graph: Graph) -> int:
@@ -79,11 +99,10 @@ def layout_of(size: tuple[int, int], ranks: int, one_axis: bool = False) -> tupl
 
 
 def _agreed(wire: Wire, request: Request) -> Request:
-    """The least room and the fewest workers of any rank, rank 0's rates."""
+    """The least room and the fewest workers of any rank, rank 0's rates, and what the rank holds that writes."""
     room = None if request.budget is None else request.budget - request.reserved
-    text = json.dumps(
-        {"room": room, "workers": request.workers, "rates": asdict(request.rates), "link": asdict(request.link)}
-    ).encode()
+    mine = {"room": room, "workers": request.workers, "rates": asdict(request.rates), "link": asdict(request.link)}
+    text = json.dumps(mine | {"sink": [request.sink_bytes, request.sink_held]}).encode()
     told = wire.meet(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     found = [json.loads(bytes(each.tolist())) for each in told]
     rooms = [each["room"] for each in found if each["room"] is not None]
@@ -93,6 +112,8 @@ def _agreed(wire: Wire, request: Request) -> Request:
         workers=min(each["workers"] for each in found),
         rates=Rates.of(found[0]["rates"]),
         link=Link(**found[0]["link"]),
+        sink_bytes=max(each["sink"][0] for each in found),
+        sink_held=max(each["sink"][1] for each in found),
     )
 
 
@@ -158,6 +179,11 @@ class Together:
         agree(self.tiles, {**own, "seed": str(seed)})
         first = self.tiles.meet(torch.tensor([draw()], dtype=torch.int64).view(torch.uint8))[0]
         return int(first.cpu().view(torch.int64).item())
+
+    def meet(self) -> None:
+        """Wait until all that share the image are here; an error of one is raised on all."""
+        if self.tiles is not None:
+            self.tiles.meet()
 
     def combined(self, outcome: Outcome, graph: Graph, tensors: Mapping[str, torch.Tensor]) -> Outcome:
         """What this slide's step gives, with those of all others."""

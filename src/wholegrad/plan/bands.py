@@ -58,7 +58,7 @@ class Bands:
         return max(hi - lo for lo, hi in pairwise(self.on(role, size)))
 
     def largest(self, role: Role, size: int) -> tuple[int, int]:
-        """From where to where the widest band reaches on such a map; of several, one in the middle, which reads most."""
+        """From where to where the widest band reaches on such a map; of several one inside, which reads most."""
         edges = self.on(role, size)
         middle = (len(edges) - 2) / 2
         _, _, lo, hi = min((lo - hi, abs(k - middle), lo, hi) for k, (lo, hi) in enumerate(pairwise(edges)))

@@ -54,6 +54,11 @@ class Ranks:
         """Ranks that share the image."""
         return 1 if self.tiles is None else dist.get_world_size(self.tiles)
 
+    @property
+    def rank(self) -> int:
+        """Which of those that share the image this process is."""
+        return 0 if self.tiles is None else dist.get_rank(self.tiles)
+
     def measured(self) -> Ranks:
         """The same with the speed of its connections measured, for the predicted times of plans; all ranks call it."""
         if self.tiles is None:
