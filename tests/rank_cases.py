@@ -294,7 +294,46 @@ def two_axes(here: Here) -> dict[str, Any]:
     lone = step(mine, None, mesh["slides"])
     wanted = {name: (truths[0][name].double() + truths[1][name].double()) * 0.5 for name in truths[0]}
     result["slides alone"] = max(errors(lone, wanted).values())
-    return result
+    return result | _batches(here, mesh)
+
+
+def _batches(here: Here, mesh: Any) -> dict[str, Any]:
+    """Batch norms over two slides of unequal size, as of one batch; and slides whose plans do not fit together."""
+    loss, sizes = nn.CrossEntropyLoss(), [(40, 60), (52, 44)]
+    images, targets = [image_of(*size) for size in sizes], [torch.tensor(k) for k in range(2)]
+    whole, found = seeded(deep).double(), {}
+    values = [image[None] for image in images]
+    for module in whole.children():
+        if isinstance(module, nn.BatchNorm2d):
+            flat = torch.cat([value.transpose(0, 1).flatten(1) for value in values], 1)
+            flat = module(flat[None, :, :, None])[0, :, :, 0]
+            parts = flat.split([value[0, 0].numel() for value in values], 1)
+            values = [part.view(1, -1, *value.shape[2:]) for part, value in zip(parts, values, strict=True)]
+        else:
+            values = [module(value) for value in values]
+    total = torch.stack([loss(value, target[None]) for value, target in zip(values, targets, strict=True)]).mean()
+    total.backward()
+    wanted = {name: parameter.grad for name, parameter in whole.named_parameters()} | dict(whole.named_buffers())
+    which, ranks = here.rank // 2, wg.open_ranks(mesh["slides"], statistics="batch", timeout=60)
+    ways = {"both axes": (wg.open_ranks(mesh, statistics="batch", timeout=60), (13, 17)), "slides": (ranks, None)}
+    for name, (group, tile) in ways.items():
+        model = seeded(deep).double()
+        made = wg.plan(model, loss, images[which], targets[which], budget="8GiB", ranks=group, tile=tile)
+        value = wg.backward(model, loss, images[which], targets[which], plan=made, group=group)
+        mine = {name: parameter.grad for name, parameter in model.named_parameters()} | dict(model.named_buffers())
+        found[f"batch, {name}"] = max(errors({**mine, "loss": value}, {**wanted, "loss": total.detach()}).values())
+    alone = nn.Sequential(*seeded(deep).double().children())
+    alone[4].eval() if which else None
+    told = _refusal(lambda: wg.backward(alone, loss, images[which], targets[which], budget="8GiB", group=ranks))
+    found["order"] = 0.0 if "has other order of norms than" in told else told
+    return found
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8, momentum=0.3), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2),
+        nn.BatchNorm2d(6), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
 
 
 Predicted = tuple[Callable[[], nn.Module], tuple[int, int], dict[str, Any], dict[str, Any], tuple[int, ...]]
@@ -495,6 +534,40 @@ def _falling(here: Here, case_name: str, how: Callable[[], None], timeout: float
     same = all((a is None and b is None) or torch.equal(a, b) for a, b in zip(grads, after, strict=True))
     again = _refusal(run)
     return {"told": told, "seconds": time.monotonic() - started, "untouched": same, "again": again}
+
+
+def interrupted(here: Here) -> dict[str, Any]:
+    """Ctrl-C on one rank: between two tiles the others are told, and the group goes on; else it is not used again."""
+    if here.rank >= 2:
+        return {}
+    case, group = published(48, 96), wg.open_ranks(here.groups[2], timeout=6)
+    made = case.plan(ranks=group, tile=(24, 24), boundaries=EVERY)
+    given: dict[str, Any] = {"plan": made, "group": group, "seed": SEED}
+
+    def stop(at: Any) -> None:
+        if here.rank == 1 and at.phase == "backward":
+            raise KeyboardInterrupt
+
+    def run(**more: Any) -> str:
+        try:
+            return _refusal(lambda: wg.backward(case.model, case.loss_fn, case.image, case.target, **given, **more))
+        except KeyboardInterrupt:
+            return "interrupted"
+
+    told = {"tile": run(progress=stop)}
+    case.reset()
+    told["afterwards"] = str(step(case, made, group)["loss"].item())
+    if here.rank == 1:
+
+        def cut(self: Any, ref: Any) -> None:
+            raise KeyboardInterrupt
+
+        RankExecutor._send_halo = cut  # type: ignore[method-assign]
+    told["message"] = run()
+    told["again"] = run()
+    if here.rank == 1:
+        time.sleep(1)  # the other learns of it by the connection, or after the time-out
+    return told
 
 
 def frozen(here: Here) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import nn
 
 import wholegrad as wg
 from oracle import captured
-from wholegrad.errors import PlanError, RankError, SlideError
+from wholegrad.errors import BudgetError, PlanError, RankError, SlideError
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Kind
 from wholegrad.graph.layout import Role
@@ -102,7 +102,12 @@ def test_ranks_that_do_not_mean_the_same_step_are_told_who_differs_and_in_what(t
 
 
 def test_a_rank_that_is_frozen_or_killed_ends_the_step_with_its_name_and_no_gradient(tmp_path: Path) -> None:
-    reports = together(tmp_path, 4, "frozen", "killed", "host_frozen")
+    reports = together(tmp_path, 4, "interrupted", "frozen", "killed", "host_frozen")
+    mine, other = (report["interrupted"] for report in reports[:2])
+    assert mine["tile"].startswith("RankError: step: was interrupted (on rank 1)") and other["tile"] == "interrupted"
+    assert mine["afterwards"] == other["afterwards"], "the group is not as it was"
+    assert other["message"] == "interrupted" and "broke before: a step was interrupted" in other["again"]
+    assert mine["message"].startswith("RankError: rank 1: has not answered") and "broke before" in mine["again"]
     for report in reports[:2]:
         frozen, killed = report["frozen"], report["killed"]
         assert frozen["told"].startswith("RankError: rank 2: has not answered for 3 s"), frozen["told"]
@@ -193,6 +198,38 @@ def test_two_hosts_and_a_link_that_is_cut(tmp_path: Path) -> None:
 
 def image(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return np.broadcast_to(np.uint8(0), (3, height, width)), np.broadcast_to(np.uint8(0), (1, height, width))
+
+
+def test_a_plan_for_ranks_is_found_or_refused_at_every_budget_and_one_rank_plans_as_a_process_does() -> None:
+    """Where messages alone are too much the same tiles are not chosen again and again."""
+    layers = [nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 256, 3, padding=1),
+              nn.BatchNorm2d(256), nn.ReLU(), nn.Conv2d(256, 2, 1)]  # fmt: skip
+    model, loss = nn.Sequential(*layers), nn.CrossEntropyLoss()
+    pixels, labels = np.broadcast_to(np.uint8(0), (1, 3, 500, 900)), torch.zeros(1, 500, 900).long()
+    alone = wg.plan(model, loss, pixels, labels, budget="16GiB", strategy="stream")
+    for count in (1, 2, (2, 2)):
+        most = wg.plan(model, loss, pixels, labels, budget="16GiB", ranks=count)
+        if count == 1:
+            assert [part.tile for part in most.segments] == [part.tile for part in alone.segments]
+            assert [part.working for part in most.segments] == [part.working for part in alone.segments]
+        with pytest.raises(BudgetError) as refused:
+            wg.plan(model, loss, pixels, labels, budget=most.reserved + 1, ranks=count)
+        least = refused.value.smallest
+        assert least is not None
+        for share in (0.0, 0.1, 0.3, 0.6, 0.9, 0.999):
+            budget = int(least + (64 << 20) + share * (most.projected - least))
+            made = wg.plan(model, loss, pixels, labels, budget=budget, ranks=count)
+            check_plan(made)
+            assert made.memory.total == made.projected <= budget
+
+
+def test_ranks_of_few_tiles_are_weighed_by_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wholegrad.asked.default_workers", lambda: 4)
+    given = {"tile": (512, 256), "boundaries": EVERY, "budget": "16GiB", "placement": "host"}
+    plans = [wg.plan(unet4492(), LOSSES["dice"], *image(512, 1024), ranks=count, **given) for count in (1, 2, 4)]
+    for few, many in pairwise(plans):
+        for one, other in zip(few.segments, many.segments, strict=True):
+            assert other.working.backward < 0.75 * one.working.backward, "tiles of other ranks are counted"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (2, 3), (7, 2)])

@@ -121,7 +121,7 @@ sys.exit(fleet.run_fleet(args, [out / "slides"], out, fleet_trouble.Trouble(str(
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is sent to a group of processes")
 def test_ctrl_c_gives_back_what_is_under_way_and_the_same_command_goes_on(tmp_path: Path) -> None:
     (tmp_path / "slides").mkdir()
-    names = ["slow0", "slow1", *(f"good{number}" for number in range(6))]
+    names = ["slow0", "slow1", *(f"x{number}" for number in range(6))]
     for name in names:
         (tmp_path / "slides" / f"{name}.svs").write_text("")
     command = [sys.executable, "-c", FLEET, str(tmp_path)]

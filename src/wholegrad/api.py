@@ -23,11 +23,12 @@ from wholegrad.plan.plan import Plan
 from wholegrad.plan.planner import Request, check_elements, make_plan
 from wholegrad.plan.rates import Rates
 from wholegrad.plan.strategies import WHOLE, Strategy, WholePlan, check_strategy
-from wholegrad.ranked import RanksLike, Together, exchanged, of_one_image, shared_request, sharing
+from wholegrad.ranked import RanksLike, Together, exchanged, of_batch, of_one_image, shared_request, sharing
 from wholegrad.run import process
 from wholegrad.run.budget import check_limit
 from wholegrad.run.device import Device, device_of
 from wholegrad.run.distributed.executor import RankExecutor
+from wholegrad.run.distributed.norms import BatchNorms
 from wholegrad.run.distributed.ranks import Ranks
 from wholegrad.run.distributed.wire import Wire
 from wholegrad.run.executor import Executor, ProgressFn
@@ -122,7 +123,9 @@ def plan(
     )
     request = request if ranks is None else shared_request(ranks, graph, request)
     job = Job(Parts(model, loss_fn or _no_loss, metrics or {}), inputs, graph, tensors)
-    whole_too = how is Strategy.AUTO and not fixed and loss_fn is not None and not where.apart
+    whole_too = (
+        how is Strategy.AUTO and not fixed and loss_fn is not None and not where.apart and not of_batch(everyone)
+    )
     made = plan_whole(job, how, request) if how in WHOLE else _tiles_or_whole(job, request, whole_too)
     return replace(made, made_for=signature(model, loss_fn, inputs, metrics), made_on=where)
 
@@ -218,13 +221,19 @@ def backward(
     with clock.span("preparing", "checks of the plan"):
         check_plan(made, signature(model, loss_fn, inputs, metrics), tensors)
     with (together := Together.of(group, made)).step():
-        seed = together.checked(made, tensors, inputs, seed, lambda: _seed(made, seed))
+        norms = together.norms(model, made)
+        seed = together.checked(made, tensors, inputs, seed, lambda: _seed(made, seed), norms)
+        shared = BatchNorms(together.slides, made, norms) if norms and together.slides is not None else None
         if isinstance(made, WholePlan):
             job = Job(Parts(model, loss_fn, metrics or {}), inputs, made.graph, tensors)
             with torch.inference_mode(False):
                 outcome = run_whole(made, job, seed, progress, where)
         else:
-            outcome = _in_tiles(made, tensors, inputs, where, progress=progress, seed=seed, wire=together.tiles)
+            outcome = _in_tiles(
+                made, tensors, inputs, where, progress=progress, seed=seed, wire=together.tiles, norms=shared
+            )
+            updates = outcome.updates if shared is None else shared.corrected(model, outcome.updates, tensors)
+            outcome = replace(outcome, updates=updates)
         outcome = together.combined(outcome, made.graph, tensors)
         loss = outcome.loss.to("cpu", torch.float64).reshape(())
         if not torch.isfinite(loss):

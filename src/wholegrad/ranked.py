@@ -18,6 +18,7 @@ from wholegrad.plan.planner import Request
 from wholegrad.plan.rates import Rates
 from wholegrad.plan.traffic import Link, bucket_bytes
 from wholegrad.run.distributed.agreement import agree, pixels_digest, plan_digest, tensors_digest, versions
+from wholegrad.run.distributed.norms import BatchNorms, batch_norms
 from wholegrad.run.distributed.ranks import Ranks, ranks_of, timeout_of, wire_of
 from wholegrad.run.distributed.slides import combined
 from wholegrad.run.distributed.wire import Wire
@@ -78,6 +79,11 @@ def told_by_first(ranks: Ranks | None, make: Callable[[], str]) -> str:
         return bytes(wire.meet(told)[0].tolist()).decode()
 
 
+def of_batch(ranks: RanksLike) -> bool:
+    """Whether batch norms take their statistics of several slides."""
+    return isinstance(ranks, Ranks) and ranks.slides is not None and ranks.statistics == "batch"
+
+
 def exchanged(ranks: RanksLike, graph: Graph) -> int:
     """Bytes that this process takes beside a step to bring the gradients of several slides together."""
     if ranks is None or isinstance(ranks, int | tuple):
@@ -124,6 +130,7 @@ class Together:
     tiles: Wire | None
     slides: Wire | None
     combine: str
+    batch: bool = False  # whether batch norms take their statistics of all slides
 
     @staticmethod
     def of(group: object, made: Plan) -> Together:
@@ -141,7 +148,8 @@ class Together:
             raise PlanError("plan", cause, "plan with ranks=group")
         wait = timeout_of(ranks, made.seconds)
         tiles = wire_of(ranks.tiles, wait) if ranks.tiles is not None and made.bands is not None else None
-        return Together(tiles, None if ranks.slides is None else wire_of(ranks.slides, wait), ranks.combine)
+        slides = None if ranks.slides is None else wire_of(ranks.slides, wait)
+        return Together(tiles, slides, ranks.combine, of_batch(ranks))
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -159,6 +167,7 @@ class Together:
         inputs: Given,
         seed: int | None,
         draw: Callable[[], int],
+        norms: Mapping[int, str] | None = None,
     ) -> int:
         """The seed of the step, once all ranks have shown that they mean the same one.
 
@@ -171,7 +180,9 @@ class Together:
         buffers = {name: tensor for name, tensor in tensors.items() if name not in trained}
         alike = {"version": versions(), "weights": tensors_digest(trained), "buffers": tensors_digest(buffers)}
         if self.slides is not None:
-            agree(self.slides, {**alike, "way to combine slides": self.combine})
+            order = BatchNorms.order(made, norms or {})
+            agree(self.slides, {**alike, "way to combine slides": self.combine, "order of norms": str(order)})
+            self._wait_for_the_largest(self.slides)
         if self.tiles is None:
             return draw()
         own = {"plan": plan_digest(made), **alike, "values": tensors_digest(inputs.values)}
@@ -179,6 +190,24 @@ class Together:
         agree(self.tiles, {**own, "seed": str(seed)})
         first = self.tiles.meet(torch.tensor([draw()], dtype=torch.int64).view(torch.uint8))[0]
         return int(first.cpu().view(torch.int64).item())
+
+    def norms(self, model: torch.nn.Module, made: Plan) -> dict[int, str]:
+        """The batch norms whose statistics are those of all slides.
+
+        Raises:
+            PlanError: the plan holds maps whole, or a norm cannot be shared.
+        """
+        if not self.batch:
+            return {}
+        if made.strategy != "stream":
+            raise PlanError("plan", f"is {made.strategy}, and statistics are of a batch", "plan with ranks=group")
+        return batch_norms(model, made.graph)
+
+    @staticmethod
+    def _wait_for_the_largest(slides: Wire) -> None:
+        """Slides differ in size: who has a small one waits as long as who has the largest would."""
+        told = slides.meet(torch.tensor([slides.timeout], dtype=torch.float64).view(torch.uint8))
+        slides.timeout = max(float(each.cpu().view(torch.float64).item()) for each in told)
 
     def meet(self) -> None:
         """Wait until all that share the image are here; an error of one is raised on all."""

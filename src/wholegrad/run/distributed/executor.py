@@ -71,6 +71,13 @@ class RankExecutor(Executor):
             for each in collected:
                 each.row_done(row)
 
+    def _tick(self, phase: str) -> None:
+        try:
+            super()._tick(phase)
+        except BaseException:  # of the caller's, Ctrl-C among them
+            self.wire.at_rest = True
+            raise
+
     def _forward_tiles(self, i: int) -> None:
         super()._forward_tiles(i)
         self._join_sums(i)
