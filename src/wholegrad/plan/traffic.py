@@ -120,7 +120,7 @@ def traffic(plan: Plan, rank: int) -> Traffic:
         return Traffic()
     graph, others = plan.graph, plan.bands.ranks - 1
     halos, rounds = _halos(plan, rank)
-    sums, meetings = 0, 5  # two to agree on the step, one on which parameters have gradients, two at the end
+    sums, meetings = 0, 4 + plan.backward  # two to agree, one on which parameters have gradients, two at the end
     for number, part in enumerate(plan.segments):
         segment = part.segment
         meetings += 1 + plan.backward * (2 if segment.outputs else 1) - part.fused
