@@ -339,13 +339,13 @@ def deep() -> nn.Module:
 Predicted = tuple[Callable[[], nn.Module], tuple[int, int], dict[str, Any], dict[str, Any], tuple[int, ...]]
 PREDICTED: dict[str, Predicted] = {
     "mask": (lambda: unet4492(seed=0), (61, 75), {"kind": "mask"}, {}, (3,)),
-    "logits, small tiles": (lambda: unet4492(seed=0), (96, 112), {"kind": "logits", "tile": (16, 24)}, {}, (2, 4)),
+    "logits, small tiles": (lambda: unet4492(seed=0), (96, 112), {"kind": "logits", "tile": (16, 24)}, {}, (4,)),
     "probability, uneven": (
         lambda: unet4492(seed=0), (70, 90), {"kind": "probability", "tile": (32, 32)}, {"shares": (0, 1, 2.5)}, (3,)
     ),
     "coarser": (lambda: seeded(classes), (50, 70), {"kind": "probability", "tile": (9, 70)}, {}, (3,)),
     "three columns": (lambda: unet4492(seed=0), (40, 3), {"kind": "logits"}, {}, (4,)),
-    "norms in training mode": (lambda: seeded(normed), (48, 64), {"kind": "logits", "tile": (16, 64)}, {}, (2, 4)),
+    "norms in training mode": (lambda: seeded(normed), (48, 64), {"kind": "logits", "tile": (16, 64)}, {}, (2,)),
 }  # fmt: skip
 
 

@@ -285,7 +285,7 @@ def test_ranks_of_torchrun_predict_one_slide_together(slides: Path) -> None:
 def test_what_gradients_of_several_slides_take_is_projected(slides: Path) -> None:
     """9.4 million parameters of which nearly all a step's memory is: more than any slack."""
     flags = "--set network.name=nets:broad --set train.optimizer.name=SGD --budget 3GiB --set train.ema=0.5"
-    flags += " --set data.crop=[96,88] --set train.steps=4 --set validation.steps=2"
+    flags += " --set data.crop=[96,88] --set train.steps=4 --set validation.steps=4"
     codes, said = runs(slides, (f"train run.toml --out broad {flags}", 2))
     assert codes == [[0, 0]], said
     lines = [json.loads(line) for line in (slides / "broad" / "log.jsonl").read_text().splitlines()]
