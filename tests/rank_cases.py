@@ -557,13 +557,15 @@ def interrupted(here: Here) -> dict[str, Any]:
     told = {"tile": run(progress=stop)}
     case.reset()
     told["afterwards"] = str(step(case, made, group)["loss"].item())
+    kept = RankExecutor._send_halo
+
+    def cut(self: Any, ref: Any) -> None:
+        raise KeyboardInterrupt
+
     if here.rank == 1:
-
-        def cut(self: Any, ref: Any) -> None:
-            raise KeyboardInterrupt
-
         RankExecutor._send_halo = cut  # type: ignore[method-assign]
     told["message"] = run()
+    RankExecutor._send_halo = kept  # type: ignore[method-assign]
     told["again"] = run()
     if here.rank == 1:
         time.sleep(1)  # the other learns of it by the connection, or after the time-out
