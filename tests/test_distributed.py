@@ -82,7 +82,12 @@ def test_steps_of_two_three_and_four_ranks_are_exact_and_the_same_bits_on_every_
 
 
 def test_ranks_that_do_not_mean_the_same_step_are_told_who_differs_and_in_what(tmp_path: Path) -> None:
-    reports = together(tmp_path, 4, "disagreeing", "erring", "two_axes", "apart")
+    reports = together(tmp_path, 4, "disagreeing", "erring", "two_axes", "apart", "interrupted")
+    mine, other = (report["interrupted"] for report in reports[:2])
+    assert mine["tile"].startswith("RankError: step: was interrupted (on rank 1)") and other["tile"] == "interrupted"
+    assert mine["afterwards"] == other["afterwards"], "the group is not as it was"
+    assert other["message"] == "interrupted" and "broke before: a step was interrupted" in other["again"]
+    assert mine["message"].startswith("RankError: rank 1: has not answered") and "broke before" in mine["again"]
     for report in reports[:3]:
         told = report["disagreeing"]
         words = {"plan": "plan", "loss": "plan", "seed": "seed", "image": "pixels", "labels": "pixels"}
@@ -102,12 +107,7 @@ def test_ranks_that_do_not_mean_the_same_step_are_told_who_differs_and_in_what(t
 
 
 def test_a_rank_that_is_frozen_or_killed_ends_the_step_with_its_name_and_no_gradient(tmp_path: Path) -> None:
-    reports = together(tmp_path, 4, "interrupted", "frozen", "killed", "host_frozen")
-    mine, other = (report["interrupted"] for report in reports[:2])
-    assert mine["tile"].startswith("RankError: step: was interrupted (on rank 1)") and other["tile"] == "interrupted"
-    assert mine["afterwards"] == other["afterwards"], "the group is not as it was"
-    assert other["message"] == "interrupted" and "broke before: a step was interrupted" in other["again"]
-    assert mine["message"].startswith("RankError: rank 1: has not answered") and "broke before" in mine["again"]
+    reports = together(tmp_path, 4, "frozen", "killed", "host_frozen")
     for report in reports[:2]:
         frozen, killed = report["frozen"], report["killed"]
         assert frozen["told"].startswith("RankError: rank 2: has not answered for 3 s"), frozen["told"]
