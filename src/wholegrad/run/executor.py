@@ -12,10 +12,10 @@ tile runs forward and backward once, in the backward sweep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -40,19 +40,10 @@ from wholegrad.run.sink import Sink
 from wholegrad.run.small import SmallValues, levels
 from wholegrad.run.sources import Source, raw_images
 from wholegrad.run.strips import Strips
-from wholegrad.run.sums import Sums
+from wholegrad.run.sums import BatchNorms, Sums
 from wholegrad.run.tail import Blocks, shares_of
 from wholegrad.run.tile import Pull, partials, pull_back, run_tile
 from wholegrad.run.workers import announced, in_order
-
-
-class BatchNorms(Protocol):
-    """Brings statistics of several slides together, and their gradients (:mod:`wholegrad.run.distributed.norms`)."""
-
-    def joined(self, reductions: Sequence[int], totals: Mapping[int, State]) -> dict[int, State]: ...
-    def gathered(
-        self, reductions: Sequence[int], grads: Mapping[int, tuple[torch.Tensor | None, ...]]
-    ) -> dict[int, tuple[torch.Tensor | None, ...]]: ...
 
 
 @dataclass(frozen=True)
