@@ -33,6 +33,8 @@ class Trouble:
             os.kill(os.getpid(), signal.SIGKILL)
         if name == "unlucky" and first:
             raise TimeoutError("the network\nwas away")
+        while name.startswith("slow") and not (Path(self.out) / "go").exists():
+            time.sleep(0.05)
         time.sleep(0.05)
         self.files(name)[0].write_text(name)
         return {"shape": [1, 1]}

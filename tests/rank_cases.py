@@ -294,7 +294,133 @@ def two_axes(here: Here) -> dict[str, Any]:
     lone = step(mine, None, mesh["slides"])
     wanted = {name: (truths[0][name].double() + truths[1][name].double()) * 0.5 for name in truths[0]}
     result["slides alone"] = max(errors(lone, wanted).values())
-    return result
+    return result | _batches(here, mesh)
+
+
+def _batches(here: Here, mesh: Any) -> dict[str, Any]:
+    """Batch norms over two slides of unequal size, as of one batch; and slides whose plans do not fit together."""
+    loss, sizes = nn.CrossEntropyLoss(), [(40, 60), (52, 44)]
+    images, targets = [image_of(*size) for size in sizes], [torch.tensor(k) for k in range(2)]
+    whole, found = seeded(deep).double(), {}
+    values = [image[None] for image in images]
+    for module in whole.children():
+        if isinstance(module, nn.BatchNorm2d):
+            flat = torch.cat([value.transpose(0, 1).flatten(1) for value in values], 1)
+            flat = module(flat[None, :, :, None])[0, :, :, 0]
+            parts = flat.split([value[0, 0].numel() for value in values], 1)
+            values = [part.view(1, -1, *value.shape[2:]) for part, value in zip(parts, values, strict=True)]
+        else:
+            values = [module(value) for value in values]
+    total = torch.stack([loss(value, target[None]) for value, target in zip(values, targets, strict=True)]).mean()
+    total.backward()
+    wanted = {name: parameter.grad for name, parameter in whole.named_parameters()} | dict(whole.named_buffers())
+    which, ranks = here.rank // 2, wg.open_ranks(mesh["slides"], statistics="batch", timeout=60)
+    ways = {"both axes": (wg.open_ranks(mesh, statistics="batch", timeout=60), (13, 17)), "slides": (ranks, None)}
+    for name, (group, tile) in ways.items():
+        model = seeded(deep).double()
+        made = wg.plan(model, loss, images[which], targets[which], budget="8GiB", ranks=group, tile=tile)
+        value = wg.backward(model, loss, images[which], targets[which], plan=made, group=group)
+        mine = {name: parameter.grad for name, parameter in model.named_parameters()} | dict(model.named_buffers())
+        found[f"batch, {name}"] = max(errors({**mine, "loss": value}, {**wanted, "loss": total.detach()}).values())
+    alone = nn.Sequential(*seeded(deep).double().children())
+    alone[4].eval() if which else None
+    told = _refusal(lambda: wg.backward(alone, loss, images[which], targets[which], budget="8GiB", group=ranks))
+    found["order"] = 0.0 if "has other order of norms than" in told else told
+    return found
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8, momentum=0.3), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2),
+        nn.BatchNorm2d(6), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+Predicted = tuple[Callable[[], nn.Module], tuple[int, int], dict[str, Any], dict[str, Any], tuple[int, ...]]
+PREDICTED: dict[str, Predicted] = {
+    "mask": (lambda: unet4492(seed=0), (61, 75), {"kind": "mask"}, {}, (3,)),
+    "logits, small tiles": (lambda: unet4492(seed=0), (96, 112), {"kind": "logits", "tile": (16, 24)}, {}, (4,)),
+    "probability, uneven": (
+        lambda: unet4492(seed=0), (70, 90), {"kind": "probability", "tile": (32, 32)}, {"shares": (0, 1, 2.5)}, (3,)
+    ),
+    "coarser": (lambda: seeded(classes), (50, 70), {"kind": "probability", "tile": (9, 70)}, {}, (3,)),
+    "three columns": (lambda: unet4492(seed=0), (40, 3), {"kind": "logits"}, {}, (4,)),
+    "norms in training mode": (lambda: seeded(normed), (48, 64), {"kind": "logits", "tile": (16, 64)}, {}, (2,)),
+}  # fmt: skip
+
+
+def classes() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 5, stride=4, padding=2)).eval()
+
+
+def normed() -> nn.Module:
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3, padding=1)]
+    return nn.Sequential(*layers).train()
+
+
+def predicting(here: Here) -> dict[str, Any]:
+    """How far predictions over ranks are from one process's own, in float64; and what goes wrong, told to all."""
+    found: dict[str, Any] = {}
+    for name, (make, size, asked, options, counts) in PREDICTED.items():
+        image = image_of(*size)
+        for count in (count for count in counts if here.rank < count):
+            group = wg.open_ranks(here.groups[count], timeout=60, **options)
+            model, alone = make().double(), make().double()
+            ours = wg.predict(model, image, group=group, **asked)
+            if here.rank:
+                assert ours is None
+                continue
+            truth = wg.predict(alone, image, **asked)
+            assert ours is not None and truth is not None and ours.shape == truth.shape and ours.dtype == truth.dtype
+            apart = float(abs(ours.astype(float) - truth.astype(float)).max())
+            buffers = zip(model.buffers(), alone.buffers(), strict=True)
+            found[f"{name} on {count}"] = max([apart, *(float((a - b).abs().max()) for a, b in buffers)])
+    return found | _predicted_files(here)
+
+
+def _predicted_files(here: Here) -> dict[str, Any]:
+    """Files that rank 0 writes; measures; errors of one rank on all."""
+    if here.rank >= 3:
+        return {}
+    folder, model = Path(os.environ["RANK_FOLDER"]), unet4492(seed=0)
+    group, image = wg.open_ranks(here.groups[3], timeout=60), image_of(96, 160)
+    paths = [folder / name for name in ("shared.ome.tif", "shared.npy")]
+    wg.predict(model, image, out=paths, kind="probability", group=group)
+    counts = {"sum": lambda output, target: (output.sigmoid() * target).sum((0, 2, 3))}
+    labels = random_labels((96, 160), 0)
+    ours = wg.measure(model, image, labels, metrics=counts, group=group)["sum"]
+
+    class Unreadable:
+        shape, dtype, cache_bytes, name = (3, 96, 160), image.numpy().dtype, 0, "slide.svs"
+
+        def read(self, box: Any) -> Any:
+            if here.rank == 1 and box.y0 >= 30 and box.height > 8:
+                raise wg.errors.SlideError("slide.svs", "is truncated", "copy it again")
+            rows, cols = box.slices()
+            return image[:, rows, cols].numpy()
+
+    told = {
+        "slide": _refusal(lambda: wg.predict(model, Unreadable(), out=folder / "a.npy", tile=(32, 64), group=group)),
+        "folder": _refusal(lambda: wg.predict(model, image, out=folder / "no" / "a.npy", group=group)),
+        "layout": _refusal(lambda: wg.predict(model, image, group=wg.open_ranks(here.groups[3], layout=(3, 1)))),
+    }
+    if here.rank == 0:
+        from wholegrad.slide.write import PyramidWriter
+
+        kept, PyramidWriter.seal = PyramidWriter.seal, _full  # type: ignore[method-assign]
+    told["disk"] = _refusal(lambda: wg.predict(model, image, out=folder / "b.tif", group=group))
+    if here.rank == 0:
+        PyramidWriter.seal = kept  # type: ignore[method-assign]
+        wg.predict(model, image, out=[folder / "one.ome.tif", folder / "one.npy"], kind="probability")
+        alone = wg.measure(model, image, labels, metrics=counts)["sum"]
+        told["measured"] = float((ours - alone).abs().max() / alone.abs().max())
+        told["left"] = sorted(path.name for path in folder.iterdir() if "json" not in path.name)
+    told["afterwards"] = float(wg.measure(model, image, labels, metrics=counts, group=group)["sum"])
+    return told
+
+
+def _full(writer: Any) -> None:
+    raise wg.errors.SlideError("b.tif", "cannot be written (no space left on device)", "make room")
 
 
 def _refusal(work: Callable[[], Any]) -> str:
@@ -408,6 +534,42 @@ def _falling(here: Here, case_name: str, how: Callable[[], None], timeout: float
     same = all((a is None and b is None) or torch.equal(a, b) for a, b in zip(grads, after, strict=True))
     again = _refusal(run)
     return {"told": told, "seconds": time.monotonic() - started, "untouched": same, "again": again}
+
+
+def interrupted(here: Here) -> dict[str, Any]:
+    """Ctrl-C on one rank: between two tiles the others are told, and the group goes on; else it is not used again."""
+    if here.rank >= 2:
+        return {}
+    case, group = published(48, 96), wg.open_ranks(here.groups[2], timeout=6)
+    made = case.plan(ranks=group, tile=(24, 24), boundaries=EVERY)
+    given: dict[str, Any] = {"plan": made, "group": group, "seed": SEED}
+
+    def stop(at: Any) -> None:
+        if here.rank == 1 and at.phase == "backward":
+            raise KeyboardInterrupt
+
+    def run(**more: Any) -> str:
+        try:
+            return _refusal(lambda: wg.backward(case.model, case.loss_fn, case.image, case.target, **given, **more))
+        except KeyboardInterrupt:
+            return "interrupted"
+
+    told = {"tile": run(progress=stop)}
+    case.reset()
+    told["afterwards"] = str(step(case, made, group)["loss"].item())
+    kept = RankExecutor._send_halo
+
+    def cut(self: Any, ref: Any) -> None:
+        raise KeyboardInterrupt
+
+    if here.rank == 1:
+        RankExecutor._send_halo = cut  # type: ignore[method-assign]
+    told["message"] = run()
+    RankExecutor._send_halo = kept  # type: ignore[method-assign]
+    told["again"] = run()
+    if here.rank == 1:
+        time.sleep(1)  # the other learns of it by the connection, or after the time-out
+    return told
 
 
 def frozen(here: Here) -> dict[str, Any]:

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from torch import nn
 
 import wholegrad as wg
 from oracle import captured
-from wholegrad.errors import PlanError, RankError, SlideError
+from wholegrad.errors import BudgetError, PlanError, RankError, SlideError
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Kind
 from wholegrad.graph.layout import Role
@@ -43,10 +44,10 @@ EVERY = ["down1", "down2", "middle", "up2", "fuse2", "up1", "head"]
 WAIT = 280  # seconds for all cases of one test; other work may take most of the machine meanwhile
 
 
-def together(folder: Path, size: int, *cases: str) -> list[dict[str, Any]]:
+def together(folder: Path, size: int, *cases: str, **more: str) -> list[dict[str, Any]]:
     """What each of so many ranks reports; of a rank that was killed nothing."""
     paths = [str(Path(wg.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", **more}
     run = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder), str(size), *cases],
         capture_output=True, text=True, timeout=WAIT, env=env,
@@ -81,7 +82,12 @@ def test_steps_of_two_three_and_four_ranks_are_exact_and_the_same_bits_on_every_
 
 
 def test_ranks_that_do_not_mean_the_same_step_are_told_who_differs_and_in_what(tmp_path: Path) -> None:
-    reports = together(tmp_path, 4, "disagreeing", "erring", "two_axes", "apart")
+    reports = together(tmp_path, 4, "disagreeing", "erring", "two_axes", "apart", "interrupted")
+    mine, other = (report["interrupted"] for report in reports[:2])
+    assert mine["tile"].startswith("RankError: step: was interrupted (on rank 1)") and other["tile"] == "interrupted"
+    assert mine["afterwards"] == other["afterwards"], "the group is not as it was"
+    assert other["message"] == "interrupted" and "broke before: a step was interrupted" in other["again"]
+    assert mine["message"].startswith("RankError: rank 1: ") and "broke before" in mine["again"]
     for report in reports[:3]:
         told = report["disagreeing"]
         words = {"plan": "plan", "loss": "plan", "seed": "seed", "image": "pixels", "labels": "pixels"}
@@ -113,6 +119,26 @@ def test_a_rank_that_is_frozen_or_killed_ends_the_step_with_its_name_and_no_grad
         assert woken["told"].startswith("RankError: ") and woken["untouched"], (
             "who wakes late goes on as if nothing was"
         )
+
+
+def test_predictions_and_measures_of_ranks_are_those_of_one_process(tmp_path: Path) -> None:
+    reports = together(tmp_path, 4, "predicting", RANK_FOLDER=str(tmp_path))
+    mine = reports[0]["predicting"]
+    wrong = {name: error for name, error in mine.items() if " on " in name and not error <= EXACT}
+    assert not wrong and sum(" on " in name for name in mine) == 6
+    assert mine["left"] == ["one.npy", "one.ome.tif", "shared.npy", "shared.ome.tif"]
+    assert mine["measured"] <= 1e-6
+    one, shared = (np.load(tmp_path / f"{name}.npy") for name in ("one", "shared"))
+    assert np.abs(one - shared).max() <= 1e-6 and shared.std() > 0
+    images = [tifffile.imread(tmp_path / f"{name}.ome.tif", level=0) for name in ("one", "shared")]
+    assert np.abs(images[0].astype(int) - images[1].astype(int)).max() <= 1
+    for report in reports[:3]:
+        told = report["predicting"]
+        assert told["slide"].startswith("SlideError: slide.svs: is truncated")
+        assert "no/a.npy: cannot be written" in told["folder"]
+        assert told["layout"].startswith("PlanError: layout: is (3, 1), and predictions are of bands of columns")
+        assert told["disk"].startswith("SlideError: b.tif: cannot be written (no space left")
+        assert told["afterwards"] == mine["afterwards"], "the group is not as it was"
 
 
 @contextmanager
@@ -172,6 +198,39 @@ def test_two_hosts_and_a_link_that_is_cut(tmp_path: Path) -> None:
 
 def image(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return np.broadcast_to(np.uint8(0), (3, height, width)), np.broadcast_to(np.uint8(0), (1, height, width))
+
+
+def test_a_plan_for_ranks_is_found_or_refused_at_every_budget_and_one_rank_plans_as_a_process_does() -> None:
+    """Where messages alone are too much the same tiles are not chosen again and again."""
+    layers = [nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 256, 3, padding=1),
+              nn.BatchNorm2d(256), nn.ReLU(), nn.Conv2d(256, 2, 1)]  # fmt: skip
+    model, loss = nn.Sequential(*layers), nn.CrossEntropyLoss()
+    pixels, labels = np.broadcast_to(np.uint8(0), (1, 3, 500, 900)), torch.zeros(1, 500, 900).long()
+    alone = wg.plan(model, loss, pixels, labels, budget="16GiB", strategy="stream")
+    for count in (1, (2, 2)):
+        most = wg.plan(model, loss, pixels, labels, budget="16GiB", ranks=count)
+        if count == 1:
+            assert [part.tile for part in most.segments] == [part.tile for part in alone.segments]
+            assert [part.working for part in most.segments] == [part.working for part in alone.segments]
+        with pytest.raises(BudgetError) as refused:
+            wg.plan(model, loss, pixels, labels, budget=most.reserved + 1, ranks=count)
+        least = refused.value.smallest
+        assert least is not None
+        for share in (0.0, 0.3, 0.9, 0.999):
+            budget = int(least + (64 << 20) + share * (most.projected - least))
+            made = wg.plan(model, loss, pixels, labels, budget=budget, ranks=count)
+            check_plan(made)
+            assert made.memory.total == made.projected <= budget
+
+
+def test_ranks_of_few_tiles_are_weighed_by_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wholegrad.asked.default_workers", lambda: 4)
+    given = {"tile": (512, 256), "boundaries": EVERY, "budget": "16GiB", "placement": "host"}
+    plans = [wg.plan(unet4492(), LOSSES["dice"], *image(512, 1024), ranks=count, **given) for count in (1, 2, 4)]
+    for few, many in pairwise(plans):
+        for one, other in zip(few.segments, many.segments, strict=True):
+            ours, alone = (part.working.backward / part.working.slack for part in (other, one))  # tiles alone
+            assert ours < 0.75 * alone, "tiles of other ranks are counted"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (2, 3), (7, 2)])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -78,6 +81,75 @@ def test_claims_of_who_is_gone_are_free_again(
     assert not killed.finish("a", {}, 1.0)
     monkeypatch.setattr(of_manifest, "LEASE", -1.0)
     assert [slide.name for slide in here.claim(list(files), 9)] == ["c"]
+
+
+def test_claims_of_a_number_that_another_process_has_now_are_free_after_a_while(
+    tmp_path: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suspended, other = (Manifest(tmp_path, JOB) for _ in range(2))  # of this process's number, which runs
+    suspended.add(files)
+    assert len(suspended.claim(["a"], 1)) == 1 and not other.claim(["a"], 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(of_manifest, "LEASE", -1.0)
+        assert [slide.name for slide in other.claim(["a"], 1)] == ["a"]
+    assert [slide.name for slide in suspended.claim(["b"], 1)] == ["b"]  # it wakes, and goes on
+    with monkeypatch.context() as patch:
+        patch.setattr(of_manifest, "LEASE", -1.0)
+        assert [slide.name for slide in other.claim(["b"], 1)] == ["b"], "nobody would ever do it"
+
+
+FLEET = """
+import sys
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import cloudpickle
+
+import fleet_trouble
+from wholegrad.commands import fleet
+
+cloudpickle.register_pickle_by_value(fleet_trouble)
+fleet.Fleet = partial(fleet.Fleet, attempt=fleet_trouble.attempt)
+out = Path(sys.argv[1])
+args = Namespace(scheduler=None, workers=2, retries=2, retry_failed=False)
+sys.exit(fleet.run_fleet(args, [out / "slides"], out, fleet_trouble.Trouble(str(out))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is sent to a group of processes")
+def test_ctrl_c_gives_back_what_is_under_way_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "slides").mkdir()
+    names = ["slow0", "slow1", *(f"x{number}" for number in range(6))]
+    for name in names:
+        (tmp_path / "slides" / f"{name}.svs").write_text("")
+    command = [sys.executable, "-c", FLEET, str(tmp_path)]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "src")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as run:
+        try:
+            until = time.monotonic() + 150
+            while not all((tmp_path / f"slow{k}.began").exists() for k in range(2)) and time.monotonic() < until:
+                time.sleep(0.1)
+            assert (tmp_path / "slow0.began").exists(), "no worker began"
+            os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to workers too
+            printed, said = run.communicate(timeout=100)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 130, said
+    assert "stopped; the same command goes on" in said and "Traceback" not in said
+    assert f"0 failed, {len(names)} left of {len(names)}" in printed
+    found = Manifest(tmp_path, fleet_trouble.Trouble(str(tmp_path)).about())
+    assert states(found) == dict.fromkeys(names, WAITING) and {row.attempts for row in found.rows()} == {0}
+    found.close()
+    (tmp_path / "go").touch()
+    done = subprocess.run(command, timeout=200, check=False, **pipes)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(names)} done, 0 failed, 0 left" in done.stdout
+    assert sorted((tmp_path / "tries").read_text().split()) == sorted([*names, "slow0", "slow1"])
 
 
 def test_only_what_must_be_is_done_again(tmp_path: Path, files: dict[str, Path]) -> None:

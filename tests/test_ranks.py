@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import socket
@@ -12,20 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import wholegrad as wg
 from wholegrad.cli import main
 from wholegrad.errors import ConfigError, WholegradError
+from wholegrad.nets import unet4492
 from wholegrad.train import statistics
 from wholegrad.train.batch import check_mesh
 from wholegrad.train.config import check_config
 from wholegrad.train.exchange import OrderedSum
 from wholegrad.train.judge import divided
 from wholegrad.train.plans import threads_of_rank
+from wholegrad.train.state import Card, save_weights
 from wholegrad.train.team import Place, Team
 
 CONFIG = """
@@ -60,7 +61,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import wholegrad as wg
 
 
 def normed():
@@ -69,6 +69,12 @@ def normed():
     first = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.BatchNorm2d(8, momentum=0.3), nn.ReLU(), nn.Dropout(0.1))
     return nn.Sequential(*first, nn.Conv2d(8, 8, 3, padding=1, stride=2), nn.BatchNorm2d(8), nn.ReLU(),
                          nn.Upsample(scale_factor=2), nn.Conv2d(8, 1, 3, padding=1))
+
+
+def broad(width=3072):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, width, 8, stride=8), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(),
+                         nn.Conv2d(width, 1, 1), nn.Upsample(scale_factor=8))
 
 
 def strike():
@@ -250,7 +256,6 @@ def test_the_slurm_script_trains_on_two_nodes_and_outlives_a_killed_rank(trained
 
 @FORKS
 @pytest.mark.slow
-@pytest.mark.skipif("group" not in inspect.signature(wg.backward).parameters, reason="steps take no group of ranks")
 def test_both_axes_at_once(trained: Path) -> None:
     codes, said = runs(trained, ("train run.toml --out both --set mesh.tiles=2", 4))
     assert codes == [[0] * 4], said
@@ -259,6 +264,35 @@ def test_both_axes_at_once(trained: Path) -> None:
     losses = [[line["loss"] for line in lines if line["kind"] == "step"] for lines in (both, three)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # tiles are cut otherwise, so sums are rounded otherwise
     assert losses[0][:4] == pytest.approx(losses[1][:4], rel=1e-6)  # before the first update
+
+
+@FORKS
+def test_ranks_of_torchrun_predict_one_slide_together(slides: Path) -> None:
+    save_weights(slides / "w.safetensors", unet4492(seed=0), Card("unet4492", {"seed": 0}, 4492, 0, {}, {}, {}))
+    command = "predict slides/a.tif --weights w.safetensors --kind logits --budget 4GiB --out"
+    codes, said = runs(
+        slides, (f"{command} alone.npy", 1), (f"{command} both.npy", 2), (f"{command} no/both.npy", 2),
+        ("predict slides/none.tif --weights w.safetensors --out both.tif", 2),
+    )  # fmt: skip
+    assert codes == [[0], [0, 0], [2, 2], [2, 2]], said
+    alone, both = (np.load(slides / f"{name}.npy") for name in ("alone", "both"))
+    assert np.abs(alone - both).max() <= 1e-5 * np.abs(alone).max() and alone.std() > 0
+    errors = [line for line in said.splitlines() if ": error: " in line]
+    assert len(errors) == 2 and "no/both.npy: cannot be written" in errors[0] and "none.tif" in errors[1]
+
+
+@FORKS
+def test_what_gradients_of_several_slides_take_is_projected(slides: Path) -> None:
+    """9.4 million parameters of which nearly all a step's memory is: more than any slack."""
+    flags = "--set network.name=nets:broad --set train.optimizer.name=SGD --budget 3GiB --set train.ema=0.5"
+    flags += " --set data.crop=[96,88] --set train.steps=4 --set validation.steps=4"
+    codes, said = runs(slides, (f"train run.toml --out broad {flags}", 2))
+    assert codes == [[0, 0]], said
+    lines = [json.loads(line) for line in (slides / "broad" / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert {line["rank"] for line in steps} == {0, 1}
+    over = [line for line in steps if not line["peak"] <= line["projected"] < 3 << 30]
+    assert not over, over
 
 
 # What ranks are made of, without ranks.

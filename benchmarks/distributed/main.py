@@ -255,7 +255,8 @@ def page(cases: list[list[dict[str, Any]]], paper: list[str]) -> str:
         *volume(cases),
         "",
         "The measured peak is that of rank 1, which takes no step alone: of its process so far, case after case.",
-        f"Between the two ranks a byte took {link['byte'] * 1e9:.2f} ns and a round {link['message'] * 1e6:.0f} us.",
+        f"Between the two ranks a byte took {link['byte'] * 1e9:.2f} ns and a round {link['message'] * 1e6:.0f} us "
+        "(first case).",
         "",
         *(HERE / "projection.md").read_text().splitlines(),
         "",

@@ -23,11 +23,13 @@ from wholegrad.plan.plan import Plan
 from wholegrad.plan.planner import Request, check_elements, make_plan
 from wholegrad.plan.rates import Rates
 from wholegrad.plan.strategies import WHOLE, Strategy, WholePlan, check_strategy
-from wholegrad.ranked import RanksLike, Together, shared_request, sharing
+from wholegrad.ranked import RanksLike, Together, exchanged, of_batch, of_one_image, shared_request, sharing
 from wholegrad.run import process
 from wholegrad.run.budget import check_limit
 from wholegrad.run.device import Device, device_of
 from wholegrad.run.distributed.executor import RankExecutor
+from wholegrad.run.distributed.norms import BatchNorms
+from wholegrad.run.distributed.ranks import Ranks
 from wholegrad.run.distributed.wire import Wire
 from wholegrad.run.executor import Executor, ProgressFn
 from wholegrad.run.sink import Sink
@@ -99,7 +101,7 @@ def plan(
     """
     check_tile(tile)
     check_boundary_dtype(boundary_dtype)
-    how, ranks = check_strategy(strategy), sharing(ranks)
+    how, everyone, ranks = check_strategy(strategy), ranks, sharing(ranks)
     given_by_name = {"tile": tile, "boundaries": boundaries, "placement": placement, "ranks": ranks}
     given_by_name["boundary_dtype"] = boundary_dtype
     fixed = [name for name, value in given_by_name.items() if value is not None]
@@ -110,6 +112,7 @@ def plan(
     graph = _capture(model, loss_fn, inputs, metrics)
     tensors = joint_tensors(model, loss_fn, metrics)
     asked: dict[str, Any] = {"rates": rates, "device": where, "host_budget": host_budget}
+    asked["exchange"] = exchanged(everyone, graph)
     request = replace(
         request_of(graph, inputs, tensors, budget, loss_fn is not None, **asked),
         tile=None if tile is None else (tile[0], tile[1]),
@@ -120,7 +123,9 @@ def plan(
     )
     request = request if ranks is None else shared_request(ranks, graph, request)
     job = Job(Parts(model, loss_fn or _no_loss, metrics or {}), inputs, graph, tensors)
-    whole_too = how is Strategy.AUTO and not fixed and loss_fn is not None and not where.apart
+    whole_too = (
+        how is Strategy.AUTO and not fixed and loss_fn is not None and not where.apart and not of_batch(everyone)
+    )
     made = plan_whole(job, how, request) if how in WHOLE else _tiles_or_whole(job, request, whole_too)
     return replace(made, made_for=signature(model, loss_fn, inputs, metrics), made_on=where)
 
@@ -216,13 +221,19 @@ def backward(
     with clock.span("preparing", "checks of the plan"):
         check_plan(made, signature(model, loss_fn, inputs, metrics), tensors)
     with (together := Together.of(group, made)).step():
-        seed = together.checked(made, tensors, inputs, seed, lambda: _seed(made, seed))
+        norms = together.norms(model, made)
+        seed = together.checked(made, tensors, inputs, seed, lambda: _seed(made, seed), norms)
+        shared = BatchNorms(together.slides, made, norms) if norms and together.slides is not None else None
         if isinstance(made, WholePlan):
             job = Job(Parts(model, loss_fn, metrics or {}), inputs, made.graph, tensors)
             with torch.inference_mode(False):
                 outcome = run_whole(made, job, seed, progress, where)
         else:
-            outcome = _in_tiles(made, tensors, inputs, where, progress=progress, seed=seed, wire=together.tiles)
+            outcome = _in_tiles(
+                made, tensors, inputs, where, progress=progress, seed=seed, wire=together.tiles, norms=shared
+            )
+            updates = outcome.updates if shared is None else shared.corrected(model, outcome.updates, tensors)
+            outcome = replace(outcome, updates=updates)
         outcome = together.combined(outcome, made.graph, tensors)
         loss = outcome.loss.to("cpu", torch.float64).reshape(())
         if not torch.isfinite(loss):
@@ -347,37 +358,49 @@ def measure(
     rates: Rates | None = None,
     device: DeviceLike = None,
     host_budget: str | int | None = None,
+    group: RanksLike = None,
 ) -> dict[str, torch.Tensor]:
     """Metrics of one image, forward only.
 
     Args:
         metrics: functions ``fn(output, target)`` to a small tensor.
         budget, rates, device, host_budget: as for :func:`plan`.
+        group: processes that share the image, each with this call, as for :func:`backward`; all get the same values.
 
     Returns:
         Their values by name, floating-point ones in float64.
     """
     inputs, where = given(image, target, model_dtype(model)), device_of(model, device)
     graph, tensors = _capture(model, _no_loss, inputs, metrics), joint_tensors(model, None, metrics)
-    made = make_plan(
-        graph,
-        request_of(graph, inputs, tensors, budget, False, rates=rates, device=where, host_budget=host_budget),
-    )
-    executor = _run_forward(made, tensors, inputs, where, progress=progress)
+    request = request_of(graph, inputs, tensors, budget, False, rates=rates, device=where, host_budget=host_budget)
+    ranks = of_one_image(group)
+    made = make_plan(graph, request if ranks is None else shared_request(ranks, graph, request))
+    executor = _run_forward(made, tensors, inputs, where, ranks, progress=progress)
     return {name: executor.small.values[ref].to("cpu") for name, ref in graph.metrics.items()}
 
 
 def _run_forward(
-    made: Plan, tensors: Mapping[str, torch.Tensor], inputs: Given, device: Device, **options: Any
+    made: Plan,
+    tensors: Mapping[str, torch.Tensor],
+    inputs: Given,
+    device: Device,
+    ranks: Ranks | None,
+    seed: int | None = None,
+    then: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> Executor:
-    """Run a plan without a backward sweep; returns what ran it, closed."""
+    """Run a plan without a backward sweep, and ``then`` something; returns what ran it, closed."""
     check_elements(made)
-    executor = _executor(made, tensors, inputs, device=device, **options)
-    try:
-        with _as_captured(device), torch.no_grad():
-            executor.forward()
-    finally:
-        executor.close()
+    with (together := Together.of(ranks, made)).step():
+        seed = together.checked(made, tensors, inputs, seed, lambda: _seed(made, seed))
+        executor = _executor(made, tensors, inputs, device=device, seed=seed, wire=together.tiles, **options)
+        try:
+            with _as_captured(device), torch.no_grad():
+                executor.forward()
+        finally:
+            executor.close()
+        then()
+        together.meet()
     _leave_buffers(executor.updates(), tensors)
     return executor
 
@@ -397,10 +420,14 @@ def run_outputs(
     seed: int | None = None,
     device: DeviceLike = None,
     host_budget: str | int | None = None,
+    ranks: Ranks | None = None,
+    then: Callable[[], None] = lambda: None,
 ) -> dict[Ref, torch.Tensor]:
     """Run the model forward and hand each box of its output maps to a sink; outputs that are small are returned.
 
     Args:
+        ranks: that share the image; rank 0's sinks get all boxes, a row of tiles after the other.
+        then: what follows when all is done, and must not fail on a rank without the others' knowing.
         sink_bytes: of sinks, once made: bytes held for each pixel of one row of tiles, and whatever the tiles.
     """
     inputs, where = given(image, None, model_dtype(model)), device_of(model, device)
@@ -409,6 +436,7 @@ def run_outputs(
     asked: dict[str, Any] = {"sinks": tuple(taken), "device": where, "host_budget": host_budget}
     request, held = request_of(graph, inputs, tensors, budget, False, **asked), sink_bytes()
     masks = frozenset(ref for ref, sink in taken.items() if sink.masks)
-    made = make_plan(graph, replace(request, tile=tile, sink_bytes=held[0], sink_held=held[1], as_bytes=masks))
-    executor = _run_forward(made, tensors, inputs, where, sinks=taken, progress=progress, seed=seed)
+    request = replace(request, tile=tile, sink_bytes=held[0], sink_held=held[1], as_bytes=masks)
+    made = make_plan(graph, request if ranks is None else shared_request(ranks, graph, request, columns=True))
+    executor = _run_forward(made, tensors, inputs, where, ranks, seed, then, sinks=taken, progress=progress)
     return {ref: executor.small.leaf(ref).to("cpu") for ref in graph.outputs if not graph.spec(ref).is_map}

@@ -76,6 +76,7 @@ def request_of(
     rates: Rates | None = None,
     device: Device | None = None,
     host_budget: str | int | None = None,
+    exchange: int = 0,
 ) -> Request:
     """A request for a plan of ``graph``.
 
@@ -83,6 +84,7 @@ def request_of(
         tensors: parameters and buffers by name.
         budget: of the memory in which tiles run.
         host_budget: of the whole process, where tiles run on a device with memory of its own.
+        exchange: bytes of the host's memory that bringing several slides' gradients together takes.
 
     Raises:
         PlanError: a budget cannot be read, or is of a host that has the only one.
@@ -94,13 +96,13 @@ def request_of(
         if host_budget is not None:
             raise PlanError("host_budget", "is for tiles on a device with memory of its own", "give budget")
         still_to_load = memory.libraries(graph) // (4 if process.has_run() else 1)
-        held = Reserved(process.resident(), still_to_load, memory.of_readers(inputs.cache_bytes))
-        limit = int(held) + budget if isinstance(budget, Room) else budget_bytes(budget)
+        held = Reserved(process.resident(), still_to_load, memory.of_readers(inputs.cache_bytes), exchange)
+        limit = int(held) - exchange + budget if isinstance(budget, Room) else budget_bytes(budget)
         return Request(limit, held, backward, default_workers(), sinks, raw=raw, rates=rates or calibrate.rates())
     sent = sum(tensor.nbytes for tensor in tensors.values() if tensor.device != device.torch)
     limit, held_there = _of_device(device, budget)
     still_to_load = 0 if process.has_run() else devices.RUNTIME
-    on_host = int(Reserved(process.resident(), still_to_load, memory.of_readers(inputs.cache_bytes)))
+    on_host = int(Reserved(process.resident(), still_to_load, memory.of_readers(inputs.cache_bytes), exchange))
     at_once, graphs = device.options.at_once, device.options.graphs
     apart = Apart(device.name, at_once, graphs, device.most_bytes, budget_bytes(host_budget), on_host)
     reserved = Reserved(held_there + sent, devices.WORKSPACE)

@@ -27,6 +27,7 @@ from wholegrad.graph.graph import Graph, Ref, Spec
 from wholegrad.kernels.expression import Leaf, Program, Step
 from wholegrad.outputs import Depth, Kind, Paths, Result, Several, checked_paths, open_outputs
 from wholegrad.plan.boundaries import storable
+from wholegrad.ranked import RanksLike, of_one_image, told_by_first
 from wholegrad.run.executor import ProgressFn
 from wholegrad.run.sink import Sink
 from wholegrad.run.sources import model_dtype
@@ -111,6 +112,19 @@ class _Npy(_Bands):
         self.file.discard()
 
 
+class _Elsewhere(_Bands):
+    """Where another rank writes."""
+
+    def write(self, y0: int, band: Array) -> None:
+        raise AssertionError("only rank 0 writes")
+
+    def close(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+
 def npy_output(path: Path, shape: Shape, dtype: np.dtype[Any]) -> Output:
     """What writes bands ``(C, h, W)`` to a ``.npy`` file."""
     return cast(Output, _Npy(path, shape, dtype))
@@ -177,6 +191,7 @@ def predict(
     progress: ProgressFn | None = None,
     device: DeviceLike = None,
     host_budget: str | int | None = None,
+    group: RanksLike = None,
 ) -> Array | None:
     """Run ``model`` over the whole image, exactly as if it fitted in memory; no seams.
 
@@ -194,14 +209,19 @@ def predict(
         min_hole: um2; smaller holes of outlines are filled.
         simplify: um by which outlines may move; None for one pixel, 0 for exact pixel edges.
         budget: the whole process's peak, as for :func:`wholegrad.plan`; so are ``device`` and ``host_budget``.
+        group: processes that share the image, each with this call, as for :func:`wholegrad.backward`: each does a band
+            of columns, and rank 0 alone writes.
 
     Returns:
-        An array ``(C, h, w)`` if ``out`` is None.
+        An array ``(C, h, w)`` if ``out`` is None; of several ranks, on rank 0 alone.
 
     Raises:
         ConfigError: ``out`` and ``kind`` do not go together, or the options make no sense.
         SlideError: pixels cannot be read or a file cannot be written; no file is left behind.
+        RankError: ranks do not mean the same prediction, or one does not answer in time.
     """
+    ranks = of_one_image(group)
+    writes = ranks is None or ranks.rank == 0
     first = given(image, None, model_dtype(model)).inputs.tensors[0]
     if first.shape[0] != 1:
         raise ShapeError("image", f"is a batch of {first.shape[0]}", "predict one image at a time")
@@ -209,7 +229,14 @@ def predict(
         raise ConfigError("kind", f"is {kind!r}", f"choose from {', '.join(get_args(Kind))}")
     if not isinstance(threshold, int | float) or not 0 < threshold < 1:
         raise ConfigError("threshold", f"is {threshold!r}", "choose a probability between 0 and 1")
-    paths = None if out is None else checked_paths(out, kind, depth, getattr(image, "path", None))
+    paths: list[Path] | None = None
+
+    def check() -> str:
+        nonlocal paths
+        paths = None if out is None else checked_paths(out, kind, depth, getattr(image, "path", None))
+        return "checked"
+
+    told_by_first(ranks, check)
     outlines = OutlineOptions(min_area, min_hole, simplify)
     outlines.in_pixels(getattr(image, "mpp", None))
     writers: list[_Bands] = []
@@ -217,22 +244,30 @@ def predict(
     def sinks(graph: Graph) -> dict[Ref, Sink]:
         spec = graph.spec(graph.outputs[0])
         names = ClassNames.of(classes, max(1, spec.shape[1] - 1) if len(spec.shape) == 4 else 1)
-        writer = _writer(paths, spec, kind, partial(_result, image, names, depth, outlines, first.shape))
-        writers.append(writer)
+
+        def opened() -> str:
+            shown = partial(_result, image, names, depth, outlines, first.shape)
+            writers.append(_writer(paths, spec, kind, shown))
+            return writers[0].dtype.str
+
+        dtype = told_by_first(ranks, opened)
+        writer = writers[0] if writes else _Elsewhere(spec.shape[1], spec.shape[-1], dtype)
         return {graph.outputs[0]: _sink(writer, spec, kind, threshold)}
+
+    def close() -> None:
+        for writer in writers:
+            writer.close()
 
     try:
         with torch.no_grad():
             held = partial(_held, kind, writers)
-            where: dict[str, Any] = {"device": device, "host_budget": host_budget}
-            run_outputs(model, image, sinks, budget, tile, progress, held, **where)
-        for writer in writers:
-            writer.close()
+            where: dict[str, Any] = {"device": device, "host_budget": host_budget, "ranks": ranks}
+            run_outputs(model, image, sinks, budget, tile, progress, held, **where, then=close)
     except BaseException:
         for writer in writers:
             writer.abort()
         raise
-    return writers[0].array if isinstance(writers[0], _Memory) else None
+    return writers[0].array if writers and isinstance(writers[0], _Memory) else None
 
 
 def _held(kind: Kind, writers: Sequence[_Bands]) -> tuple[int, int]:

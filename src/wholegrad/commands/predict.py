@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import get_args
 
+import torch
 from torch import nn
 
 import wholegrad as wg
@@ -29,8 +30,10 @@ from wholegrad.outputs import Depth, checked_paths
 from wholegrad.slide.slide import Slide, open_slide
 from wholegrad.slide.thumbnail import balanced
 from wholegrad.train.networks import build_network
+from wholegrad.train.plans import device_name, share_of_budget, threads_of_rank
 from wholegrad.train.progress import display
 from wholegrad.train.state import Card, find_weights, load_model, read_card
+from wholegrad.train.team import Place, Team
 
 TEXT = """\
 Predict a whole slide in bounded memory, without seams, and write it to one file or several, by their endings:
@@ -38,7 +41,8 @@ Predict a whole slide in bounded memory, without seams, and write it to one file
 opens; .png, a picture. All appear together, complete, or none does.
 
 The slide is read at the resolution that the weights were trained at, unless --mpp or --level says otherwise. With
---region a part of it is predicted: outlines still lie on the whole slide."""
+--region a part of it is predicted: outlines still lie on the whole slide. Started by torchrun, all processes share the
+slide, each a band of its columns, and the first one writes."""
 
 EXAMPLES = """\
   wholegrad predict case.svs --weights out/train --out mask.tif
@@ -46,6 +50,7 @@ EXAMPLES = """\
   wholegrad predict case.svs --weights out/train --out mask.npy
   wholegrad predict case.svs --weights out/train --out mask.ome.tif --out mask.geojson --min-area 500 --min-hole 1000
   wholegrad predict case.svs --weights out/train --out mask.tif --overlay mask.png --budget 1GiB
+  torchrun --standalone --nproc-per-node 2 -m wholegrad predict case.svs --weights out/train --out mask.ome.tif
   wholegrad predict archive/ --weights out/train --out masks --format .ome.tif .geojson --workers 4
   wholegrad predict case.svs --weights out/train --out part.geojson --region 20000,8000,30000,30000"""
 
@@ -88,13 +93,30 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("predict", "does one slide to the files that --out names", "give --workers for more")
     if args.overlay and args.overlay.suffix.lower() != ".png":
         raise ConfigError(str(args.overlay), "is no name of a picture", "name it .png")
-    where = where_of(args)
-    files = [*args.out, *([args.overlay] if args.overlay else [])]
-    checked_paths(files, args.kind)  # before weights and slide are read
-    card = read_card(args.weights)
-    model = load_model(args.weights, _own_network(args, card))
-    slide = _open(args, card)
-    NOTES.print(f"{slide!r}, {card.network} after {card.step} steps")
+    team = Team(Place.found())
+    try:
+        team.join()
+        with team.said_once():
+            return _of_slide(args, team)
+    finally:
+        team.close()
+
+
+def _of_slide(args: argparse.Namespace, team: Team) -> int:
+    """One slide, by all ranks together if there are several."""
+    args.device = device_name(args.device, team.place)
+    where, files = where_of(args), [*args.out, *([args.overlay] if args.overlay else [])]
+    with team.together("the slide"):
+        if team.first:
+            checked_paths(files, args.kind)  # before weights and slide are read
+        card = read_card(args.weights)
+        model = load_model(args.weights, _own_network(args, card))
+        slide = _open(args, card)
+    if team.first:
+        NOTES.print(f"{slide!r}, {card.network} after {card.step} steps")
+    if not team.alone:
+        torch.set_num_threads(threads_of_rank(team.place))
+        where["group"] = torch.distributed.group.WORLD
     seen = balanced(slide) if card.config.get("data", {}).get("balance") else slide
     with display(NOTES, "slide") as shown:
         wg.predict(
@@ -108,11 +130,11 @@ def run(args: argparse.Namespace) -> int:
             min_area=args.min_area,
             min_hole=args.min_hole,
             simplify=args.simplify,
-            budget=args.budget,
-            progress=shown.tile,
+            budget=share_of_budget(args.budget, team.local_size),
+            progress=shown.tile if team.first else None,
             **where,
         )
-    for file in files:
+    for file in files if team.first else ():
         CONSOLE.print(f"written: {file}")
     return 0
 

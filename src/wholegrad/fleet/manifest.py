@@ -26,6 +26,7 @@ from wholegrad.errors import ConfigError, WholegradError
 
 NAME = "fleet.sqlite"
 LEASE = 120.0  # seconds without a word after which another host's scheduler counts as gone
+AT_MOST = 5  # leases after which one of this host does: another process may have got its number
 WAITING, CLAIMED, DONE, FAILED = "waiting", "claimed", "done", "failed"
 
 TABLES = """
@@ -95,8 +96,7 @@ class Manifest:
                     cause = f"was made with {key} = {known[key]}, and {text} is asked for"
                     raise ConfigError(str(folder), cause, "choose another --out, or the same settings")
                 base.execute("INSERT OR IGNORE INTO job VALUES (?, ?)", (key, text))
-            values = (self.owner, host_number(), os.getpid(), time.time())
-            base.execute("INSERT INTO owners VALUES (?, ?, ?, ?)", values)
+            self._beat(base)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -182,13 +182,15 @@ class Manifest:
             self._beat(base)
 
     def _beat(self, base: sqlite3.Connection) -> None:
-        base.execute("UPDATE owners SET beat = ? WHERE owner = ?", (time.time(), self.owner))
+        """Also of one that others gave up on while it was suspended: what it claims now must be free if it dies."""
+        values = (self.owner, host_number(), os.getpid(), time.time())
+        base.execute("INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?)", values)
 
     def _free_lost(self, base: sqlite3.Connection) -> None:
         """Free what those hold that run no more."""
         for owner, host, process, beat in base.execute("SELECT * FROM owners").fetchall():
-            here = host == host_number()
-            gone = not process_runs(process) if here else time.time() - beat > LEASE
+            here, silent = host == host_number(), time.time() - beat
+            gone = silent > LEASE if not here else not process_runs(process) or silent > AT_MOST * LEASE
             if gone and owner != self.owner:
                 self._free(base, owner)
 

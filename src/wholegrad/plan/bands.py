@@ -57,6 +57,13 @@ class Bands:
         """Pixels of the widest band on a map of ``size`` rows or columns."""
         return max(hi - lo for lo, hi in pairwise(self.on(role, size)))
 
+    def largest(self, role: Role, size: int) -> tuple[int, int]:
+        """From where to where the widest band reaches on such a map; of several one inside, which reads most."""
+        edges = self.on(role, size)
+        middle = (len(edges) - 2) / 2
+        _, _, lo, hi = min((lo - hi, abs(k - middle), lo, hi) for k, (lo, hi) in enumerate(pairwise(edges)))
+        return lo, hi
+
     @property
     def share(self) -> float:
         """Of the image, what the rank with most owns."""

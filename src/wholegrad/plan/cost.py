@@ -212,7 +212,7 @@ class Bill:
         ahead: Table = down.T @ (self.forward[:, None] * across) + count + lines
         back: Table = down.T @ (self.backward[:, None] * across) + 3 * count + lines + tiles * self.merging
         for at, price, top, side in self._borders:
-            inside = np.outer(down[at] * _inside(rows.counts, top), across[at] * _inside(cols.counts, side))
+            inside = np.outer(down[at] * _inside(rows, top), across[at] * _inside(cols, side))
             ahead -= inside * price.forward
             back -= inside * price.backward
         first = rows.largest.T @ (self.pixel[:, None] * cols.largest)
@@ -228,9 +228,10 @@ class Bill:
         return Seconds(np.concatenate(([ahead], more)).sum(0), np.concatenate(([back], more)).sum(0), once)
 
 
-def _inside(counts: Sequence[int], ends: int) -> Table:
-    """What share of so many tiles along an axis meets none of its ends where something happens."""
-    found: Table = np.array([max(count - ends, 0) / count for count in counts])
+def _inside(tiles: Extent, ends: int) -> Table:
+    """What share of tiles along an axis meets none of its ends where something happens."""
+    met = min(ends, tiles.ends)
+    found: Table = np.array([max(count - met, 0) / count for count in tiles.counts])
     return found
 
 

@@ -214,7 +214,18 @@ class Cutting:
         return sum(sum(piece.talk) for piece in self.pieces)
 
     def choose(self, room: float, way: Way, coarse: bool = False) -> Choice | None:
-        """The fastest tiles that fit into ``room`` bytes beside boundaries in these places; None if none do."""
+        """The fastest tiles that fit into ``room`` bytes beside boundaries in these places; None if none do.
+
+        Of ranks that share the image that is a guess until :meth:`settle` was called; what was found too large then is
+        not chosen again.
+        """
+        made, left = self._choose(room, way, coarse), room
+        while made is not None and made.tiles in self._shared and (over := self.peak(made) - room) > 0:
+            left = min(left, self._peak(made, way.held, 0)) - over
+            made = self._choose(left, way, coarse)
+        return made
+
+    def _choose(self, room: float, way: Way, coarse: bool) -> Choice | None:
         room -= self.leftover + (way.spill if way.far is None else 0)
         found = []
         most = max((int(each.max(initial=0)) for each in way.held), default=0)
@@ -257,7 +268,10 @@ class Cutting:
 
     def peak(self, choice: Choice) -> int:
         """Bytes beyond what is there whatever the plan."""
-        most, (held, messages) = 0, self._shared.get(choice.tiles, (choice.way.held, 0))
+        return self._peak(choice, *self._shared.get(choice.tiles, (choice.way.held, 0)))
+
+    def _peak(self, choice: Choice, held: Held, messages: int) -> int:
+        most = 0
         for k, (piece, option) in enumerate(zip(self.pieces, choice.options, strict=True)):
             ahead, back = piece.needs(option.tile)
             if not piece.fused:
@@ -298,7 +312,7 @@ class Cutting:
         lives, near = self._lives(exact), {ref for ref, place in choice.way.places.items() if place is self.near}
         rows = [k for k, ref in enumerate(self.boundaries) if ref in near]
         held = Held(lives.forward[rows].sum(0), lives.backward[rows].sum(0))
-        self._shared[choice.tiles] = held, at_once(self.graph, cut, found, bands)
+        self._shared[choice.tiles] = held, at_once(self.graph, cut, found, bands, self.terms.backward)
 
 
 class Cuttings:

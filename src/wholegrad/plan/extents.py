@@ -20,7 +20,7 @@ from wholegrad.graph.graph import Graph, Node, Ref, substitute
 from wholegrad.graph.layout import Role
 from wholegrad.graph.rules import rule_for
 from wholegrad.graph.segment import Segment
-from wholegrad.plan.bands import carried
+from wholegrad.plan.bands import Bands, carried
 from wholegrad.plan.tiles import AxisTiles, cuts
 
 LOOKED_AT = 3  # tiles of each size
@@ -39,6 +39,7 @@ class Extent(NamedTuple):
         counts: tiles of each size.
         each: where there are no more than ``LOOKED_AT`` tiles, the interval of each; 0 beyond the last.
         padded: the longest of tiles in which padding makes anything; 0 if there are none.
+        ends: how many of the map's two ends these tiles reach.
     """
 
     largest: Table
@@ -46,17 +47,18 @@ class Extent(NamedTuple):
     counts: list[int]
     each: Table
     padded: Table
+    ends: int = 2
 
 
 class Extents:
     """Those of one graph.
 
     Only the tiles at both ends and one in the middle of each size are looked at: a total is an estimate, and nothing
-    found here is longer than what all tiles would give.
+    found here is longer than what all tiles would give. Where ranks share the image, tiles are those of one with most.
     """
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, bands: Bands | None = None) -> None:
+        self.graph, self.bands = graph, bands
         self._alike = alike(graph)
         self._read = [tuple(ref.node for ref in node.operands if graph.spec(ref).is_map) for node in graph.nodes]
         self._axes: dict[tuple[Role, tuple[int, ...], int], _Axis] = {}
@@ -71,7 +73,8 @@ class Extents:
         key = (role, tuple(edges), base)
         axis = self._axes.get(key)
         if axis is None:
-            axis = self._axes[key] = _Axis(self.graph, role, edges, base)
+            span = (0, base) if self.bands is None else self.bands.largest(role, base)
+            axis = self._axes[key] = _Axis(self.graph, role, edges, base, span)
         need: dict[int, int] = {}
         for ref in segment.owned(self.graph):
             mine = axis.owned(_size(self.graph, ref, role))
@@ -86,20 +89,21 @@ class Extents:
                     need[operand] = axis.union(mine, other)
         sizes = axis.sizes[[need[index] for index in nodes]]
         each = sizes[:, 2:].transpose(0, 2, 1)
-        return Extent(sizes[:, 0].copy(), sizes[:, 1].copy(), axis.counts, each, _padded(each, pads))
+        return Extent(sizes[:, 0].copy(), sizes[:, 1].copy(), axis.counts, each, _padded(each, pads), axis.ends)
 
 
 class _Axis:
-    """Bundles along one axis: of a few tiles of each of some sizes, on a base map of one size."""
+    """Bundles along one axis: of a few tiles of each of some sizes, on a span of a base map of one size."""
 
-    def __init__(self, graph: Graph, role: Role, edges: Sequence[int], base: int) -> None:
+    def __init__(self, graph: Graph, role: Role, edges: Sequence[int], base: int, span: tuple[int, int]) -> None:
         self.graph, self.role, self.base = graph, role, base
+        self.ends = (span[0] == 0) + (span[1] == base)
         tiles: list[tuple[int, int]] = []
         weights: list[float] = []
         firsts: list[int] = []
         self.counts: list[int] = []
         for edge in edges:
-            ends = cuts(base, edge)
+            ends = [span[0] + cut for cut in cuts(span[1] - span[0], edge)]
             count = len(ends) - 1
             self.counts.append(count)
             firsts.append(len(tiles))

@@ -49,15 +49,17 @@ class Reserved(int):
         interpreter: what the process holds already: Python, PyTorch, the model, the captured graph.
         libraries: what they will load or make once they run (``LIBRARIES``).
         readers: caches and decoders of images and targets.
+        exchange: what it takes to bring the gradients of several slides together.
     """
 
     interpreter: int
     libraries: int
     readers: int
+    exchange: int
 
-    def __new__(cls, interpreter: int, libraries: int = 0, readers: int = 0) -> Reserved:
-        made = super().__new__(cls, interpreter + libraries + readers)
-        made.interpreter, made.libraries, made.readers = interpreter, libraries, readers
+    def __new__(cls, interpreter: int, libraries: int = 0, readers: int = 0, exchange: int = 0) -> Reserved:
+        made = super().__new__(cls, interpreter + libraries + readers + exchange)
+        made.interpreter, made.libraries, made.readers, made.exchange = interpreter, libraries, readers, exchange
         return made
 
 

@@ -28,7 +28,7 @@ class Parts:
         spill: what boundaries on disk take in memory: blocks on their way.
         tiles: working sets of the tiles that run side by side, and rows of tiles that wait to be written.
         allocator: what the heap keeps in pieces that nobody can use, and libraries' copies.
-        messages: what ranks that share the image send and receive at once.
+        messages: what ranks send and receive at once, of one image and of the gradients of several.
         recordings: what recorded tiles keep on a device.
     """
 
@@ -89,6 +89,6 @@ def parts(
         spill,
         tiles,
         working - tiles + memory.leftover(segments),
-        messages,
+        messages + held.exchange,
         recordings,
     )

@@ -87,7 +87,7 @@ class Ground:
         self.graph, self.terms = graph, terms
         self.prices = cost.Prices(graph, terms.rates)
         self.inliner = Inliner(graph, terms.raw)
-        self.extents = Extents(graph)
+        self.extents = Extents(graph, terms.bands)
         self.upkeep = Upkeep(graph)
         first = [node.outputs[0] for node in graph.nodes]
         self.elements = np.array([spec.pixel_bytes // spec.dtype.itemsize for spec in first], np.float64)  # of a pixel
@@ -215,14 +215,22 @@ class Piece:
     def settle(self, tile: Tile) -> None:
         """Look at every tile of a grid, for :meth:`needs`."""
         if tile not in self._exact:
-            found = grid(self.graph, self.segment, tile, self.terms.bands)
-            rows, cols = (extent(each, self._bill.nodes, self._pads) for each in (found.rows, found.cols))
-            (forward,), (backward,) = self._weigh(rows, cols)
-            seen, needed = self._weigh(rows, cols, seen=True), (forward, backward)
-            sweep = int(self.terms.backward)
-            slack = max(needed[sweep] / max(seen[sweep][0], 1), 1.0)
-            self._exact[tile] = found, memory.Working(forward, backward, slack)
+            found, bands = grid(self.graph, self.segment, tile, self.terms.bands), self.terms.bands
+            places = () if bands is None else dict.fromkeys(map(bands.place, bands.busiest))
+            parts = [part for place in places if len(part := found.part(place))] or [found]
+            weighed = [self._weigh_all(part) for part in parts]
+            most = max(weighed, key=lambda each: each.backward if self.terms.backward else each.forward)
+            forward, backward = max(each.forward for each in weighed), max(each.backward for each in weighed)
+            self._exact[tile] = found, memory.Working(forward, backward, most.slack)
             self._needs[tile] = self._asked(forward, backward)
+
+    def _weigh_all(self, tiles: Grid) -> memory.Working:
+        """What the tiles of one process need."""
+        rows, cols = (extent(each, self._bill.nodes, self._pads) for each in (tiles.rows, tiles.cols))
+        (forward,), (backward,) = needed = self._weigh(rows, cols)
+        seen, sweep = self._weigh(rows, cols, seen=True), int(self.terms.backward)
+        slack = max(needed[sweep][0] / max(seen[sweep][0], 1), 1.0)
+        return memory.Working(forward, backward, slack)
 
     def planned(self, option: Option) -> tuple[SegmentPlan, Grid]:
         """The segment with this tile, every tile looked at."""
@@ -288,19 +296,16 @@ class Piece:
         found = self._bill.seconds(rows, cols)
         again = found if self._pulled is self._how else self._bill_pulled.seconds(rows, cols)
         ahead, back, once = (each.tolist() for each in (found.forward, again.backward, again.once))
-        pulled, bands, (talk, talk_back) = self.terms.backward, self.terms.bands, self.talk
-        fixed, (height, width) = self.terms.tile is not None, self._reach(self.graph.spec(self.segment.base))
+        pulled, (talk, talk_back) = self.terms.backward, self.talk
+        fixed, (_, width) = self.terms.tile is not None, self._reach(self.graph.spec(self.segment.base))
         narrowest, gigantic = tiles.wide[0], self._gigantic(rows, cols).tolist()
         options = []
         for (i, h), (j, w) in product(enumerate(tiles.high), enumerate(tiles.wide)):
             if fixed or (min(UPRIGHT * h, width) <= w <= max(WIDEST * h, narrowest) and not gigantic[i][j]):
                 count = rows.counts[i] * cols.counts[j]
-                share = 1.0
-                if bands is not None:
-                    count, share = -(-height // h) * -(-width // w), bands.share
                 of_thread = 1.0 if self.terms.apart else -(-count // workers) / count  # an idle worker is time lost
-                forward = 0.0 if self.fused else ahead[i][j] * of_thread * share + once[i][j] * (not pulled)
-                backward = back[i][j] * of_thread * share + once[i][j] if pulled else 0.0
+                forward = 0.0 if self.fused else ahead[i][j] * of_thread + once[i][j] * (not pulled)
+                backward = back[i][j] * of_thread + once[i][j] if pulled else 0.0
                 forward, backward = forward + talk, backward + talk_back
                 options.append(Option(forward + backward, (h, w), forward, backward))
         return sorted(options)
@@ -366,7 +371,7 @@ class Piece:
             for (i, high), (j, wide) in product(enumerate(rows.counts), enumerate(cols.counts))
             if high <= LOOKED_AT and wide <= LOOKED_AT and high * wide > 1
         ]
-        if not few or self.terms.workers == 1 or self.terms.bands is not None:
+        if not few or self.terms.workers == 1:
             return
         tiles = [(i, r, j, c) for i, j in few for r in range(rows.counts[i]) for c in range(cols.counts[j])]
         i, r, j, c = np.array(tiles).T

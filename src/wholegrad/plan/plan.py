@@ -230,7 +230,7 @@ class Plan:
     def messages(self) -> int:
         """Bytes that ranks send and receive at once."""
         cut = [part.segment for part in self.segments]
-        return 0 if self.bands is None else at_once(self.graph, cut, self.halos, self.bands)
+        return 0 if self.bands is None else at_once(self.graph, cut, self.halos, self.bands, self.backward)
 
     def grid(self, index: int) -> Grid:
         """The tiles of segment ``index``."""

@@ -120,7 +120,7 @@ def traffic(plan: Plan, rank: int) -> Traffic:
         return Traffic()
     graph, others = plan.graph, plan.bands.ranks - 1
     halos, rounds = _halos(plan, rank)
-    sums, meetings = 0, 5  # two to agree on the step, one on which parameters have gradients, two at the end
+    sums, meetings = 0, 4 + plan.backward  # two to agree, one on which parameters have gradients, two at the end
     for number, part in enumerate(plan.segments):
         segment = part.segment
         meetings += 1 + plan.backward * (2 if segment.outputs else 1) - part.fused
@@ -149,16 +149,21 @@ def shared(spec: Spec, halo: Halo, size: int) -> int:
     return -(-size * halo.most // (spec.rows * spec.cols))
 
 
-def at_once(graph: Graph, segments: Sequence[Segment], halos: Mapping[Ref, Halo], bands: Bands) -> int:
+def at_once(graph: Graph, segments: Sequence[Segment], halos: Mapping[Ref, Halo], bands: Bands, backward: bool) -> int:
     """Bytes that a rank sends and receives at once, whatever runs then: copies of them are made on the way."""
-    sizes = [graph.spec(ref).numel for ref in (*parameters(graph, segments), *small_only(graph, segments))]
     boxes = [2 * halo.moved(bands.busiest) * graph.spec(ref).pixel_bytes for ref, halo in halos.items()]
     held = sum(spec.held_bytes for node in graph.of_kind(Kind.REDUCTION) for spec in node.outputs)
     gathered = [spec.nbytes for node in graph.of_kind(Kind.REDUCTION) if node.op is GATHER for spec in node.outputs]
     small = sum(spec.held_bytes for node in graph.of_kind(Kind.SMALL) for spec in node.outputs if node.needs_grad)
     sums = 2 * (held - sum(gathered) + small) * bands.ranks + 3 * sum(gathered)
-    bucket = max((min(sum(sizes[k] for k in group), BUCKET) for group in buckets(sizes)), default=0)
-    return max([5 * bucket * DOUBLE, sums, *boxes])
+    refs = [*parameters(graph, segments), *small_only(graph, segments)] if backward else []
+    return max([bucket_bytes([graph.spec(ref).numel for ref in refs]), sums, *boxes])
+
+
+def bucket_bytes(sizes: Sequence[int]) -> int:
+    """Bytes that adding up gradients of so many elements takes beside them: a bucket flat, and four on their way."""
+    flat = max((sum(sizes[k] for k in group) for group in buckets(sizes)), default=0)
+    return (flat + 4 * min(flat, BUCKET)) * DOUBLE
 
 
 def _halos(plan: Plan, rank: int) -> tuple[int, int]:

@@ -40,7 +40,7 @@ from wholegrad.run.sink import Sink
 from wholegrad.run.small import SmallValues, levels
 from wholegrad.run.sources import Source, raw_images
 from wholegrad.run.strips import Strips
-from wholegrad.run.sums import Sums
+from wholegrad.run.sums import BatchNorms, Sums
 from wholegrad.run.tail import Blocks, shares_of
 from wholegrad.run.tile import Pull, partials, pull_back, run_tile
 from wholegrad.run.workers import announced, in_order
@@ -79,6 +79,7 @@ class Executor:
         progress: called after each tile.
         seed: of the step, for random ops.
         device: where tiles run; None for the CPU.
+        norms: batch norms whose statistics are of several slides, each on ranks of its own.
 
     Attributes:
         of_tiles: where gradients of small values add up that tiles give: by default with all others.
@@ -95,8 +96,9 @@ class Executor:
         progress: ProgressFn | None = None,
         seed: int = 0,
         device: Device | None = None,
+        norms: BatchNorms | None = None,
     ) -> None:
-        self.plan = plan
+        self.plan, self.norms = plan, norms
         self.graph: Graph = plan.graph
         self.seed = seed
         self.device = device or Device()
@@ -163,7 +165,10 @@ class Executor:
 
     def _forward_segment(self, i: int) -> None:
         self._forward_tiles(i)
-        self.small.values.update(self.sums.finish(self.plan.segments[i].segment.reductions))
+        reductions = self.plan.segments[i].segment.reductions
+        if self.norms is not None:
+            self.sums.totals |= self.norms.joined(reductions, self.sums.totals)
+        self.small.values.update(self.sums.finish(reductions))
 
     def _forward_tiles(self, i: int) -> None:
         """Run the tiles of segment ``i``: its boundaries are made, and what they sum is merged."""
@@ -316,6 +321,8 @@ class Executor:
             for index in reductions
             if self.graph.nodes[index].needs_grad
         }
+        if self.norms is not None:
+            found |= self.norms.gathered(reductions, found)
         reached = {index: given for index, given in found.items() if any(grad is not None for grad in given)}
         totals = self.sums.totals
         return Pull(self.kept.grad, {i: totals[i] for i in reached if i in totals}, reached)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 
@@ -13,6 +14,15 @@ from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.rules import State
 from wholegrad.graph.segment import reduction_rule
 from wholegrad.plan.tiles import Tile
+
+
+class BatchNorms(Protocol):
+    """Brings statistics of several slides together, and their gradients (:mod:`wholegrad.run.distributed.norms`)."""
+
+    def joined(self, reductions: Sequence[int], totals: Mapping[int, State]) -> dict[int, State]: ...
+    def gathered(
+        self, reductions: Sequence[int], grads: Mapping[int, tuple[torch.Tensor | None, ...]]
+    ) -> dict[int, tuple[torch.Tensor | None, ...]]: ...
 
 
 class Sums:

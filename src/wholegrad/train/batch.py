@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-import wholegrad as wg
 from wholegrad.errors import ConfigError, NumericsError, WholegradError
 from wholegrad.train import statistics
 from wholegrad.train.events import Event, Replan, Skip, Step
@@ -70,8 +68,6 @@ def check_mesh(config: Config, team: Team) -> None:
     if team.size % tiles:
         cause = f"is {tiles}, and there is no such number of groups in {team.size} rank(s)"
         raise ConfigError("mesh.tiles", cause, f"start a multiple of {tiles} ranks")
-    if tiles > 1 and "group" not in inspect.signature(wg.backward).parameters:
-        raise ConfigError("mesh.tiles", f"is {tiles}", "leave it out: ranks share slides, not yet tiles")
     if team.slides > config.train.accumulate:
         cause = f"is {config.train.accumulate}, and {team.slides} ranks share the slides of an update"
         raise ConfigError("train.accumulate", cause, f"set it to {team.slides} or more, or start fewer ranks")

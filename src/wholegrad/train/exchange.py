@@ -17,6 +17,30 @@ import torch
 from wholegrad.train.team import Team
 
 Grads = list[torch.Tensor | None]
+DOUBLE = 8  # bytes
+
+
+def held_bytes(parameters: Sequence[torch.Tensor], alone: bool, slides: int) -> int:
+    """Bytes that an update of several slides takes for gradients beside those of a step.
+
+    One rank keeps a sum in float64 that waits for the other slides. Several, 20 bytes for each number of float32: what
+    is sent and received in its own precision, a half of the sum (of more than two ranks it is less, but plans should
+    not depend on how many there are), and one that waits from before a validation. The whole sum at the end finds room
+    where the gradients of a step were.
+
+    Args:
+        alone: whether there is one rank.
+        slides: of an update.
+    """
+    count = sum(each.numel() for each in parameters)
+    if slides == 1 or not count:
+        return 0
+    return count * (DOUBLE if alone else 2 * _wide_enough(parameters).itemsize + DOUBLE // 2 + DOUBLE)
+
+
+def _wide_enough(parameters: Sequence[torch.Tensor]) -> torch.dtype:
+    """In which gradients travel: bfloat16 and float16 fit into float32."""
+    return torch.float64 if any(each.dtype == torch.float64 for each in parameters) else torch.float32
 
 
 class OrderedSum:
@@ -32,8 +56,7 @@ class OrderedSum:
         self.team, self.shapes = team, list(shapes)
         self.total = sum(each.numel() for each in self.shapes)
         self.chunk = max(1, -(-self.total // team.slides))
-        wide = any(each.dtype == torch.float64 for each in self.shapes)
-        self.dtype = torch.float64 if wide else torch.float32  # bfloat16 and float16 fit into it
+        self.dtype = _wide_enough(self.shapes)
         self.had = [False] * len(self.shapes)
         self.share: torch.Tensor | None = None
         self._sent = torch.zeros(self.chunk * team.slides, dtype=self.dtype)  # both are used in every round, since the

@@ -37,6 +37,7 @@ from wholegrad.run.pressure import SHARE, Governor, Look
 from wholegrad.run.process import has_run, resident
 from wholegrad.train.cases import Readers
 from wholegrad.train.events import Replan
+from wholegrad.train.exchange import held_bytes
 from wholegrad.train.metrics import METRICS
 from wholegrad.train.tables import TrainConfig
 from wholegrad.train.team import Place, Team
@@ -156,7 +157,7 @@ class Plans:
     """Plans by size of image and readers' memory; each is made once, since capture and planning take seconds."""
 
     def __init__(self, train: TrainConfig, conditions: Conditions, team: Team) -> None:
-        self.train, self.conditions = train, conditions
+        self.train, self.conditions, self.team = train, conditions, team
         self.group = None if team.shared is None else cast(Any, wg).open_ranks(team.shared, timeout=team.timeout)
         self.made: dict[tuple[tuple[int, ...], int], wg.Plan] = {}
         self.device = device_of_run(train, team.place)
@@ -218,8 +219,9 @@ class Plans:
         slide, mask = readers
         options: dict[str, Any] = {"metrics": METRICS, "boundary_dtype": dtype, "strategy": self.train.strategy}
         options |= {"rates": self.conditions.rates, **self.where}
-        if self.group is not None:
-            options["ranks"] = self.group
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        beside = held_bytes(trained, self.team.alone, self.train.accumulate)
+        options["ranks"] = replace(self.group or wg.Ranks(), held=beside)
         if self.apart:
             self.made[key] = wg.plan(model, loss_fn, slide, mask, budget=self.budget(readers), **options)
             return self.made[key], True

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from wholegrad.errors import WholegradError
+from wholegrad.errors import RankError, WholegradError
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -223,6 +223,18 @@ class Team:
             cause = f"lost the others at {what} ({_said(error)})"
             remedy = "look at what they said, and go on with --resume"
             raise WholegradError(f"rank {self.rank}", cause, remedy) from error
+
+    @contextmanager
+    def said_once(self) -> Iterator[None]:
+        """What all ranks raise alike is said by rank 0; of ranks that are lost, each says what it knows."""
+        try:
+            yield
+        except RankError:
+            raise
+        except WholegradError as error:
+            if self.first:
+                raise
+            raise ElsewhereError(error.where, error.cause, error.remedy) from error
 
     # Doing things together. All ranks must call these in the same order.
 

@@ -52,7 +52,8 @@ def _state(band: torch.Tensor, dims: list[int]) -> State:
     return rest.new_full((), count), near + rest, m2
 
 
-def _merged(a: State, b: State) -> State:
+def merged(a: State, b: State) -> State:
+    """The state of what two states are of, together."""
     (na, mean_a, m2_a), (nb, mean_b, m2_b) = a, b
     n, apart = na + nb, mean_b - mean_a
     return n, mean_a + apart * (nb / n), m2_a + m2_b + apart * apart * (na * nb / n)
@@ -112,12 +113,12 @@ class Variance(OverDims):
         )
         total = _state(bands[0], dims)
         for band in bands[1:]:
-            total = _merged(total, _state(band, dims))
+            total = merged(total, _state(band, dims))
         shape = node.outputs[0].shape
         return total[0], total[1].reshape(shape), total[2].reshape(shape)
 
     def merge(self, node: Node, spec: Spec, total: State | None, part: State, box: Box) -> State:
-        return part if total is None else _merged(total, part)
+        return part if total is None else merged(total, part)
 
     def _free(self, node: Node, spec: Spec) -> float:
         """What the squared distances are divided by."""

@@ -2,5 +2,5 @@
 
 ``ranks`` says who takes part, ``wire`` moves bytes between them and gives up after a time-out, ``packed`` turns tensors
 into such bytes, ``agreement`` compares what ranks are about to do, ``executor`` runs a step, ``sums`` adds up in the
-order of ranks, and ``slides`` brings several images together.
+order of ranks, ``outputs`` brings what they predict to one of them, and ``slides`` brings several images together.
 """

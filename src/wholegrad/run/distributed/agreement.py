@@ -30,6 +30,7 @@ REMEDIES = {
     "buffers": "load the same checkpoint everywhere, or broadcast rank 0's buffers before the first step",
     "values": "give every rank the same labels",
     "pixels": "give every rank of the group the same slide, labels and augmentation",
+    "order of norms": "give slides one size and plan alike (tile=, boundaries=), or use statistics='slide'",
     "seed": "give every rank the same seed",
 }
 

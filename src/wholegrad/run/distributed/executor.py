@@ -11,6 +11,7 @@ Small values are computed by every rank, from the same bits. Dense regions are s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
 
@@ -21,11 +22,12 @@ from wholegrad.graph.graph import Kind, Ref
 from wholegrad.graph.rules.reduction import wide
 from wholegrad.plan.halos import boxes_owned
 from wholegrad.plan.plan import Placement, Plan
-from wholegrad.plan.tiles import Grid
+from wholegrad.plan.tiles import Grid, Tile
 from wholegrad.plan.traffic import buckets, parameters, passes, small_only
+from wholegrad.run.distributed.outputs import Collected
 from wholegrad.run.distributed.sums import added, joined, of_first, summed
 from wholegrad.run.distributed.wire import Wire
-from wholegrad.run.executor import Executor
+from wholegrad.run.executor import Executor, Result
 from wholegrad.run.store import MapStore
 from wholegrad.run.tile import Pull
 
@@ -39,6 +41,9 @@ class RankExecutor(Executor):
         self._parts: dict[int, Grid] = {}
         super().__init__(plan, *args, **options)
         self.of_tiles = self.small.beside()
+        made = {ref: k for k, part in enumerate(plan.segments) for ref in part.segment.outputs}
+        self.collected = {ref: Collected(wire, plan, made[ref], ref, sink) for ref, sink in self.sinks.items()}
+        self.sinks = {ref: each.redirected() for ref, each in self.collected.items()}
 
     def grid(self, i: int) -> Grid:
         if i not in self._parts:
@@ -46,6 +51,32 @@ class RankExecutor(Executor):
         return self._parts[i]
 
     # Forward.
+
+    def forward(self) -> None:
+        super().forward()
+        if not self.plan.backward:
+            self._take_from_first()
+
+    def _tiles(
+        self, i: int, work: Callable[[Tile], Result], soon: Callable[[Tile], None], sweep: str
+    ) -> Iterator[tuple[Tile, Result]]:
+        collected = [self.collected[ref] for ref in self.plan.segments[i].segment.outputs if ref in self.collected]
+        grid = self.grid(i)
+        for tile, found in super()._tiles(i, work, soon, sweep):
+            yield tile, found
+            row, column = divmod(tile.number, grid.cols.count)
+            for each in collected if column == grid.cols.count - 1 else ():
+                each.row_done(row)
+        for row in range(grid.rows.count) if not len(grid) else ():
+            for each in collected:
+                each.row_done(row)
+
+    def _tick(self, phase: str) -> None:
+        try:
+            super()._tick(phase)
+        except BaseException:  # of the caller's, Ctrl-C among them
+            self.wire.at_rest = True
+            raise
 
     def _forward_tiles(self, i: int) -> None:
         super()._forward_tiles(i)
@@ -164,8 +195,8 @@ class RankExecutor(Executor):
         """Leave with rank 0's bits: processors of other makes round small values otherwise, and weights would part."""
         values, grads = self.small.values, self.small.grads
         own = [ref for ref in small_only(self.graph, [part.segment for part in self.plan.segments]) if ref in grads]
-        assert self.graph.loss is not None
-        kept = {self.graph.loss, *self.graph.updates.values(), *self.graph.metrics.values()}
+        kept = {*self.graph.updates.values(), *self.graph.metrics.values()}
+        kept |= set() if self.graph.loss is None else {self.graph.loss}
         held = {f"value {self._name(ref)}": values[ref] for ref in sorted(kept)}
         held |= {f"grad {self._name(ref)}": grads[ref] for ref in own}
         names = list(held)

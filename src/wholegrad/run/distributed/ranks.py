@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch.distributed as dist
 
@@ -16,6 +17,7 @@ from wholegrad.run.distributed.wire import Wire
 
 TILES, SLIDES = "tiles", "slides"
 COMBINE = ("mean", "sum")
+STATISTICS = ("slide", "batch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +30,11 @@ class Ranks:
         layout: bands along rows and along columns (their product is the number of ranks); None for the shortest cuts.
         shares: how much of the image each rank of ``tiles`` owns, relative to the others; None for the same.
         combine: whether gradients (and losses) of several slides are averaged (``"mean"``) or added (``"sum"``).
+        statistics: of which batch norms in training mode take theirs: each ``"slide"``, or the ``"batch"`` of all.
         timeout: seconds that a rank waits for another before the step ends with an error; None for what the plan's
             predicted time suggests, at least :data:`LEAST`.
         link: how fast they talk, for plans: assumed, unless :meth:`measured` found it out.
+        held: bytes that the caller holds beside each step, for what it does with gradients of several slides.
     """
 
     tiles: dist.ProcessGroup | None = None
@@ -40,10 +44,14 @@ class Ranks:
     combine: str = "mean"
     timeout: float | None = None
     link: Link = ASSUMED
+    held: int = 0
+    statistics: str = "slide"
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINE:
             raise PlanError("combine", f"is {self.combine!r}", f"choose {' or '.join(COMBINE)}")
+        if self.statistics not in STATISTICS:
+            raise PlanError("statistics", f"is {self.statistics!r}", f"choose {' or '.join(STATISTICS)}")
         if self.timeout is not None and not self.timeout > 0:
             raise PlanError("timeout", f"is {self.timeout}", "give seconds, or None")
 
@@ -51,6 +59,11 @@ class Ranks:
     def count(self) -> int:
         """Ranks that share the image."""
         return 1 if self.tiles is None else dist.get_world_size(self.tiles)
+
+    @property
+    def rank(self) -> int:
+        """Which of those that share the image this process is."""
+        return 0 if self.tiles is None else dist.get_rank(self.tiles)
 
     def measured(self) -> Ranks:
         """The same with the speed of its connections measured, for the predicted times of plans; all ranks call it."""
@@ -68,19 +81,21 @@ def open_ranks(
     shares: Sequence[float] | None = None,
     combine: str = "mean",
     timeout: float | None = None,
+    statistics: str = "slide",
 ) -> Ranks:
     """Who takes part, with options, for ``group=`` of every call.
 
     Args:
         group: a process group, whose ranks share one image; or a ``DeviceMesh`` with dimensions called ``"tiles"``
             (whose ranks share one image), ``"slides"`` (whose ranks have an image each), or both.
-        layout, shares, combine, timeout: see :class:`Ranks`.
+        layout, shares, combine, timeout, statistics: see :class:`Ranks`.
 
     Raises:
         RankError: it is neither, has dimensions of other names, or this process is not in it.
     """
     owned = None if shares is None else tuple(shares)
-    found = replace(_opened(group), layout=layout, shares=owned, combine=combine, timeout=timeout)
+    options: dict[str, Any] = {"layout": layout, "shares": owned, "combine": combine, "statistics": statistics}
+    found = replace(_opened(group), timeout=timeout, **options)
     if layout is not None and layout[0] * layout[1] != found.count:
         raise PlanError("layout", f"is {layout} for {found.count} ranks", "give two numbers whose product that is")
     return found

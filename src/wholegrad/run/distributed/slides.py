@@ -19,7 +19,7 @@ def combined(wire: Wire, outcome: Outcome, trained: Mapping[str, torch.Tensor], 
     """The step of all slides together.
 
     Args:
-        outcome: this slide's own; its metrics stay that.
+        outcome: this slide's own, whose gradients are taken out of it; its metrics stay that.
         trained: all parameters that may have a gradient, the same on every rank.
         combine: ``"mean"`` or ``"sum"``, of losses and gradients.
     """
@@ -35,10 +35,10 @@ def combined(wire: Wire, outcome: Outcome, trained: Mapping[str, torch.Tensor], 
     sizes = [trained[name].numel() for name in names]
 
     def own(k: int) -> torch.Tensor:
-        grad = outcome.grads.get(names[k])
+        grad = outcome.grads.pop(names[k], None)  # so that each is held once
         return torch.zeros(sizes[k], dtype=torch.float64) if grad is None else _wide(grad)
 
-    sums = {names[k]: grad * share for k, grad in summed(wire, sizes, own)}
+    sums = {names[k]: grad.mul_(share) for k, grad in summed(wire, sizes, own)}
     grads = {name: grad.view(trained[name].shape) for name, grad in sums.items()}
     return Outcome(found["loss"] * share, grads, updates, outcome.metrics)
 

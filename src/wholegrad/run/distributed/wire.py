@@ -48,6 +48,7 @@ class Wire:
 
     Attributes:
         rank, size: of this process in the group, and how many there are.
+        at_rest: whether what ends a step ends it where no message is under way.
         traffic: so far.
     """
 
@@ -59,6 +60,7 @@ class Wire:
         self.phase = 0
         self._broken: str | None = None
         self._left: list[dist.P2POp] = []
+        self.at_rest = False
         self._told = False  # whether the ranks know of this step's error
         backend = dist.get_backend(group)
         on_device = "nccl" in backend or "xccl" in backend
@@ -199,11 +201,16 @@ class Wire:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Open while ranks take a step: an error of one is raised on all, where they meet next."""
-        self._told = False
+        """Open while ranks take a step: an error of one is raised on all, where they meet next.
+
+        So is Ctrl-C between two tiles; anywhere else it may have cut a message off, and the wire is not used again.
+        """
+        self._told = self.at_rest = False
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and not self.at_rest:
+                self._broken = self._broken or "a step was interrupted"
             if self._broken is None and not self._told:
                 with suppress(WholegradError):  # whatever the others say does not matter any more
                     self.meet(torch.frombuffer(bytearray(_telling(error)), dtype=torch.uint8), failed=True)
@@ -217,9 +224,11 @@ def _short(error: Exception) -> str:
     return text.split(". ")[0][:120].rstrip(".")
 
 
-def _telling(error: Exception) -> bytes:
+def _telling(error: BaseException) -> bytes:
     """An error as others are told of it."""
-    if isinstance(error, WholegradError):
+    if not isinstance(error, Exception):
+        parts = ["RankError", "step", "was interrupted", REMEDY]
+    elif isinstance(error, WholegradError):
         parts = [type(error).__name__, error.where, error.cause, error.remedy]
     else:
         parts = ["", type(error).__name__, " ".join(str(error).split()) or "no message", REMEDY]
