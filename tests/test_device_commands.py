@@ -61,11 +61,11 @@ def test_a_budget_that_the_device_holds_already_is_refused(slides: Path) -> None
 
 
 def test_commands_take_a_device(slides: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(configure(slides, steps=1, out="run", device=None))
+    train(configure(slides, steps=1, out="run", device=None, budget="4GiB"))
     out, weights = slides / "logits.npy", str(slides / "run")
     argv = ["predict", str(slides / "slides/b.tif"), "--weights", weights, "--kind", "logits"]
     LEDGER.forget()
-    assert main([*argv, "--out", str(out), "--device", "pretend", "--budget", "1GiB", "--host-budget", "32GiB"]) == 0
+    assert main([*argv, "--out", str(out), "--device", "pretend", "--budget", "4GiB", "--host-budget", "32GiB"]) == 0
     assert LEDGER.ups > 4
     with wg.open_slide(slides / "slides/b.tif") as slide:
         wanted = wg.predict(load_model(weights), slide, kind="logits")

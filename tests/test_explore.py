@@ -230,9 +230,9 @@ def test_budgets_are_compared_for_every_strategy() -> None:
         with pytest.raises(ConfigError, match="write for example"):
             read_budgets(wrong)
     image = np.broadcast_to(np.uint8(0), (3, 4000, 4000))
-    rows = trade_off(planner(unet4492(), LOSSES["bce"], image, image[:1]), [64 << 20, 3 * GIB])
+    rows = trade_off(planner(unet4492(), LOSSES["bce"], image, image[:1]), [64 << 20, 8 * GIB])
     small = {row.strategy: row for row in rows if row.budget == 64 << 20}
-    large = {row.strategy: row for row in rows if row.budget == 3 * GIB}
+    large = {row.strategy: row for row in rows if row.budget == 8 * GIB}
     assert not any(row.fits for row in small.values()) and all(row.fits for row in large.values())
     with pytest.raises(wg.WholegradError) as refused:
         wg.plan(unet4492(), LOSSES["bce"], image, image[:1], budget=64 << 20, strategy="stream")

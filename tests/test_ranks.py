@@ -61,6 +61,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import wholegrad as wg
+
 
 
 def normed():
