@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ class Trouble:
             raise TimeoutError("the network\nwas away")
         while name.startswith("slow") and not (Path(self.out) / "go").exists():
             time.sleep(0.05)
+        if name == "leaver" and first:  # its worker dies when it has said that it is done
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
         time.sleep(0.05)
         self.files(name)[0].write_text(name)
         return {"shape": [1, 1]}

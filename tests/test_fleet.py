@@ -7,9 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ import tifffile
 
 import fleet_trouble
 from wholegrad.cli import main
-from wholegrad.errors import ConfigError, SlideError
+from wholegrad.errors import ConfigError, SlideError, WholegradError
 from wholegrad.fleet import manifest as of_manifest
 from wholegrad.fleet.dispatch import Fleet, Told, local_workers
 from wholegrad.fleet.jobs import Outcome, attempt
-from wholegrad.fleet.manifest import CLAIMED, DONE, FAILED, WAITING, Manifest
+from wholegrad.fleet.manifest import CLAIMED, DONE, FAILED, WAITING, Manifest, Slide
 from wholegrad.fleet.sources import find_slides
 from wholegrad.nets import unet4492
 from wholegrad.train.state import Card, save_weights
@@ -208,13 +208,10 @@ def test_a_fleet_does_each_slide_once_whatever_dies(tmp_path: Path) -> None:
     both[0].add(slides)
     told = Told(on_failed=lambda slide, cause, again: causes.append((slide.name, cause, again)))
     more: dict[str, Any] = {"retries": 2, "wanted": 2, "told": told, "attempt": fleet_trouble.attempt}
-    with local_workers(2) as client:
+    with ThreadPoolExecutor(2) as pool, local_workers(2) as client:
         fleets = [Fleet(client, manifest, job, **more) for manifest in both]  # two, at once
-        threads = [threading.Thread(target=fleet.run, args=(names,)) for fleet in fleets]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        for ended in as_completed([pool.submit(fleet.run, names) for fleet in fleets], timeout=300):
+            ended.result()
     assert states(both[0]) == dict.fromkeys(names, DONE) | {"corrupt": FAILED, "killer": FAILED}
     tries = (tmp_path / "tries").read_text().split()
     expected = dict.fromkeys(names, 1) | {"corrupt": 0, "killed": 2, "killer": 3, "unlucky": 2}
@@ -225,6 +222,50 @@ def test_a_fleet_does_each_slide_once_whatever_dies(tmp_path: Path) -> None:
     assert said["corrupt", False].endswith("corrupt.svs: is truncated; copy it again")
     assert said["killer", False].endswith("killer.svs: its worker died (out of memory, or killed)")
     assert said["unlucky", True].endswith("unlucky.svs: the network\nwas away")
+
+
+@pytest.mark.slow
+def test_an_outcome_that_its_worker_took_along_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cloudpickle
+
+    cloudpickle.register_pickle_by_value(fleet_trouble)
+    job, seen = fleet_trouble.Trouble(str(tmp_path)), list[str]()
+    manifest = Manifest(tmp_path, job.about())
+    manifest.add({"leaver": tmp_path / "leaver.svs"})
+
+    def late(fleet: Fleet, futures: list[Any]) -> list[Any]:
+        until = time.monotonic() + 60
+        while not seen and futures[0].status != "lost" and time.monotonic() < until:
+            time.sleep(0.005)
+        seen.append(futures[0].status)
+        return ended(fleet, futures)
+
+    ended = Fleet._ended
+    monkeypatch.setattr(Fleet, "_ended", late)
+    with local_workers(1) as client:
+        counts = Fleet(client, manifest, job, wanted=1, attempt=fleet_trouble.attempt).run(["leaver"])
+    assert counts[DONE] == 1 and (tmp_path / "tries").read_text().split() == ["leaver"] * 2
+    assert seen[0] == "lost"
+
+
+def test_how_a_slide_ended_is_known_whatever_befalls_the_outcome() -> None:
+    from dask.distributed import CancelledError, KilledWorker
+    from dask.distributed import TimeoutError as DaskTimeoutError
+
+    def outcome(error: BaseException | None, status: str = "finished") -> Outcome | None:
+        future = Mock(status=status)
+        future.result.side_effect = [Outcome({}) if error is None else error]
+        future.exception.return_value = error
+        return Fleet._outcome(Slide("a", "a.svs"), future)
+
+    assert outcome(None) == Outcome({})
+    killed = outcome(KilledWorker("attempt-1", Mock(address="tcp://a:1"), 0))
+    assert killed == Outcome(None, "a.svs: its worker died (out of memory, or killed)", died=True)
+    assert outcome(ImportError("no module\nnamed x")) == Outcome(None, "a.svs: ImportError: no module named x")
+    assert outcome(DaskTimeoutError()) is None and outcome(TimeoutError()) is None
+    assert outcome(TimeoutError("of the job"), "error") == Outcome(None, "a.svs: TimeoutError('of the job')")
+    with pytest.raises(WholegradError, match="scheduler: is gone"):
+        outcome(CancelledError("attempt-1"))
 
 
 @pytest.mark.slow
@@ -312,7 +353,7 @@ def test_predict_over_slides_writes_what_predict_of_one_writes(
 
         def submit(self, function: Callable[..., Outcome], *args: Any, **more: Any) -> Any:
             outcome = function(*args)
-            return Mock(status="finished", result=lambda: outcome)
+            return Mock(status="finished", result=lambda timeout: outcome)
 
     monkeypatch.setattr("wholegrad.commands.fleet.local_workers", lambda count: Client())
     monkeypatch.setattr(Fleet, "_ended", lambda fleet, futures: futures)

@@ -21,6 +21,7 @@ from wholegrad.fleet.jobs import Attempt, Job, Outcome, attempt
 from wholegrad.fleet.manifest import DONE, FAILED, WAITING, Manifest, Slide
 
 POLL = 2.0  # seconds between words to the manifest
+FETCH = 10.0  # seconds for an outcome to come from its worker
 LOST_AT_MOST = 180.0  # seconds without a single worker after which a fleet gives up
 NO_INTERRUPT = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # Ctrl-C is the scheduler's business
 
@@ -83,7 +84,8 @@ class Fleet:
                     running[future] = slide
                 if running:
                     for future in self._ended(list(running)):
-                        self._note(running.pop(future), future)
+                        if self._note(running[future], future):
+                            del running[future]
                     continue
                 counts = self.manifest.counts(names)
                 if counts[DONE] + counts[FAILED] == len(names):
@@ -103,45 +105,54 @@ class Fleet:
             threads, busy = self.client.nthreads(), self.client.processing()
             free = (count - len(busy.get(worker, ())) for worker, count in threads.items())
             return sum(threads.values()), sum(max(0, each) for each in free)
-        except (OSError, TimeoutError, RuntimeError) as error:
+        except (OSError, TimeoutError, RuntimeError, AttributeError) as error:  # the last of a client that is closed
             raise _gone(error) from error
 
     def _ended(self, futures: list[Any]) -> list[Any]:
         """Those of these that have ended, after a while if none has."""
+        from dask.distributed import CancelledError, wait
         from dask.distributed import TimeoutError as DaskTimeoutError
-        from dask.distributed import wait
 
-        with suppress(DaskTimeoutError, TimeoutError):
+        with suppress(DaskTimeoutError, TimeoutError, CancelledError):
             wait(futures, timeout=POLL, return_when="FIRST_COMPLETED")  # type: ignore[no-untyped-call]
         self.manifest.beat()
-        return [future for future in futures if future.status != "pending"]
+        return [future for future in futures if future.status in ("finished", "error", "cancelled")]
 
-    def _note(self, slide: Slide, future: Any) -> None:
-        """Note how a slide ended."""
-        if future.status == "finished":
-            outcome: Outcome = future.result()
-        elif future.status == "error":
-            outcome = self._died(slide, future)
-        else:
-            raise _gone(future.status)
+    def _note(self, slide: Slide, future: Any) -> bool:
+        """Note how a slide ended; False if it has not: what a worker held when it died, Dask does again."""
+        outcome = self._outcome(slide, future)
+        if outcome is None:
+            return False
         future.release()
         if outcome.figures is not None:
             if self.manifest.finish(slide.name, outcome.figures, outcome.seconds):
                 self.told.on_done(slide, outcome)
-            return
+            return True
         before = slide.deaths if outcome.died else slide.attempts - slide.deaths
         again, cause = not outcome.final and before < self.retries, outcome.cause or "failed"
         if self.manifest.fail(slide.name, cause, again, outcome.died):
             self.told.on_failed(slide, cause, again)
+        return True
 
     @staticmethod
-    def _died(slide: Slide, future: Any) -> Outcome:
-        from dask.distributed import KilledWorker
+    def _outcome(slide: Slide, future: Any) -> Outcome | None:
+        """How it ended, also where its worker dies before that is fetched; None if it does not come."""
+        from dask.distributed import CancelledError, KilledWorker
+        from dask.distributed import TimeoutError as DaskTimeoutError
 
-        error = future.exception()
-        if isinstance(error, KilledWorker):
+        try:
+            outcome: Outcome = future.result(timeout=FETCH)
+        except KilledWorker:
             return Outcome(None, f"{slide.path}: its worker died (out of memory, or killed)", died=True)
-        return Outcome(None, " ".join(f"{slide.path}: {type(error).__name__}: {error}".split())[:500])
+        except CancelledError as error:
+            raise _gone(error) from error
+        except (DaskTimeoutError, TimeoutError):
+            if future.status == "error":
+                return Outcome(None, " ".join(f"{slide.path}: {future.exception()!r}".split())[:500])
+            return None
+        except Exception as error:  # of what the worker could not load, for one
+            return Outcome(None, " ".join(f"{slide.path}: {type(error).__name__}: {error}".split())[:500])
+        return outcome
 
 
 def _gone(why: object) -> WholegradError:
