@@ -110,9 +110,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(config: Config, resume: bool, profile: Profile | None, page: LivePage | None, team: Team) -> Outcome:
     """The run, told to the terminal and to its page, if it has one; of several ranks, by the first."""
-    resume = resume or team.place.restarts > 0  # what torchrun starts again goes on
     try:
         team.join()
+        resume = resume or team.restarts > 0  # what torchrun starts again goes on
         if not team.first:
             return train(config, resume=resume, profile=profile, team=team)
         with display(NOTES) as shown:

@@ -19,11 +19,11 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from wholegrad.errors import RankError, WholegradError
+from wholegrad.train.round import PATIENCE, agree
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
 
-PATIENCE = 0.002, 0.2  # seconds between looks for the others, at first and at most
 LOOKS = 8  # at the others' counts within a time-out
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set where ranks are to find each other
 
@@ -42,7 +42,7 @@ class Place:
         rank, size: of all.
         local_rank, local_size: of those on this machine.
         launched: whether torchrun started it.
-        restarts: how often torchrun has started the ranks anew.
+        restarts: how often torchrun has started the ranks anew because one of this machine's had died.
     """
 
     rank: int = 0
@@ -86,6 +86,7 @@ class Team:
     def __init__(self, place: Place | None = None, timeout: float = 300.0, tiles: int = 1) -> None:
         self.place, self.timeout, self.tiles = place or Place(), timeout, tiles
         self.rank, self.size, self.local_size = self.place.rank, self.place.size, self.place.local_size
+        self.restarts = self.place.restarts  # of whichever rank knows of most, once they have met
         self.slides, self.slide = self.size // tiles, self.rank // tiles
         self.shared: Any = None  # the process group of those that share this one's slide, if there are several
         self.across: Any = None  # that of those with another slide each; None for all ranks
@@ -115,16 +116,18 @@ class Team:
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        limit = timedelta(seconds=self.timeout)
+        limit, began = timedelta(seconds=self.timeout), time.monotonic()
         try:
             store, rank, size = next(rendezvous("env://", timeout=limit))
-            self._store = PrefixStore("wholegrad", store)
+            common = PrefixStore("wholegrad", store)
+            name, self.restarts = agree(common, rank, size, self.place.restarts, self.timeout)
+            self._store = PrefixStore(name, common)
             self._tell()
-            ranks = PrefixStore("ranks", store)
+            ranks = PrefixStore("ranks", self._store)
             dist.init_process_group("gloo", store=ranks, rank=rank, world_size=size, timeout=limit)
             self._divide(limit)
         except (RuntimeError, ValueError) as error:
-            cause = f"did not find the other {self.size - 1} within {self.timeout:.0f} s ({_said(error)})"
+            cause = f"did not find the other {self.size - 1} in {time.monotonic() - began:.0f} s ({_said(error)})"
             raise WholegradError(f"rank {self.rank}", cause, "start all of them, with torchrun") from error
 
     def _divide(self, limit: timedelta) -> None:
