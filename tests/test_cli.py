@@ -77,6 +77,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "said"),
     [
         (["fly"], "invalid choice: 'fly'"),
+        (["view", "a", "b"], "unrecognized arguments: b; see wholegrad view --help"),
         (
             ["synth", "--size", "12", "--out", "a", "--mask", "b"],
             "'12' is not HEIGHTxWIDTH such as 16000x64000",
