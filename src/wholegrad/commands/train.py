@@ -112,7 +112,7 @@ def _train(config: Config, resume: bool, profile: Profile | None, page: LivePage
     """The run, told to the terminal and to its page, if it has one; of several ranks, by the first."""
     try:
         team.join()
-        resume = resume or team.restarts > 0  # what torchrun starts again goes on
+        resume = resume or team.claimed(str(config.out.absolute()))  # what torchrun starts again goes on
         if not team.first:
             return train(config, resume=resume, profile=profile, team=team)
         with display(NOTES) as shown:

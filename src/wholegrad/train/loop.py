@@ -141,6 +141,7 @@ class Run:
         with team.together("the run's folder"):
             if team.first:
                 folder.check(resume)
+                team.claim(str(folder.path.absolute()))
                 entries, conditions = folder.entries(resume), folder.conditions(resume)
         entries, conditions = team.share((entries, conditions), "the run's folder")
         self.watch.on_split(entries)
@@ -195,8 +196,7 @@ class Run:
         return int(state["log"])
 
     def _more_patient(self) -> bool:
-        patience = self.config.validation.patience
-        return patience is None or self.stale < patience
+        return (patience := self.config.validation.patience) is None or self.stale < patience
 
     def close(self) -> None:
         """Give back what is open."""

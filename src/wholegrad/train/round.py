@@ -12,30 +12,18 @@ import json
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 PATIENCE = 0.002, 0.2  # seconds between looks into the store, at first and at most
 
 
-class Round(NamedTuple):
-    """A round that all its ranks know.
-
-    Attributes:
-        name: of no round before it.
-        restarts: the most that any rank has heard of.
-    """
-
-    name: str
-    restarts: int
-
-
-def agree(store: Any, rank: int, size: int, restarts: int, timeout: float) -> Round:
-    """Find the others of one's round in a store that may remember earlier ones.
+def agree(store: Any, rank: int, size: int, timeout: float) -> str:
+    """Find the others of one's round in a store that may remember earlier ones; returns the round's name.
 
     Args:
         store: that all ranks share, as ``torch.distributed.rendezvous`` gives it.
         rank, size: of this process, and how many there are.
-        restarts: as this rank heard of them.
         timeout: seconds.
 
     Raises:
@@ -43,39 +31,34 @@ def agree(store: Any, rank: int, size: int, restarts: int, timeout: float) -> Ro
     """
     until = time.monotonic() + timeout
     mine = secrets.token_hex(8)
-    return _first(store, mine, size, restarts, until) if rank == 0 else _other(store, mine, rank, restarts, until)
+    return _first(store, mine, size, until) if rank == 0 else _other(store, mine, rank, until)
 
 
-def _first(store: Any, mine: str, size: int, restarts: int, until: float) -> Round:
+def _first(store: Any, mine: str, size: int, until: float) -> str:
     store.set("round", mine)
-    answers = {}
     for rank in range(1, size):
-        key = f"{mine}/{rank}"
-        _wait(lambda key=key: store.check([key]), until, f"rank {rank} did not come")  # type: ignore[misc]
-        answers[rank] = json.loads(store.get(key))
-    found = Round(mine, max([restarts, *(heard for _, heard in answers.values())]))
-    store.set(f"{mine}/begin", json.dumps([found.restarts, *(name for name, _ in answers.values())]))
-    return found
+        _wait(partial(store.check, [f"{mine}/{rank}"]), until, f"rank {rank} did not come")
+    names = [store.get(f"{mine}/{rank}").decode() for rank in range(1, size)]
+    store.set(f"{mine}/begin", json.dumps(names))
+    return mine
 
 
-def _other(store: Any, mine: str, rank: int, restarts: int, until: float) -> Round:
-    answered, found = "", list[Round]()
+def _other(store: Any, mine: str, rank: int, until: float) -> str:
+    found = list[str]()
 
     def begun() -> bool:
-        nonlocal answered
         if not store.check(["round"]):
             return False
-        name = store.get("round").decode()
-        if name != answered:  # also that of an earlier round: nobody begins it again
-            store.set(f"{name}/{rank}", json.dumps([mine, restarts]))
-            answered = name
-        if not store.check([f"{name}/begin"]):
-            return False
-        most, *names = json.loads(store.get(f"{name}/begin"))
-        if rank > len(names) or names[rank - 1] != mine:
-            return False
-        found.append(Round(name, most))
-        return True
+        name = store.get("round").decode()  # also of an earlier round: nobody begins that again
+        answer = f"{name}/{rank}"
+        if store.check([f"{name}/begin"]):
+            names = json.loads(store.get(f"{name}/begin"))
+            if rank > len(names) or names[rank - 1] != mine:
+                return False
+            found.append(name)
+        elif not store.check([answer]) or store.get(answer).decode() != mine:  # that of one who is gone, perhaps
+            store.set(answer, mine)
+        return bool(found)
 
     _wait(begun, until, "rank 0 did not begin")
     return found[0]

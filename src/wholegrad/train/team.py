@@ -42,7 +42,6 @@ class Place:
         rank, size: of all.
         local_rank, local_size: of those on this machine.
         launched: whether torchrun started it.
-        restarts: how often torchrun has started the ranks anew because one of this machine's had died.
     """
 
     rank: int = 0
@@ -50,7 +49,6 @@ class Place:
     local_rank: int = 0
     local_size: int = 1
     launched: bool = False
-    restarts: int = 0
 
     @staticmethod
     def found(environment: Mapping[str, str] | None = None) -> Place:
@@ -65,11 +63,10 @@ class Place:
         try:
             rank, size = int(told["RANK"]), int(told["WORLD_SIZE"])
             local_rank, local_size = int(told.get("LOCAL_RANK", 0)), int(told.get("LOCAL_WORLD_SIZE", 1))
-            restarts = int(told.get("TORCHELASTIC_RESTART_COUNT", 0))
         except ValueError:
             names = ", ".join(VARIABLES[:2])
             raise WholegradError("environment", f"{names} are no numbers", "start ranks with torchrun") from None
-        return Place(rank, size, local_rank, local_size, "TORCHELASTIC_RUN_ID" in told, restarts)
+        return Place(rank, size, local_rank, local_size, "TORCHELASTIC_RUN_ID" in told)
 
 
 class Team:
@@ -86,11 +83,11 @@ class Team:
     def __init__(self, place: Place | None = None, timeout: float = 300.0, tiles: int = 1) -> None:
         self.place, self.timeout, self.tiles = place or Place(), timeout, tiles
         self.rank, self.size, self.local_size = self.place.rank, self.place.size, self.place.local_size
-        self.restarts = self.place.restarts  # of whichever rank knows of most, once they have met
         self.slides, self.slide = self.size // tiles, self.rank // tiles
         self.shared: Any = None  # the process group of those that share this one's slide, if there are several
         self.across: Any = None  # that of those with another slide each; None for all ranks
         self.look: Callable[[], None] = lambda: None  # asked while waiting; what it raises ends the waiting
+        self._common: Any = None  # torchrun's store, which outlives a round
         self._store: Any = None
         self._beats = self._meetings = 0
         self._beaten = 0.0
@@ -110,7 +107,7 @@ class Team:
         Raises:
             WholegradError: they do not come within the time-out.
         """
-        if self.alone:
+        if self.alone and not self.place.launched:
             return
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import PrefixStore
@@ -119,16 +116,31 @@ class Team:
         limit, began = timedelta(seconds=self.timeout), time.monotonic()
         try:
             store, rank, size = next(rendezvous("env://", timeout=limit))
-            common = PrefixStore("wholegrad", store)
-            name, self.restarts = agree(common, rank, size, self.place.restarts, self.timeout)
-            self._store = PrefixStore(name, common)
+            self._common = PrefixStore("wholegrad", store)
+            if self.alone:
+                return
+            self._store = PrefixStore(agree(self._common, rank, size, self.timeout), self._common)
             self._tell()
             ranks = PrefixStore("ranks", self._store)
             dist.init_process_group("gloo", store=ranks, rank=rank, world_size=size, timeout=limit)
             self._divide(limit)
         except (RuntimeError, ValueError) as error:
-            cause = f"did not find the other {self.size - 1} in {time.monotonic() - began:.0f} s ({_said(error)})"
+            missed = "torchrun's store" if self.alone else f"the other {self.size - 1}"
+            cause = f"did not find {missed} in {time.monotonic() - began:.0f} s ({_said(error)})"
             raise WholegradError(f"rank {self.rank}", cause, "start all of them, with torchrun") from error
+
+    def claim(self, what: str) -> None:
+        """Note that this start of torchrun's has begun ``what``, for ranks that it starts again."""
+        if self._common is not None:
+            with self._talking("the start"):
+                self._common.set(f"begun/{what}", "")
+
+    def claimed(self, what: str) -> bool:
+        """Whether ranks that torchrun started before these had begun ``what``, in the store that it keeps meanwhile."""
+        if self._common is None:
+            return False
+        with self._talking("the start"):
+            return bool(self._common.check([f"begun/{what}"]))
 
     def _divide(self, limit: timedelta) -> None:
         """Make the groups of both axes; every rank makes all of them, in the same order."""
@@ -149,7 +161,7 @@ class Team:
         if self._store is not None:
             import torch.distributed as dist
 
-            self._store = None
+            self._store = self._common = None
             if dist.is_initialized():
                 dist.destroy_process_group()
 
