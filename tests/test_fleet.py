@@ -236,6 +236,8 @@ def test_an_outcome_that_its_worker_took_along_is_made_again(tmp_path: Path, mon
     def late(fleet: Fleet, futures: list[Any]) -> list[Any]:
         until = time.monotonic() + 60
         while not seen and futures[0].status != "lost" and time.monotonic() < until:
+            if futures[0].status == "finished":
+                (tmp_path / "leave").touch()
             time.sleep(0.005)
         seen.append(futures[0].status)
         return ended(fleet, futures)
@@ -251,21 +253,50 @@ def test_an_outcome_that_its_worker_took_along_is_made_again(tmp_path: Path, mon
 def test_how_a_slide_ended_is_known_whatever_befalls_the_outcome() -> None:
     from dask.distributed import CancelledError, KilledWorker
     from dask.distributed import TimeoutError as DaskTimeoutError
+    from distributed.comm import CommClosedError
 
-    def outcome(error: BaseException | None, status: str = "finished") -> Outcome | None:
+    def outcome(error: BaseException | None, status: str = "finished", held: BaseException | None = None) -> Any:
         future = Mock(status=status)
         future.result.side_effect = [Outcome({}) if error is None else error]
-        future.exception.return_value = error
+        future.exception.return_value = held or error
         return Fleet._outcome(Slide("a", "a.svs"), future)
 
     assert outcome(None) == Outcome({})
-    killed = outcome(KilledWorker("attempt-1", Mock(address="tcp://a:1"), 0))
-    assert killed == Outcome(None, "a.svs: its worker died (out of memory, or killed)", died=True)
+    death, killed = (
+        KilledWorker("a-1", Mock(address="tcp://a:1"), 0),
+        "a.svs: its worker died (out of memory, or killed)",
+    )
+    for found in (outcome(death), outcome(death, "error"), outcome(DaskTimeoutError(), "error", death)):
+        assert found == Outcome(None, killed, died=True)
     assert outcome(ImportError("no module\nnamed x")) == Outcome(None, "a.svs: ImportError: no module named x")
     assert outcome(DaskTimeoutError()) is None and outcome(TimeoutError()) is None
-    assert outcome(TimeoutError("of the job"), "error") == Outcome(None, "a.svs: TimeoutError('of the job')")
+    assert outcome(TimeoutError("of the job"), "error") == Outcome(None, "a.svs: TimeoutError: of the job")
+    assert outcome(OSError("of the job"), "error") == Outcome(None, "a.svs: OSError: of the job")
+    for error in (CommClosedError("in <TCP>"), CancelledError("a-1"), RuntimeError("loop is closed")):
+        with pytest.raises(WholegradError, match="scheduler: is gone"):
+            outcome(error)
+
+
+def test_an_outcome_that_does_not_come_yet_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Manifest(tmp_path, JOB)
+    manifest.add({"a": tmp_path / "a.svs"})
+    future, client = Mock(status="finished"), Mock(status="running")
+    future.result.side_effect = [TimeoutError(), Outcome({"tissue": 0.5})]
+    client.nthreads.return_value, client.processing.return_value = {"here": 1}, {}
+    client.submit.return_value = future
+    monkeypatch.setattr(Fleet, "_ended", lambda fleet, futures: futures)
+    assert Fleet(client, manifest, fleet_trouble.Trouble(str(tmp_path))).run(["a"])[DONE] == 1
+    assert client.submit.call_count == 1 and future.result.call_count == 2
+
+
+def test_a_client_that_gave_up_is_a_scheduler_that_is_gone(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path, JOB)
+    manifest.add({"a": tmp_path / "a.svs"})
+    client = Mock(status="closed")
+    client.nthreads.return_value, client.processing.return_value = {"here": 1}, {}
+    client.submit.side_effect = Exception("Client is closed")
     with pytest.raises(WholegradError, match="scheduler: is gone"):
-        outcome(CancelledError("attempt-1"))
+        Fleet(client, manifest, fleet_trouble.Trouble(str(tmp_path))).run(["a"])
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from wholegrad.fleet.jobs import Attempt, Job, Outcome, attempt
 from wholegrad.fleet.manifest import DONE, FAILED, WAITING, Manifest, Slide
 
 POLL = 2.0  # seconds between words to the manifest
-FETCH = 10.0  # seconds for an outcome to come from its worker
+FETCH = 2.0  # seconds for an outcome to come from its worker, after which others have their turn
 LOST_AT_MOST = 180.0  # seconds without a single worker after which a fleet gives up
 NO_INTERRUPT = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # Ctrl-C is the scheduler's business
 
@@ -78,12 +78,12 @@ class Fleet:
                 if time.monotonic() - idle > LOST_AT_MOST:
                     raise WholegradError("workers", f"none for {LOST_AT_MOST:.0f} s", "start some, and run this again")
                 for slide in self.manifest.claim(names, min(free, max(0, workers - len(running)))):
-                    future = self.client.submit(
-                        self.attempt, self.job, slide.path, slide.name, self.threads, pure=False, retries=0
-                    )
-                    running[future] = slide
+                    words = self.job, slide.path, slide.name, self.threads
+                    with _of_client(self.client):
+                        running[self.client.submit(self.attempt, *words, pure=False, retries=0)] = slide
                 if running:
                     for future in self._ended(list(running)):
+                        self.manifest.beat()
                         if self._note(running[future], future):
                             del running[future]
                     continue
@@ -113,7 +113,7 @@ class Fleet:
         from dask.distributed import CancelledError, wait
         from dask.distributed import TimeoutError as DaskTimeoutError
 
-        with suppress(DaskTimeoutError, TimeoutError, CancelledError):
+        with suppress(DaskTimeoutError, TimeoutError, CancelledError), _of_client(self.client):
             wait(futures, timeout=POLL, return_when="FIRST_COMPLETED")  # type: ignore[no-untyped-call]
         self.manifest.beat()
         return [future for future in futures if future.status in ("finished", "error", "cancelled")]
@@ -142,17 +142,31 @@ class Fleet:
 
         try:
             outcome: Outcome = future.result(timeout=FETCH)
-        except KilledWorker:
-            return Outcome(None, f"{slide.path}: its worker died (out of memory, or killed)", died=True)
         except CancelledError as error:
             raise _gone(error) from error
-        except (DaskTimeoutError, TimeoutError):
-            if future.status == "error":
-                return Outcome(None, " ".join(f"{slide.path}: {future.exception()!r}".split())[:500])
-            return None
-        except Exception as error:  # of what the worker could not load, for one
-            return Outcome(None, " ".join(f"{slide.path}: {type(error).__name__}: {error}".split())[:500])
+        except Exception as error:  # also what the worker could not load
+            if future.status != "error":  # it is not the slide's
+                if isinstance(error, (DaskTimeoutError, TimeoutError)):
+                    return None
+                if isinstance(error, (OSError, RuntimeError, NameError, AttributeError)):
+                    raise _gone(error) from error
+            of_slide = future.exception() if future.status == "error" else error
+            if isinstance(of_slide, KilledWorker):
+                return Outcome(None, f"{slide.path}: its worker died (out of memory, or killed)", died=True)
+            said = f"{slide.path}: {type(of_slide).__name__}: {of_slide}"
+            return Outcome(None, " ".join(said.split())[:500])
         return outcome
+
+
+@contextmanager
+def _of_client(client: Any) -> Iterator[None]:
+    """What a client raises that has given its scheduler up, in words."""
+    try:
+        yield
+    except Exception as error:
+        if client.status in ("closing", "closed"):
+            raise _gone(error) from error
+        raise
 
 
 def _gone(why: object) -> WholegradError:
