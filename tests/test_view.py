@@ -15,8 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.resources import files
 from functools import partial
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
