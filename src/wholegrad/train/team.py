@@ -158,10 +158,11 @@ class Team:
 
     def close(self) -> None:
         """Leave the others."""
+        self._common = None
         if self._store is not None:
             import torch.distributed as dist
 
-            self._store = self._common = None
+            self._store = None
             if dist.is_initialized():
                 dist.destroy_process_group()
 
