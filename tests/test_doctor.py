@@ -21,6 +21,7 @@ from wholegrad.doctor.finding import Finding, State, all_of
 from wholegrad.kernels import thin
 from wholegrad.kernels.compile import cache_folder
 from wholegrad.kernels.host import host
+from wholegrad.run import spill_file
 from wholegrad.run.limits import Limit
 
 
@@ -187,13 +188,13 @@ def test_spill_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_disk_that_gives_back_something_else_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Forgetful(folders.SpillFile):
+    class Forgetful(spill_file.SpillFile):
         def read(self, view: memoryview, offset: int) -> None:
             super().read(view, offset)
             view[0] ^= 1
 
     monkeypatch.setattr(folders, "spill_folder", lambda _: tmp_path)
-    monkeypatch.setattr(folders, "SpillFile", Forgetful)
+    monkeypatch.setattr(spill_file, "SpillFile", Forgetful)
     told = named(folders.look_at_spill(quick=True), "disk")
     assert told.state is State.BROKEN and told.text == "what is read is not what was written"
 

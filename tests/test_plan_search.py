@@ -19,6 +19,7 @@ from wholegrad.graph.geometry import Interval
 from wholegrad.graph.graph import Graph
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
+from wholegrad.plan import search
 from wholegrad.plan.boundaries import candidates
 from wholegrad.plan.check import check_plan
 from wholegrad.plan.cuttings import Cutting
@@ -128,6 +129,38 @@ def test_a_planner_gives_what_planning_anew_gives() -> None:
     for each in plans:
         if each is not None:
             check_plan(each)
+
+
+class Pyramid(torch.nn.Module):
+    """Three levels of convolutions with norms, down and up again, with skips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = torch.nn.ModuleList(torch.nn.Conv2d(a, b, 3, 2, 1) for a, b in ((1, 16), (16, 32), (32, 64)))
+        self.same = torch.nn.ModuleList(torch.nn.Conv2d(c, c, 3, 1, 1) for c in (16, 32, 64))
+        self.up = torch.nn.ModuleList(torch.nn.ConvTranspose2d(a, b, 2, 2) for a, b in ((64, 32), (64, 16), (32, 1)))
+        self.norm = torch.nn.functional.instance_norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skips = []
+        for down, same in zip(self.down, self.same, strict=True):
+            x = torch.relu(self.norm(same(torch.relu(self.norm(down(x))))))
+            skips.append(x)
+        for k, up in enumerate(self.up):
+            x = torch.relu(self.norm(up(x if k == 0 else torch.cat([x, skips[2 - k]], 1))))
+        return x
+
+
+def test_the_search_for_all_budgets_comes_close_to_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = graph_of(Pyramid(), mean_square, torch.zeros(()).expand(1, 1, 4096, 4096))
+    request = Request(None, 1 << 20, True, 2, placement=Placement.HOST)
+    planner = Planner(graph, request)
+    for more in (1.2, 1.5, 2.0, 2.5, 3.2, 4.0, 5.0):
+        budget = int(more * planner.smallest())
+        found = planner.plan(budget).seconds
+        with monkeypatch.context() as patch:
+            patch.setattr(search, "LADDER", (budget - request.reserved - planner.always,))
+            assert found <= 1.2 * Planner(graph, request).plan(budget).seconds, more
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from wholegrad.commands.common import blank
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
 from wholegrad.plan.rates import BUILT_IN, Rates
-from wholegrad.run import calibrate
+from wholegrad.run import calibrate, spill_file
 from wholegrad.train.plans import Conditions
 
 
@@ -86,3 +87,42 @@ def test_what_an_own_convolution_writes_is_part_of_its_multiply_adds() -> None:
         for rate in (1e-10, 1.0)
     )
     assert quick == slow > 0
+
+
+class Normed(torch.nn.Module):
+    """Convolutions with norms between them, whose inputs are worth keeping wherever that costs little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, *self.rest = (torch.nn.Conv2d(a, 16, 3, padding=1) for a in (3, 16, 16, 16))
+        self.more = torch.nn.ModuleList(self.rest)
+        self.norms = torch.nn.ModuleList(torch.nn.InstanceNorm2d(16) for _ in range(4))
+        self.last = torch.nn.Conv2d(16, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv, norm in zip((self.first, *self.more), self.norms, strict=True):
+            x = torch.relu(norm(conv(x)))
+        found: torch.Tensor = self.last(x)
+        return found
+
+
+def test_a_slow_disk_is_used_less() -> None:
+    case = (Normed(), LOSSES["bce"], blank(3, 4000, 8000), blank(1, 4000, 8000))
+    rates = [replace(BUILT_IN, disk=disk) for disk in (0.0, BUILT_IN.disk, 1e-6)]
+    free, usual, slow = (wg.plan(*case, budget="4GiB", strategy="stream", rates=each) for each in rates)
+    assert free.on_disk > usual.on_disk > slow.on_disk == 0
+    assert free.seconds < usual.seconds < slow.seconds and free.recompute < usual.recompute < slow.recompute
+
+
+def test_the_disk_is_timed_by_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Slow(spill_file.SpillFile):
+        def read(self, data: memoryview, offset: int) -> None:
+            super().read(data, offset)
+            time.sleep(0.01)
+
+    monkeypatch.setattr(calibrate, "ON_DISK", 16 << 20)
+    usual = calibrate._disk(tmp_path)
+    assert 0 < usual < 1e-6
+    monkeypatch.setattr(spill_file, "SpillFile", Slow)
+    assert calibrate._disk(tmp_path) > 0.04 / (32 << 20)
+    assert calibrate._disk(tmp_path / "none") == BUILT_IN.disk

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -15,9 +14,9 @@ from wholegrad.errors import SpillError
 from wholegrad.kernels.compile import cache_folder, is_whole
 from wholegrad.plan.plan import show_bytes
 from wholegrad.run.calibrate import rates_file
-from wholegrad.run.spill_file import SpillFile, spill_folder
+from wholegrad.run.spill_file import TRIED, spill_folder, trial
 
-BLOCK, BLOCKS, QUICK = 4 << 20, 32, 4  # bytes written at once, and how many
+BLOCKS, QUICK = 32, 4  # written and read: how many
 IN_MEMORY = ("tmpfs", "ramfs")
 OVER_NETWORK = ("nfs", "nfs4", "cifs", "smb", "smb3", "9p", "fuse.sshfs", "lustre", "beegfs", "ceph")
 LOW = 8 << 30  # bytes free, below which boundaries of a gigapixel step may not fit
@@ -47,7 +46,7 @@ def look_at_spill(quick: bool) -> Findings:
         yield Finding("folder", text, value, State.ADVICE, f"little space: free some, or {elsewhere}")
     else:
         yield Finding("folder", text, value)
-    yield _disk(folder, min(QUICK if quick else BLOCKS, max(free // (4 * BLOCK), 1)))
+    yield _disk(folder, TRIED * min(QUICK if quick else BLOCKS, max(free // (4 * TRIED), 1)))
 
 
 def file_system(folder: Path) -> str | None:
@@ -60,39 +59,22 @@ def file_system(folder: Path) -> str | None:
     return kind
 
 
-def _disk(folder: Path, blocks: int) -> Finding:
+def _disk(folder: Path, nbytes: int) -> Finding:
     """Bytes a second written and read as boundaries are."""
-    from mmap import mmap
-
-    block = mmap(-1, BLOCK)  # direct input and output wants whole pages
-    block[:] = os.urandom(1 << 16) * (BLOCK >> 16)
-    sent, view = hashlib.sha256(block).digest(), memoryview(block)
     try:
-        file = SpillFile(folder, blocks * BLOCK, "a trial")
+        tried = trial(folder, nbytes)
     except SpillError as error:
         return Finding(
             "disk", error.cause, None, State.BROKEN, "set TMPDIR to a folder that can be written, or give spill_dir"
         )
-    try:
-        begin = time.perf_counter()
-        for k in range(blocks):
-            file.write(view, k * BLOCK)
-        middle = time.perf_counter()
-        for k in range(blocks):
-            file.read(view, k * BLOCK)
-        end = time.perf_counter()
-    finally:
-        file.close()
-    wrong = hashlib.sha256(block).digest() != sent
-    view.release()
-    if wrong:
+    if not tried.same:
         return Finding(
             "disk", "what is read is not what was written", None, State.BROKEN, "check the disk; set TMPDIR to another"
         )
-    wrote, read = blocks * BLOCK / (middle - begin), blocks * BLOCK / (end - middle)
-    how = "past the page cache" if file.direct else "through the page cache"
+    wrote, read = nbytes / tried.writing, nbytes / tried.reading
+    how = "past the page cache" if tried.direct else "through the page cache"
     text = f"{wrote / 1e6:.0f} MB/s written, {read / 1e6:.0f} MB/s read, {how}"
-    return Finding("disk", text, {"write": wrote, "read": read, "direct": file.direct})
+    return Finding("disk", text, {"write": wrote, "read": read, "direct": tried.direct})
 
 
 def look_at_kernels(quick: bool) -> Findings:

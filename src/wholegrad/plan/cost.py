@@ -32,6 +32,7 @@ from wholegrad.plan.tiles import AxisTiles
 
 BLOCKS = 0.8  # of what kernels take by themselves: those that run block by block (``benchmarks/gigapixel_step``)
 ADDED, READ = 1.7, 0.7  # of what writing takes: adding to a boundary's gradient, and reading that
+AWAITED = 1.5  # bytes on their way for which tiles wait, of one that is kept on disk (``benchmarks/wide``)
 LARGE = 1 << 25  # bytes of a tensor from which on glibc takes fresh pages for each
 
 Table = npt.NDArray[np.float64]
@@ -236,5 +237,9 @@ def _inside(tiles: Extent, ends: int) -> Table:
 
 
 def disk_seconds(rates: Rates, stored: int, gradient: int) -> float:
-    """What a boundary costs more on disk: written once, read twice, its gradient added to and read."""
-    return rates.disk * (stored + gradient)
+    """What a boundary costs more on disk: written once, read twice, its gradient added to and read.
+
+    About three bytes are moved for each that is kept; reading, writing and tiles go on side by side, so that half of
+    that is waited for.
+    """
+    return AWAITED * rates.disk * (stored + gradient)

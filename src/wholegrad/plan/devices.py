@@ -19,7 +19,7 @@ ASSUMED = Rates(
     wide=((6e-12, 8e-12, 8e-12), (1e-12, 1.2e-12, 1.2e-12), (4e-13, 5e-13, 5e-13), (1.5e-13, 2e-13, 2e-13),
           (8e-14, 1e-13, 1e-13), (6e-14, 8e-14, 8e-14)),
     thin=((6e-12, 8e-12, 8e-12), (2e-12, 3e-12, 3e-12), (1e-12, 1.2e-12, 1.2e-12)),
-    product=5e-14, made=6e-13, passed=6e-13, summed=4e-13, backward=2.5, fresh=0.0, stored=6e-13, disk=5e-10,
+    product=5e-14, made=6e-13, passed=6e-13, summed=4e-13, backward=2.5, fresh=0.0, stored=6e-13, disk=2.4e-9,
     pixels=4e-11, row=0.0, call=1e-5, parameter=1e-12,
 )  # fmt: skip
 ACROSS = 4e-11  # seconds a byte between host and device

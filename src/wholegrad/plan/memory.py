@@ -36,7 +36,8 @@ KERNELS = 56 << 20  # LLVM, our own kernels' code, thread stacks, autograd and d
 LIBRARY = 84 << 20  # beside that: oneDNN's code and what it keeps for each thread
 LIBRARIES = KERNELS + LIBRARY
 PIECES = 2  # one byte beside every so many of readers' caches: decoded tiles come and go among a step's own blocks
-LEFTOVER = 16 << 20  # what each further segment leaves in pieces of the heap that cannot be given back
+LEFTOVER = 16 << 20  # what each further segment leaves in pieces of the heap that cannot be given back,
+LEAVING = 5  # up to so many of them: then the same pieces serve again, and free pages go back near the projected peak
 DOUBLE = 8
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
@@ -103,7 +104,7 @@ def wear(tiles: npt.NDArray[np.int64], workers: int, sweeps: int) -> npt.NDArray
 
 def leftover(segments: int) -> int:
     """Bytes that all but the first of so many segments leave behind in the heap."""
-    return LEFTOVER * max(segments - 1, 0)
+    return LEFTOVER * min(max(segments - 1, 0), LEAVING)
 
 
 @dataclass

@@ -30,7 +30,7 @@ class Rates:
         backward: how many times that again a byte that is made costs to pull back.
         fresh: what a byte costs more in memory that the system hands over anew.
         stored: of a byte of a boundary that is written to host memory; its gradient is added to and read.
-        disk: what a byte of a boundary costs more on disk, written and read through the page cache.
+        disk: of a byte that is written to the temporary folder or read from it, past the page cache, on the clock.
         pixels: of a byte of an image or target that is read.
         row: of a row of one channel of a tile that is read.
         call: of an op on a tile, whatever its size.
@@ -58,7 +58,7 @@ class Rates:
     backward: float = 2.5
     fresh: float = 4e-10
     stored: float = 1.2e-10
-    disk: float = 5e-10
+    disk: float = 2.4e-9
     pixels: float = 6e-11
     row: float = 1.2e-6
     call: float = 3e-5

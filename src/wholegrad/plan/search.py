@@ -1,6 +1,6 @@
 """Look for sets of boundaries worth their cost, for every budget at once.
 
-Budgets stand on a ladder (``LADDER``, each four times the one before), whatever the budget that is asked for. On each
+Budgets stand on a ladder (``LADDER``, four rungs to a doubling), whatever the budget that is asked for. On each
 rung a greedy search adds the boundary that saves the most predicted time while one does, and then drops what no longer
 pays; it starts from what the rung below ended with, and on the lowest that has room from no boundary, from the maps
 that norms sum and from every candidate. The best sets of each rung are kept. A budget is given the sets of
@@ -15,7 +15,9 @@ from wholegrad.graph.graph import Graph, Ref
 from wholegrad.plan.boundaries import candidates, summed
 from wholegrad.plan.cuttings import Cuttings
 
-LADDER = tuple(1 << k for k in range(24, 60, 2))  # bytes beyond what is there whatever the plan
+DOUBLING = 4  # rungs
+ANEW = 8  # rungs, of which the first looks at every boundary anew, the others where it may count
+LADDER = tuple(int(2 ** (k / DOUBLING)) for k in range(24 * DOUBLING, 60 * DOUBLING))
 LOOKED_AT = 8  # boundaries weighed anew at each step
 WORTHWHILE = 0.98  # of the predicted time, to which a change of boundaries must bring it
 WORTH_A_LAST_LOOK = 0.997  # the same once none of those is left, and what does not pay is dropped
@@ -45,6 +47,7 @@ class Search:
         self.singles = [fixed | {ref} for ref in self.pool] if len(self.pool) <= FEW else []
         self._rungs: list[list[Set]] = []
         self._best: Set | None = None
+        self.known: dict[Ref, float] = {}  # predicted with what the last rung ended with and one boundary more
 
     def sets(self, room: float) -> list[Set]:
         """Those for so many bytes; infinitely many for no limit."""
@@ -54,6 +57,8 @@ class Search:
             return list(dict.fromkeys([*self.starts, *_Rung(self, NEVER).run(None)]))
         above = next((k for k, rung in enumerate(LADDER) if rung >= room), len(LADDER) - 1)
         while len(self._rungs) <= above:
+            if len(self._rungs) % ANEW == 0:
+                self.known = {}
             found = _Rung(self, LADDER[len(self._rungs)]).run(self._best)
             self._best = found[0] if found else self._best
             self._rungs.append(found)
@@ -82,7 +87,7 @@ class _Rung:
 
     def grown(self, best: float, chosen: Set, worth: float) -> tuple[float, Set]:
         """Add boundaries greedily. A saving rarely grows as others are added, so the last ones known bound the next."""
-        known = [(self.seconds(chosen | {ref}), ref) for ref in self.search.pool if ref not in chosen]
+        known = [(self.estimate(chosen, ref), ref) for ref in self.search.pool if ref not in chosen]
         while known:
             known.sort()
             fresh = {known[0][1]: self.seconds(chosen | {known[0][1]})}
@@ -95,7 +100,13 @@ class _Rung:
             change = best - seconds
             best, chosen = seconds, chosen | {ref}
             known = [(fresh.get(other, old - change), other) for old, other in known if other != ref]
+        self.search.known = {ref: seconds for seconds, ref in known if seconds < NEVER}
         return best, chosen
+
+    def estimate(self, chosen: Set, ref: Ref) -> float:
+        """Of one boundary more: what the rung below knew of it, if anything; that is looked at again when it counts."""
+        known = self.search.known.get(ref)
+        return self.seconds(chosen | {ref}) if known is None else known
 
     def thinned(self, best: float, chosen: Set) -> tuple[float, Set]:
         """Drop boundaries that do not pay, the largest first."""

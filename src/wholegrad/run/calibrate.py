@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from wholegrad.errors import SpillError
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Kind, Node, Ref, Spec
 from wholegrad.graph.layout import map_layout, plain
@@ -33,15 +34,17 @@ from wholegrad.kernels.compile import cache_folder
 from wholegrad.kernels.host import host
 from wholegrad.plan.rates import BUILT_IN, CHANNELS, FEW, Rates
 from wholegrad.run.blocks import Blocks
+from wholegrad.run.spill_file import spill_folder, trial
 from wholegrad.run.store import HostStore
 from wholegrad.run.workers import default_workers
 
 aten = torch.ops.aten
-VERSION = 2  # of what is measured and kept
+VERSION = 3  # of what is measured and kept
 TRIES = 4
 PIXELS = (128, 512)  # of a tile
 WIDE_MAP = (1024, 2048)  # of a boundary, 64 MiB with the channels below
 MIB_READ = 64
+ON_DISK = 128 << 20  # bytes written and read past the page cache
 FRESH = 1 << 26  # bytes of a tensor, which glibc takes anew each time
 
 Work = Callable[[], object]
@@ -99,7 +102,7 @@ def measured(threads: int) -> Rates:
         found = [task.result() for task in tasks]
     mean = [sum(values) / threads for values in zip(*(each[0] for each in found), strict=True)]
     tables = _mean([each[1] for each in found]), _mean([each[2] for each in found])
-    made, passed, summed, fresh, stored, pixels, disk, product = mean
+    made, passed, summed, fresh, stored, pixels, product = mean
     return replace(
         BUILT_IN,
         wide=tables[0],
@@ -110,7 +113,7 @@ def measured(threads: int) -> Rates:
         fresh=max(fresh - passed, 0.0),
         stored=stored,
         pixels=pixels,
-        disk=disk,
+        disk=_disk(spill_folder(None)),
         product=product,
     )
 
@@ -142,7 +145,7 @@ def _all(start: Barrier) -> Found:
     best = partial(_best, start)
     with tempfile.TemporaryFile(buffering=0) as file:
         file.write(bytes(MIB_READ << 20))
-        single = [best(*work) for work in (*_passes(), _storing(), _reading(file), _disk(file), _product())]
+        single = [best(*work) for work in (*_passes(), _storing(), _reading(file), _product())]
     wide = tuple(_three(best, *_wide(channels)) for channels in CHANNELS)
     own = tuple(_three(best, *_thin(channels)) for channels in FEW) if host() is not None else BUILT_IN.thin
     return single, wide, own
@@ -238,18 +241,13 @@ def _reading(file: Any) -> tuple[Work, float]:
     return work, float(MIB_READ << 20)
 
 
-def _disk(file: Any) -> tuple[Work, float]:
-    """Written and read through the page cache."""
-    buffer = memoryview(bytearray(1 << 20))
-
-    def work() -> None:
-        for i in range(MIB_READ):
-            file.seek(i << 20)
-            file.write(buffer)
-            file.seek(i << 20)
-            file.readinto(buffer)
-
-    return work, float(MIB_READ << 20)
+def _disk(folder: Path) -> float:
+    """Seconds of a byte that boundaries write there or read; as they are built in where the folder takes none."""
+    try:
+        tried = trial(folder, ON_DISK)
+    except SpillError:
+        return BUILT_IN.disk
+    return (tried.writing + tried.reading) / (2 * ON_DISK)
 
 
 def _product() -> tuple[Work, float]:

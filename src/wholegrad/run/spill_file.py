@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import NoReturn
 from uuid import uuid4
@@ -29,6 +33,7 @@ import psutil
 from wholegrad.errors import SpillError
 from wholegrad.plan.plan import show_bytes
 
+TRIED = 4 << 20  # bytes of a block of a trial
 FLUSHED = 32 << 20  # bytes that are written through the page cache before it is flushed
 PREFIX, SUFFIX = "wholegrad-", ".map"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -185,3 +190,37 @@ class SpillFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds for writing and for reading as boundaries do, whether past the page cache, and whether all came back."""
+
+    writing: float
+    reading: float
+    direct: bool
+    same: bool
+
+
+def trial(folder: Path, nbytes: int) -> Trial:
+    """Write a file of ``nbytes`` (rounded up to blocks of 4 MiB) in ``folder``, and read it.
+
+    Raises:
+        SpillError: the folder takes no such file.
+    """
+    block = mmap(-1, TRIED)  # direct input and output wants whole pages
+    block[:] = os.urandom(1 << 16) * (TRIED >> 16)
+    sent, offsets = hashlib.sha256(block).digest(), range(0, nbytes, TRIED)
+    file = SpillFile(folder, len(offsets) * TRIED, "a trial")
+    try:
+        with memoryview(block) as view:
+            begin = time.perf_counter()
+            for offset in offsets:
+                file.write(view, offset)
+            middle = time.perf_counter()
+            for offset in offsets:
+                file.read(view, offset)
+            end = time.perf_counter()
+    finally:
+        file.close()
+    return Trial(middle - begin, end - middle, file.direct, hashlib.sha256(block).digest() == sent)
