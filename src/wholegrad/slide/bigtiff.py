@@ -34,6 +34,7 @@ class PartialFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.end = path, 0
+        self._behind = 0, 1  # where what was written to disk last lies, and how long it is
         try:
             sweep(path.parent)
             self._temporary = aside(path)
@@ -72,9 +73,14 @@ class PartialFile:
             raise SlideError(str(self.path), f"cannot be written ({error.strerror})", "free disk space") from error
 
     def _write_behind(self, offset: int, size: int) -> None:
-        """Have these bytes written to disk meanwhile: ``seal`` waits for the last only, pages serve what follows."""
+        """Have these bytes written to disk meanwhile, and give up the pages of those before, which are there by now.
+
+        So ``seal`` waits for the last only, and pages serve what follows: new ones are slow.
+        """
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), offset, size, os.POSIX_FADV_DONTNEED)
+            for start, length in (self._behind, (offset, size)):
+                os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
+        self._behind = offset, size
 
     def seal(self) -> None:
         """Sync and close: all is written but the name."""
