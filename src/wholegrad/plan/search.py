@@ -2,9 +2,10 @@
 
 Budgets stand on a ladder (``LADDER``, four rungs to a doubling), whatever the budget that is asked for. On each
 rung a greedy search adds the boundary that saves the most predicted time while one does, and then drops what no longer
-pays; it starts from what the rung below ended with, and on the lowest that has room from no boundary, from the maps
-that norms sum and from every candidate. The best sets of each rung are kept. A budget is given the sets of
-the next rung above it and of all below: so a larger budget has every set that a smaller one has.
+pays, and tries to do without each of the largest ones for the sake of others; it starts from what the rung below ended
+with, and on the lowest that has room from no boundary, from the maps that norms sum and from every candidate. The best
+sets of each rung are kept. A budget is given the sets of the next rung above it and of all below: so a larger budget
+has every set that a smaller one has.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ LADDER = tuple(int(2 ** (k / DOUBLING)) for k in range(24 * DOUBLING, 60 * DOUBL
 LOOKED_AT = 8  # boundaries weighed anew at each step
 WORTHWHILE = 0.98  # of the predicted time, to which a change of boundaries must bring it
 WORTH_A_LAST_LOOK = 0.997  # the same once none of those is left, and what does not pay is dropped
+SWAPPED = 4  # of the largest boundaries, without each of which the search is tried again
 FEW = 16  # candidates up to which each is also tried alone
 BEST = 3  # sets kept of each rung
 HOST_SHARES = (1.5, 1.0, 0.5, 0.0)  # of the room, for boundaries and gradients as if all were held at once
@@ -82,12 +84,26 @@ class _Rung:
         for worth in (WORTHWHILE, WORTH_A_LAST_LOOK):
             best, chosen = self.grown(best, chosen, worth)
             best, chosen = self.thinned(best, chosen)
+        best, chosen = self.swapped(best, chosen)
         ranked = sorted((seconds, sorted(found)) for found, seconds in self.tried.items() if seconds < NEVER)
         return [frozenset(found) for _, found in ranked[:BEST]]
 
-    def grown(self, best: float, chosen: Set, worth: float) -> tuple[float, Set]:
-        """Add boundaries greedily. A saving rarely grows as others are added, so the last ones known bound the next."""
-        known = [(self.estimate(chosen, ref), ref) for ref in self.search.pool if ref not in chosen]
+    def swapped(self, best: float, chosen: Set) -> tuple[float, Set]:
+        """Do without each of the largest boundaries, and use its room for others, if that is faster."""
+        graph = self.search.cuttings.graph
+        sizes = sorted(chosen - self.search.fixed, key=lambda ref: (-graph.spec(ref).nbytes, ref))
+        for ref in sizes[:SWAPPED]:
+            found, others = self.grown(self.seconds(chosen - {ref}), chosen - {ref}, WORTHWHILE, ref)
+            if found < WORTH_A_LAST_LOOK * best:
+                best, chosen = self.thinned(found, others)
+        return best, chosen
+
+    def grown(self, best: float, chosen: Set, worth: float, barred: Ref | None = None) -> tuple[float, Set]:
+        """Add boundaries greedily, but for the one ``barred``.
+
+        A saving rarely grows as others are added, so the last ones known bound the next.
+        """
+        known = [(self.estimate(chosen, ref), ref) for ref in self.search.pool if ref not in chosen and ref != barred]
         while known:
             known.sort()
             fresh = {known[0][1]: self.seconds(chosen | {known[0][1]})}
@@ -100,7 +116,8 @@ class _Rung:
             change = best - seconds
             best, chosen = seconds, chosen | {ref}
             known = [(fresh.get(other, old - change), other) for old, other in known if other != ref]
-        self.search.known = {ref: seconds for seconds, ref in known if seconds < NEVER}
+        if barred is None:
+            self.search.known = {ref: seconds for seconds, ref in known if seconds < NEVER}
         return best, chosen
 
     def estimate(self, chosen: Set, ref: Ref) -> float:
