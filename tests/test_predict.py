@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import resource
 import signal
 import subprocess
@@ -99,6 +100,20 @@ def test_a_file_that_cannot_grow_is_a_plain_error(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, before)
         file.discard()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice on pages")
+def test_pages_of_what_is_on_disk_already_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, told = bigtiff.BEHIND, []
+    monkeypatch.setattr(bigtiff.os, "posix_fadvise", lambda _, start, length, how: told.append((start, length, how)))
+    file = bigtiff.PartialFile(tmp_path / "a.npy")
+    for k in range(3):
+        file.patch(k * size, memoryview(bytes(size)))
+    file.commit()
+    last = [told[k : k + 2] for k in range(0, len(told), 2)]
+    assert [[start for start, _, _ in each] for each in last[1:]] == [[0, size], [size, 2 * size]]
+    assert {how for _, _, how in told} == {os.POSIX_FADV_DONTNEED}
+    assert (tmp_path / "a.npy").read_bytes() == bytes(3 * size)
 
 
 def test_a_killed_run_leaves_no_file_of_that_name(tmp_path: Path) -> None:

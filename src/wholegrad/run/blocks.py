@@ -2,9 +2,9 @@
 
 The first touch of fresh pages takes ten times as long as writing to pages that are there (about 0.9 against 0.1 s a
 GiB on a virtual machine), and a step of a wide network writes gigabytes of boundaries. A block that a map gives back
-serves the next map of the same size; a new one takes the place of free blocks of other sizes, so that all of them
-together never hold more than the boundaries did at some moment. Blocks belong to one plan, the last that ran, and go
-back to the system with it, or when another plan is made or run.
+serves the next map of the same size; free blocks go back where a segment might else pass the projected peak
+(``Boundaries.make_room``). Blocks belong to one plan, the last that ran, and go back to the
+system with it, or when another plan is made or run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ class Blocks:
         with self._lock:
             found = next((i for i, block in enumerate(self._free) if block.numel() == nbytes), None)
             if found is None:
-                self._drop(nbytes)
                 return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
             block = self._free.pop(found)
         return block.zero_() if zero else block
@@ -46,15 +45,22 @@ class Blocks:
             free = Counter(block.numel() for block in self._free)
         return sum(size * count for size, count in (Counter(sizes) - free).items())
 
-    def clear(self) -> None:
-        """Return the free blocks to the system."""
+    def shrink(self, nbytes: int, sizes: Iterable[int]) -> None:
+        """Return free blocks of so many bytes to the system, or all; last those that maps of ``sizes`` want."""
+        wanted = Counter(sizes)
         with self._lock:
-            self._free.clear()
-
-    def _drop(self, nbytes: int) -> None:
-        """Return free blocks of so many bytes together, or all."""
-        while self._free and nbytes > 0:
-            nbytes -= self._free.pop().numel()
+            spared = []
+            for block in self._free:
+                wanted[block.numel()] -= 1
+                spared.append(wanted[block.numel()] >= 0)
+            order = sorted(range(len(self._free)), key=lambda k: spared[k])
+            gone = set()
+            for k in order:
+                if nbytes <= 0:
+                    break
+                nbytes -= self._free[k].numel()
+                gone.add(k)
+            self._free = [block for k, block in enumerate(self._free) if k not in gone]
 
 
 class _Kept:

@@ -147,8 +147,9 @@ class Boundaries:
         room = self.plan.host_peak - working - (self.spill.limit - self.spill.held if self.spill else 0)
         if process.resident() + self.blocks.missing(sizes) > room:
             process.release_memory()
-        if process.resident() + self.blocks.missing(sizes) > room - working // 2:  # free blocks are the first to go
-            self.blocks.clear()
+        over = process.resident() + self.blocks.missing(sizes) - room + working // 2
+        if over > 0:  # free blocks are the first to go
+            self.blocks.shrink(over, sizes)
 
     def _too_large(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
         dtype = self.maps[ref].dtype
