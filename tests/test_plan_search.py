@@ -151,6 +151,19 @@ class Pyramid(torch.nn.Module):
         return x
 
 
+def test_a_plan_without_a_budget_before_changes_none_after() -> None:
+    graph = graph_of(Pyramid(), mean_square, torch.zeros(()).expand(1, 1, 2048, 2048))
+    request = Request(None, 1 << 20, True, 2)
+    first, other = Planner(graph, request), Planner(graph, request)
+    budgets = [int(more * first.smallest()) for more in (1.2, 1.7, 2.4, 3.4)]
+    straight = [first.plan(budget) for budget in budgets]
+    mixed = []
+    for budget in budgets:
+        other.plan(None)
+        mixed.append(other.plan(budget))
+    assert [(plan.seconds, plan.placements) for plan in mixed] == [(plan.seconds, plan.placements) for plan in straight]
+
+
 def test_the_search_for_all_budgets_comes_close_to_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = graph_of(Pyramid(), mean_square, torch.zeros(()).expand(1, 1, 4096, 4096))
     request = Request(None, 1 << 20, True, 2, placement=Placement.HOST)

@@ -49,19 +49,19 @@ class Search:
         self.singles = [fixed | {ref} for ref in self.pool] if len(self.pool) <= FEW else []
         self._rungs: list[list[Set]] = []
         self._best: Set | None = None
-        self.known: dict[Ref, float] = {}  # predicted with what the last rung ended with and one boundary more
+        self._known: dict[Ref, float] = {}  # of the last rung
 
     def sets(self, room: float) -> list[Set]:
         """Those for so many bytes; infinitely many for no limit."""
         if not self.pool:
             return self.starts
         if room == NEVER:
-            return list(dict.fromkeys([*self.starts, *_Rung(self, NEVER).run(None)]))
+            return list(dict.fromkeys([*self.starts, *_Rung(self, NEVER, {}).run(None)]))
         above = next((k for k, rung in enumerate(LADDER) if rung >= room), len(LADDER) - 1)
         while len(self._rungs) <= above:
-            if len(self._rungs) % ANEW == 0:
-                self.known = {}
-            found = _Rung(self, LADDER[len(self._rungs)]).run(self._best)
+            number = len(self._rungs)
+            rung = _Rung(self, LADDER[number], self._known if number % ANEW else {})
+            found, self._known = rung.run(self._best), rung.known
             self._best = found[0] if found else self._best
             self._rungs.append(found)
         known = [boundaries for rung in self._rungs[: above + 1] for boundaries in rung]
@@ -69,10 +69,14 @@ class Search:
 
 
 class _Rung:
-    """The search with one amount of room."""
+    """The search with one amount of room.
 
-    def __init__(self, search: Search, room: float) -> None:
-        self.search, self.room = search, room
+    Args:
+        known: what the rung below predicted with what it ended with and one boundary more, of those of which it did.
+    """
+
+    def __init__(self, search: Search, room: float, known: dict[Ref, float]) -> None:
+        self.search, self.room, self.known = search, room, known
         self.tried: dict[Set, float] = {}
 
     def run(self, before: Set | None) -> list[Set]:
@@ -117,12 +121,12 @@ class _Rung:
             best, chosen = seconds, chosen | {ref}
             known = [(fresh.get(other, old - change), other) for old, other in known if other != ref]
         if barred is None:
-            self.search.known = {ref: seconds for seconds, ref in known if seconds < NEVER}
+            self.known = {ref: seconds for seconds, ref in known if seconds < NEVER}
         return best, chosen
 
     def estimate(self, chosen: Set, ref: Ref) -> float:
         """Of one boundary more: what the rung below knew of it, if anything; that is looked at again when it counts."""
-        known = self.search.known.get(ref)
+        known = self.known.get(ref)
         return self.seconds(chosen | {ref}) if known is None else known
 
     def thinned(self, best: float, chosen: Set) -> tuple[float, Set]:
