@@ -30,14 +30,28 @@ def test_what_is_missing_counts_each_free_block_once() -> None:
     assert blocks.missing([5, 5, 5, 9, 7]) == 12
 
 
-def test_wanted_blocks_are_the_last_to_go() -> None:
+def test_wanted_blocks_do_not_go() -> None:
     blocks = Blocks()
     given_back(blocks, 5, 9, 5, 9)
     blocks.shrink(0, [])
     assert blocks.missing([5, 9, 5, 9]) == 0
-    blocks.shrink(10, [9, 5])  # one of each is not wanted, 14 bytes together
+    blocks.shrink(1, [9, 5])  # one of each is not wanted
+    assert blocks.missing([9, 5]) == 0 and blocks.missing([9, 5, 9, 5]) in (5, 9)
+    blocks.shrink(1 << 30, [9, 5])
     assert blocks.missing([9, 5]) == 0 and blocks.missing([9, 5, 9, 5]) == 14
-    blocks.shrink(1, [9, 5])
-    assert blocks.missing([9, 5]) in (5, 9)
-    blocks.shrink(1 << 30, [9])
+    blocks.shrink(1 << 30, [])
     assert blocks.missing([9]) == 9
+
+
+def test_all_together_stay_below_what_the_plan_has() -> None:
+    blocks = Blocks()
+    blocks.most = 30
+    given_back(blocks, 10, 20)
+    used = blocks.take(4, zero=False)  # takes the place of the last one
+    assert blocks.missing([10]) == 0 and blocks.missing([20]) == 20
+    blocks.take(16, zero=False)
+    assert blocks.missing([10]) == 0
+    blocks.take(1, zero=False)
+    assert blocks.missing([10]) == 10
+    blocks.give(used)
+    assert blocks.missing([4]) == 0

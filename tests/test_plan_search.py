@@ -162,6 +162,7 @@ def test_a_plan_without_a_budget_before_changes_none_after() -> None:
         other.plan(None)
         mixed.append(other.plan(budget))
     assert [(plan.seconds, plan.placements) for plan in mixed] == [(plan.seconds, plan.placements) for plan in straight]
+    assert other.plan(None).seconds <= first.plan(1 << 45).seconds
 
 
 def test_the_search_for_all_budgets_comes_close_to_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:

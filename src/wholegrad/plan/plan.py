@@ -214,6 +214,14 @@ class Plan:
             return parts(self.graph, self.reserved, moments, 0, **beside)
         return parts(self.graph, self.reserved, moments, len(cut), spill, self.messages)
 
+    @cached_property
+    def most_of_boundaries(self) -> int:
+        """Bytes of boundaries and their gradients in the host's memory, when they are most."""
+        hosts = [ref for ref, place in self.placements.items() if place is Placement.HOST]
+        cut = [part.segment for part in self.segments]
+        held = kept(self.graph, cut, hosts, self.boundary_dtype, self.backward, self.here)
+        return max((max(now.forward, now.backward + now.gradients) for now in held), default=0)
+
     @property
     def _recorded_bytes(self) -> int:
         """What recordings keep on a device: as much as the tiles that need the most."""

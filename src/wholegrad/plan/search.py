@@ -17,7 +17,7 @@ from wholegrad.plan.boundaries import candidates, summed
 from wholegrad.plan.cuttings import Cuttings
 
 DOUBLING = 4  # rungs
-ANEW = 8  # rungs, of which the first looks at every boundary anew, the others where it may count
+ANEW = 8  # rungs, of which the first looks at every boundary anew; the others go by what was known
 LADDER = tuple(int(2 ** (k / DOUBLING)) for k in range(24 * DOUBLING, 60 * DOUBLING))
 LOOKED_AT = 8  # boundaries weighed anew at each step
 WORTHWHILE = 0.98  # of the predicted time, to which a change of boundaries must bring it
@@ -56,11 +56,11 @@ class Search:
         if not self.pool:
             return self.starts
         if room == NEVER:
-            return list(dict.fromkeys([*self.starts, *_Rung(self, NEVER, {}).run(None)]))
+            return list(dict.fromkeys([*self.starts, *_Rung(self, NEVER, {}, True).run(None)]))
         above = next((k for k, rung in enumerate(LADDER) if rung >= room), len(LADDER) - 1)
         while len(self._rungs) <= above:
             number = len(self._rungs)
-            rung = _Rung(self, LADDER[number], self._known if number % ANEW else {})
+            rung = _Rung(self, LADDER[number], self._known if number % ANEW else {}, number % DOUBLING == 0)
             found, self._known = rung.run(self._best), rung.known
             self._best = found[0] if found else self._best
             self._rungs.append(found)
@@ -73,10 +73,11 @@ class _Rung:
 
     Args:
         known: what the rung below predicted with what it ended with and one boundary more, of those of which it did.
+        anew: whether the last look is at every boundary anew.
     """
 
-    def __init__(self, search: Search, room: float, known: dict[Ref, float]) -> None:
-        self.search, self.room, self.known = search, room, known
+    def __init__(self, search: Search, room: float, known: dict[Ref, float], anew: bool) -> None:
+        self.search, self.room, self.known, self.anew = search, room, known, anew
         self.tried: dict[Set, float] = {}
 
     def run(self, before: Set | None) -> list[Set]:
@@ -86,6 +87,8 @@ class _Rung:
         if best == NEVER:
             return []
         for worth in (WORTHWHILE, WORTH_A_LAST_LOOK):
+            if worth == WORTH_A_LAST_LOOK and self.anew:
+                self.known = {}
             best, chosen = self.grown(best, chosen, worth)
             best, chosen = self.thinned(best, chosen)
         best, chosen = self.swapped(best, chosen)
@@ -97,7 +100,10 @@ class _Rung:
         graph = self.search.cuttings.graph
         sizes = sorted(chosen - self.search.fixed, key=lambda ref: (-graph.spec(ref).nbytes, ref))
         for ref in sizes[:SWAPPED]:
-            found, others = self.grown(self.seconds(chosen - {ref}), chosen - {ref}, WORTHWHILE, ref)
+            without = self.seconds(chosen - {ref})
+            if without == NEVER:
+                continue
+            found, others = self.grown(without, chosen - {ref}, WORTHWHILE, ref)
             if found < WORTH_A_LAST_LOOK * best:
                 best, chosen = self.thinned(found, others)
         return best, chosen
@@ -125,7 +131,7 @@ class _Rung:
         return best, chosen
 
     def estimate(self, chosen: Set, ref: Ref) -> float:
-        """Of one boundary more: what the rung below knew of it, if anything; that is looked at again when it counts."""
+        """Of one boundary more: what was known of it for another set or less room, if anything."""
         known = self.known.get(ref)
         return self.seconds(chosen | {ref}) if known is None else known
 

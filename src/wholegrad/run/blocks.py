@@ -2,9 +2,9 @@
 
 The first touch of fresh pages takes ten times as long as writing to pages that are there (about 0.9 against 0.1 s a
 GiB on a virtual machine), and a step of a wide network writes gigabytes of boundaries. A block that a map gives back
-serves the next map of the same size; free blocks go back where a segment might else pass the projected peak
-(``Boundaries.make_room``). Blocks belong to one plan, the last that ran, and go back to the
-system with it, or when another plan is made or run.
+serves the next map of the same size. All together hold at most what the plan has of boundaries in memory at some
+moment, and free blocks go back where a segment might else pass the projected peak (``Boundaries.make_room``). Blocks
+belong to one plan, the last that ran, and go back to the system with it, or when another plan is made or run.
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ import torch
 
 
 class Blocks:
-    """Blocks in use and free ones."""
+    """Blocks in use and free ones.
+
+    Attributes:
+        most: bytes of all together, from which on a new one takes the place of free ones; None for no limit.
+    """
 
     def __init__(self) -> None:
+        self.most: int | None = None
+        self._used = 0
         self._free: list[torch.Tensor] = []
         self._lock = threading.Lock()
 
@@ -29,7 +35,9 @@ class Blocks:
         """A block of ``nbytes`` (at least one) of type uint8; all zeros if ``zero``, else whatever it held."""
         with self._lock:
             found = next((i for i, block in enumerate(self._free) if block.numel() == nbytes), None)
+            self._used += nbytes
             if found is None:
+                self._drop(0 if self.most is None else self._used + self._free_bytes() - self.most)
                 return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
             block = self._free.pop(found)
         return block.zero_() if zero else block
@@ -37,6 +45,7 @@ class Blocks:
     def give(self, block: torch.Tensor) -> None:
         """Take a block back. Nobody may look at it any more."""
         with self._lock:
+            self._used -= block.numel()
             self._free.append(block)
 
     def missing(self, sizes: Iterable[int]) -> int:
@@ -46,21 +55,28 @@ class Blocks:
         return sum(size * count for size, count in (Counter(sizes) - free).items())
 
     def shrink(self, nbytes: int, sizes: Iterable[int]) -> None:
-        """Return free blocks of so many bytes to the system, or all; last those that maps of ``sizes`` want."""
+        """Return free blocks of so many bytes to the system, or all but those that maps of ``sizes`` want."""
         wanted = Counter(sizes)
         with self._lock:
             spared = []
             for block in self._free:
                 wanted[block.numel()] -= 1
                 spared.append(wanted[block.numel()] >= 0)
-            order = sorted(range(len(self._free)), key=lambda k: spared[k])
-            gone = set()
-            for k in order:
-                if nbytes <= 0:
-                    break
-                nbytes -= self._free[k].numel()
-                gone.add(k)
-            self._free = [block for k, block in enumerate(self._free) if k not in gone]
+            kept = []
+            for block, spare in zip(self._free, spared, strict=True):
+                if spare or nbytes <= 0:
+                    kept.append(block)
+                else:
+                    nbytes -= block.numel()
+            self._free = kept
+
+    def _free_bytes(self) -> int:
+        return sum(block.numel() for block in self._free)
+
+    def _drop(self, nbytes: int) -> None:
+        """Return free blocks of so many bytes together, or all."""
+        while self._free and nbytes > 0:
+            nbytes -= self._free.pop().numel()
 
 
 class _Kept:

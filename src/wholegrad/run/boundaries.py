@@ -39,6 +39,8 @@ class Boundaries:
     def __init__(self, plan: Plan, device: Device, rank: int = 0) -> None:
         self.plan, self.graph, self.device, self.rank = plan, plan.graph, device, rank
         self.blocks = blocks_of(plan)
+        self.blocks.most = plan.most_of_boundaries
+        self._beside = 0 if device.apart else plan.memory.parameters + plan.memory.whole + plan.memory.messages
         self.maps: dict[Ref, MapStore] = {}
         self.grads: dict[Ref, MapStore] = {}
         self.spill = spill_of(plan)
@@ -144,7 +146,7 @@ class Boundaries:
             new: bytes of maps that are kept from now on.
         """
         sizes = [size for ref, size in new.items() if self.placement(ref) is Placement.HOST]
-        room = self.plan.host_peak - working - (self.spill.limit - self.spill.held if self.spill else 0)
+        room = self.plan.host_peak - self._beside - working - (self.spill.limit - self.spill.held if self.spill else 0)
         if process.resident() + self.blocks.missing(sizes) > room:
             process.release_memory()
         over = process.resident() + self.blocks.missing(sizes) - room + working // 2
