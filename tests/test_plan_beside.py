@@ -254,3 +254,8 @@ def test_a_bill_without_ends_is_one_of_all_tiles() -> None:
 )  # fmt: skip
 def test_a_heap_comes_apart_with_every_round_of_tiles(tiles: int, workers: int, sweeps: int, worn: float) -> None:
     assert memory.wear(np.array(tiles), workers, sweeps) == pytest.approx(worn)
+
+
+def test_what_segments_leave_in_the_heap_does_not_grow_for_ever() -> None:
+    assert memory.leftover(1) == 0 < memory.leftover(2) < memory.leftover(4)
+    assert memory.leftover(1 + memory.LEAVING) == memory.leftover(60)

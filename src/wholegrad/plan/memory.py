@@ -103,7 +103,7 @@ def wear(tiles: npt.NDArray[np.int64], workers: int, sweeps: int) -> npt.NDArray
 
 
 def leftover(segments: int) -> int:
-    """Bytes that all but the first of so many segments leave behind in the heap."""
+    """Bytes that so many segments leave behind in the heap: those after the first, up to ``LEAVING`` of them."""
     return LEFTOVER * min(max(segments - 1, 0), LEAVING)
 
 
