@@ -18,9 +18,7 @@ from wholegrad.plan.cuttings import Cuttings
 
 DOUBLING = 4  # rungs
 ANEW = 8  # rungs, of which the first looks at every boundary anew; the others go by what was known
-LADDER = tuple(
-    int(2 ** (k / DOUBLING)) for k in range(24 * DOUBLING, 60 * DOUBLING)
-)  # bytes beyond the constant
+LADDER = tuple(int(2 ** (k / DOUBLING)) for k in range(24 * DOUBLING, 60 * DOUBLING))  # bytes beyond the constant
 LOOKED_AT = 8  # boundaries weighed anew at each step
 WORTHWHILE = 0.98  # of the predicted time, to which a change of boundaries must bring it
 WORTH_A_LAST_LOOK = 0.997  # the same once none of those is left, and what does not pay is dropped
