@@ -30,7 +30,7 @@ from wholegrad.kernels.tail import _Scheduling
 from wholegrad.losses import LOSSES, dice_counts
 from wholegrad.nets import unet4492
 from wholegrad.run import tile as tiling
-from wholegrad.run.sources import Source
+from wholegrad.run.sources import Form, Source
 from wholegrad.slide.arrays import as_reader
 
 pytestmark = pytest.mark.skipif(host() is None, reason="no kernels for this processor")
@@ -344,7 +344,8 @@ def test_a_step_of_the_published_network_makes_no_map_for_activations(monkeypatc
 
     monkeypatch.setattr(tiling, "rule_for", asked)
     monkeypatch.setattr(pointwise, "values", lambda *args: pytest.fail("a chain made a map"))
-    monkeypatch.setattr(Source, "read", lambda source, box: source.read_raw(box))
+    read = Source.read
+    monkeypatch.setattr(Source, "read", lambda source, box, form: read(source, box, Form.BYTES))
     size = (96, 112)
     model = unet4492(seed=0)
     loss = wg.backward(model, LOSSES["bce"], pixels(size=size), labels(1, *size))

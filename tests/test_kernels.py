@@ -383,5 +383,5 @@ def test_serves_thin_convolutions_only() -> None:
         return serves(torch.empty(1, i, 4, 4, dtype=dtype), torch.empty(o, i, k, k, dtype=dtype), (1, 1), groups)
 
     assert asked(1, 1) and asked(THIN, THIN) and asked(3, THICK) and asked(THICK, 1) and asked(3, 3, 8)
-    assert not (asked(16, 16) or asked(3, THICK + 1) or asked(2, 2, groups=2) or asked(3, 3, 16))
+    assert not (asked(THIN + 1, THIN + 1) or asked(3, THICK + 1) or asked(2, 2, groups=2) or asked(3, 3, 16))
     assert not asked(3, 3, dtype=torch.bfloat16) and asked(3, 3, dtype=torch.float64)

@@ -28,6 +28,7 @@ from wholegrad.errors import SpillError
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Spec
 from wholegrad.graph.layout import map_layout
+from wholegrad.kernels.choice import THIN
 from wholegrad.plan import cuttings
 from wholegrad.plan import spill as planned
 from wholegrad.plan.spill import layout
@@ -182,16 +183,19 @@ def spec(*shape: int) -> Spec:
 
 
 @pytest.mark.usefixtures("small")
-def test_a_store_holds_what_many_boxes_wrote_and_added(tmp_path: Path) -> None:
+@pytest.mark.parametrize("channels", [3, THIN + 1])
+def test_a_store_holds_what_many_boxes_wrote_and_added(channels: int, tmp_path: Path) -> None:
     """Against a tensor, with one slot more than the least."""
     torch.manual_seed(1)
-    spill = Spill(6 * 2 * PAGE, tmp_path, 0)
-    stores = [DiskStore(spec(2, 3, 60, 70), spill, ([0, 33, 60], [0, 31, 64, 70]), f"map {i}") for i in range(2)]
-    truth = [torch.zeros(2, 3, 60, 70) for _ in stores]
+    largest = -(-33 * 33 * 2 * channels * 4 // PAGE) * PAGE
+    spill = Spill(6 * largest, tmp_path, 0)
+    shape = (2, channels, 60, 70)
+    stores = [DiskStore(spec(*shape), spill, ([0, 33, 60], [0, 31, 64, 70]), f"map {i}") for i in range(2)]
+    truth = [torch.zeros(shape) for _ in stores]
     for _ in range(150):
         for store, whole in zip(stores, truth, strict=True):
             (y0, y1), (x0, x1) = (sorted(torch.randperm(n + 1)[:2].tolist()) for n in (60, 70))
-            box, tile = Box(y0, y1, x0, x1), torch.randn(2, 3, y1 - y0, x1 - x0)
+            box, tile = Box(y0, y1, x0, x1), torch.randn(2, channels, y1 - y0, x1 - x0)
             kind = int(torch.randint(3, ()))
             if kind == 0:
                 store.write(box, tile)

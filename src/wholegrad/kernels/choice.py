@@ -16,7 +16,7 @@ import torch
 
 from wholegrad.kernels.host import host
 
-THIN = 12  # channels on one side
+THIN = 16  # channels on one side
 THICK = 32  # channels on the other; float32 sums over more lose to oneDNN's
 MOST_TAPS = 128  # of a window: all are unrolled
 MOST_STRIDE = 8  # so many phases of a row share the registers

@@ -31,6 +31,7 @@ from wholegrad.run.kinds import Kinds
 from wholegrad.run.recordings import Recordings
 from wholegrad.run.sink import Sink
 from wholegrad.run.small import SmallValues
+from wholegrad.run.sources import Form
 from wholegrad.run.tile import Pull, partials, pull_back, run_tile
 
 
@@ -178,9 +179,9 @@ class Bodies:
     def _body(self, each: Pass, tile: Tile, given: Given, constants: Constants) -> Made:
         graph, segment, grad = each.graph, each.segment, each.pull is not None
 
-        def fetch(ref: Ref, box: Box, raw: bool = False) -> torch.Tensor:
+        def fetch(ref: Ref, box: Box, form: Form) -> torch.Tensor:
             found = given.maps[ref].detach()
-            read = graph.nodes[ref.node].kind in READERS and not raw
+            read = graph.nodes[ref.node].kind in READERS and form is not Form.BYTES
             return self.ahead.seen(ref, found) if read else found
 
         with torch.set_grad_enabled(grad):

@@ -38,7 +38,7 @@ from wholegrad.run.device import Device
 from wholegrad.run.recordings import recordings_of
 from wholegrad.run.sink import Sink
 from wholegrad.run.small import SmallValues, levels
-from wholegrad.run.sources import Source, raw_images
+from wholegrad.run.sources import Form, Source, raw_images
 from wholegrad.run.strips import Strips
 from wholegrad.run.sums import BatchNorms, Sums
 from wholegrad.run.tail import Blocks, shares_of
@@ -265,20 +265,19 @@ class Executor:
             span.moved(value)
             self.sinks[ref].take(box, value)
 
-    def _fetch(self, ref: Ref, box: Box, raw: bool = False) -> torch.Tensor:
+    def _fetch(self, ref: Ref, box: Box, form: Form = Form.INTERLEAVED) -> torch.Tensor:
         node = self.graph.nodes[ref.node]
         inside = node.kind in READERS or node.kind is Kind.SPREAD
         with clock.span("reading", node.kind.value if inside else "boundary", "" if inside else node.path) as span:
-            found = self._read(node, ref, box, raw)
+            found = self._read(node, ref, box, form)
             span.moved(found, found)
         return found
 
-    def _read(self, node: Node, ref: Ref, box: Box, raw: bool) -> torch.Tensor:
+    def _read(self, node: Node, ref: Ref, box: Box, form: Form) -> torch.Tensor:
         if node.kind in READERS:
             if self.ahead is not None:
                 return self.ahead.seen(ref, self.ahead.take(ref, box))
-            source = self.sources[node.name]
-            return source.read_raw(box) if raw else source.read(box)
+            return self.sources[node.name].read(box, form)
         if node.kind is Kind.SPREAD:
             layout = node.outputs[0].layout
             return crop(self.small.leaf(node.operands[0]), layout, full_box(layout), box).clone()
@@ -375,8 +374,8 @@ class Executor:
     ) -> _Pulled:
         """Run a tile forward and pull it back; touches nothing that other tiles see."""
 
-        def fetch(ref: Ref, box: Box, raw: bool = False) -> torch.Tensor:
-            return self._fetch(again.original(ref), box, raw)
+        def fetch(ref: Ref, box: Box, form: Form) -> torch.Tensor:
+            return self._fetch(again.original(ref), box, form)
 
         graph, segment, tile = again.graph, again.segment, replace(tile, boxes=again.boxes(tile.boxes))
         runs = graph, segment, tile, fetch, self.small.leaf, True, self.seed, how, pull.grads

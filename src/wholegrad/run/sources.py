@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import torch
@@ -64,6 +65,14 @@ def _plain(pixels: np.ndarray) -> np.ndarray:
     return pixels if good else np.array(pixels, dtype=pixels.dtype.newbyteorder("="), order="C")
 
 
+class Form(Enum):
+    """How a tile wants an image or a target: pixels or channels next to each other, or the bytes that are stored."""
+
+    INTERLEAVED = "interleaved"
+    PLANAR = "planar"
+    BYTES = "bytes"
+
+
 @dataclass(frozen=True)
 class Source:
     """An image or a target: one reader for each element of the batch, and how its pixels become a tensor.
@@ -94,10 +103,13 @@ class Source:
     def cache_bytes(self) -> int:
         return sum(reader.cache_bytes for reader in self.readers)
 
-    def read(self, box: Box) -> torch.Tensor:
-        """The tensor on ``box``, the caller's own, pixels interleaved (channels last)."""
+    def read(self, box: Box, form: Form = Form.INTERLEAVED) -> torch.Tensor:
+        """The tensor on ``box``, the caller's own."""
+        if form is Form.BYTES:
+            return self._read_bytes(box)
         n, c = len(self.readers), self.readers[0].shape[0]
-        tile = torch.empty((n, c, box.height, box.width), dtype=self.out_dtype, memory_format=torch.channels_last)
+        layout = torch.contiguous_format if form is Form.PLANAR else torch.channels_last
+        tile = torch.empty((n, c, box.height, box.width), dtype=self.out_dtype, memory_format=layout)
         self._fill(tile, box)
         if self.raw:
             tile.div_(255)
@@ -143,8 +155,7 @@ class Source:
         """Whether the tensor is 8-bit pixels as fractions of 255."""
         return self.scale and all(reader.dtype == np.uint8 for reader in self.readers)
 
-    def read_raw(self, box: Box) -> torch.Tensor:
-        """The bytes on ``box``, the caller's own, channel by channel."""
+    def _read_bytes(self, box: Box) -> torch.Tensor:
         tile = torch.empty((len(self.readers), self.readers[0].shape[0], box.height, box.width), dtype=torch.uint8)
         self._fill(tile, box)
         return tile

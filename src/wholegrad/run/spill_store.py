@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 
@@ -13,7 +14,7 @@ from wholegrad.plan.plan import Placement, Plan
 from wholegrad.plan.spill import layout, spill_bytes
 from wholegrad.plan.tiles import Tile
 from wholegrad.run.spill import Spill
-from wholegrad.run.store import MapStore
+from wholegrad.run.store import MapStore, laid_out
 
 
 class DiskStore(MapStore):
@@ -60,14 +61,13 @@ class DiskStore(MapStore):
     def _part(self, values: torch.Tensor, block: Box, inner: Box) -> torch.Tensor:
         """The pixels on ``inner`` of a block's bytes, ``(N, h, w, C)``."""
         n, c = self.stored[0], self.stored[3]
-        pixels = (
-            values[: block.area * n * c * self.dtype.itemsize].view(self.dtype).view(n, block.height, block.width, c)
-        )
-        return _crop(pixels, inner, block)
+        flat = values[: block.area * n * c * self.dtype.itemsize].view(self.dtype)
+        return _crop(laid_out(flat, (n, block.height, block.width, c)), inner, block)
 
     def read(self, box: Box) -> torch.Tensor:
         box = self._moved(box)
-        result = torch.empty((self.stored[0], box.height, box.width, self.stored[3]), dtype=self.read_dtype)
+        shape = (self.stored[0], box.height, box.width, self.stored[3])
+        result = laid_out(torch.empty(prod(shape), dtype=self.read_dtype), shape)
         for number, inner, block in self._on(box):
             with self._spill.reading(self._file, number) as values:
                 _crop(result, inner, box).copy_(self._part(values, block, inner))

@@ -1,8 +1,9 @@
 """Where boundary maps live between segments, written and read by box: in memory here, or on disk (``spill_store``).
 
 Where tiles run on a device with memory of its own, "in memory" may be either one's (:class:`DeviceStore`,
-:class:`AwayStore`). All keep pixels interleaved, ``(N, H, W, C)``, so that a tile comes back in the layout that
-convolutions prefer. The host's memory comes from :mod:`wholegrad.run.blocks`.
+:class:`AwayStore`). All hand out pixels ``(N, H, W, C)``, and keep them so, but for maps of few channels, which lie
+channel by channel: a tile then comes back in the layout that its convolutions prefer (PyTorch's or the thin ones).
+The host's memory comes from :mod:`wholegrad.run.blocks`.
 
 A map may be stored in a narrower dtype than the graph's: it is rounded once, when written, and every read of it, in the
 forward sweep and in the backward, gives the same rounded values in the graph's dtype.
@@ -17,6 +18,7 @@ import torch
 
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Spec
+from wholegrad.kernels.choice import THIN
 from wholegrad.run.blocks import Blocks
 from wholegrad.run.device import Device
 
@@ -75,6 +77,12 @@ class MapStore(ABC):
         """Give the memory or the file back."""
 
 
+def laid_out(flat: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Pixels of this shape ``(N, H, W, C)`` in ``flat`` memory: channel by channel where thin kernels read them."""
+    n, h, w, c = shape
+    return flat.view(n, c, h, w).permute(0, 2, 3, 1) if c <= THIN else flat.view(shape)
+
+
 def overflows(tile: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether a finite element becomes infinite when it is rounded to ``dtype``."""
     if tile.dtype == dtype:
@@ -105,8 +113,7 @@ class HostStore(MapStore):
         super().__init__(spec, dtype, held)
         self._blocks = blocks
         self._block = blocks.take(max(self.nbytes, 1), zero)
-        flat = self._block[: self.nbytes].view(self.dtype)
-        self._map: torch.Tensor | None = flat.view(self.stored)
+        self._map: torch.Tensor | None = laid_out(self._block[: self.nbytes].view(self.dtype), self.stored)
 
     def _box(self, box: Box) -> torch.Tensor:
         assert self._map is not None, "the store is closed"
@@ -116,7 +123,8 @@ class HostStore(MapStore):
 
     def read(self, box: Box) -> torch.Tensor:
         stored = self._box(box)
-        return self._tile(torch.empty(stored.shape, dtype=self.read_dtype, device=stored.device).copy_(stored))
+        flat = torch.empty(stored.numel(), dtype=self.read_dtype, device=stored.device)
+        return self._tile(laid_out(flat, tuple(stored.shape)).copy_(stored))
 
     def look(self, box: Box) -> torch.Tensor:
         return self._tile(self._box(box)) if self.dtype == self.read_dtype else self.read(box)

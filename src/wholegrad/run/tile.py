@@ -24,6 +24,7 @@ from wholegrad.graph.tails import Tail
 from wholegrad.kernels.choice import THIN
 from wholegrad.kernels.thin import REAL, Mixed
 from wholegrad.plan.tiles import Tile
+from wholegrad.run.sources import Form
 from wholegrad.run.spans import node_span, op_name
 from wholegrad.run.strips import Strips
 from wholegrad.run.tail import Blocks
@@ -48,7 +49,7 @@ class TileRun:
     roots: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
-Fetch = Callable[[Ref, Box, bool], torch.Tensor]
+Fetch = Callable[[Ref, Box, Form], torch.Tensor]
 Shares = Mapping[int, tuple[torch.Tensor | None, ...]]
 NO_SHARES: Shares = {}
 
@@ -70,7 +71,7 @@ def run_tile(
     """Run the nodes of ``segment`` on ``tile``.
 
     Args:
-        fetch: a map's elements on a box, which the tile does not write into; as raw bytes if the last argument says so.
+        fetch: a map's elements on a box, not to be written into; those of images and targets in the form asked for.
         small: a small value in the graph's dtype, detached.
         grad: whether to record for :func:`pull_back`.
         seed: of the step, for random ops.
@@ -141,11 +142,11 @@ class _TileRunner:
             box = self.tile.boxes[ref.node]
             self.result.boxes[ref] = box
             if ref in self.how.raw:
-                self.raw[ref] = fetch(ref, box, True)
+                self.raw[ref] = fetch(ref, box, Form.BYTES)
                 if ref in self.how.floats:
                     self.env[ref] = (self.raw[ref].to(graph.spec(ref).dtype)).div_(255)
                 continue
-            tensor = fetch(ref, box, False)
+            tensor = fetch(ref, box, Form.PLANAR if ref in kernels else Form.INTERLEAVED)
             if ref in kernels and tensor.stride(-1) != 1:
                 tensor = tensor.contiguous()  # once, not by each kernel
             self.env[ref] = _leaf(graph, self.result, ref, tensor, self.grad)
