@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from wholegrad.graph.graph import Ref
+from wholegrad.plan.plan import Placement, Plan
+from wholegrad.run import process
 from wholegrad.run.blocks import Blocks
+from wholegrad.run.boundaries import Boundaries
+from wholegrad.run.device import Device
+from wholegrad.run.spill import Spill
 
 
 def given_back(blocks: Blocks, *sizes: int) -> list[int]:
@@ -55,3 +66,54 @@ def test_all_together_stay_below_what_the_plan_has() -> None:
     assert blocks.missing([10]) == 10
     blocks.give(used)
     assert blocks.missing([4]) == 0
+
+
+class Crowded:
+    """A step's boundaries in a process of so many bytes, of which the heap gives ``heap`` back when asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, held: int, heap: int) -> None:
+        self.held, self.heap, self.asked = held, heap, 0
+        self.kept = object.__new__(Boundaries)
+        self.kept.plan = cast(Plan, SimpleNamespace(host_peak=1000, placements={Ref(0): Placement.HOST}))
+        self.kept.device = cast(Device, SimpleNamespace(apart=False))
+        self.kept.spill, self.kept._beside, self.kept.blocks = None, 50, Blocks()
+        monkeypatch.setattr(process, "release_memory", self.release)
+        monkeypatch.setattr(process, "resident", lambda: self.held + self.kept.blocks._free_bytes())
+
+    def release(self) -> None:
+        self.asked, self.held, self.heap = self.asked + 1, self.held - self.heap, 0
+
+
+def test_with_room_nothing_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Crowded(monkeypatch, held=400, heap=200)
+    given_back(step.kept.blocks, 40, 60)
+    step.kept.make_room(200, {Ref(0): 100})  # 500 held, 100 new, 200 of tiles, 50 beside, 100 to spare
+    assert step.asked == 0 and step.kept.blocks.missing([40, 60]) == 0
+
+
+def test_the_heap_gives_back_before_blocks_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Crowded(monkeypatch, held=600, heap=400)
+    given_back(step.kept.blocks, 40, 60)
+    step.kept.make_room(200, {Ref(0): 100})
+    assert step.asked == 1 and step.kept.blocks.missing([40, 60]) == 0
+
+
+def test_then_go_blocks_that_nobody_wants_and_no_more_than_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Crowded(monkeypatch, held=600, heap=0)
+    given_back(step.kept.blocks, 40, 60, 80)
+    step.kept.make_room(200, {Ref(0): 60})  # 780 where 750 may be, and half of what tiles take to spare
+    assert step.asked == 1
+    assert step.kept.blocks.missing([60]) == 0 and step.kept.blocks.missing([40, 80]) == 120
+    step = Crowded(monkeypatch, held=500, heap=0)
+    given_back(step.kept.blocks, 40, 60, 80)
+    step.kept.make_room(200, {Ref(0): 60})  # 680: there is room, but 30 less to spare
+    assert step.asked == 0 and step.kept.blocks.missing([40, 60, 80]) == 40
+
+
+def test_what_is_beside_and_the_spill_pool_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Crowded(monkeypatch, held=600, heap=100)
+    step.kept.make_room(300, {})
+    assert step.asked == 0  # 600 + 300 + 50 of 1000
+    step.kept.spill = cast(Spill, SimpleNamespace(limit=80, held=20))
+    step.kept.make_room(300, {})
+    assert step.asked == 1  # and 60 that the pool may still take

@@ -16,7 +16,7 @@ from wholegrad.graph.segment import Segment
 from wholegrad.plan.bands import Bands
 from wholegrad.plan.devices import Apart, Host
 from wholegrad.plan.halos import Halo, halos
-from wholegrad.plan.memory import Working, held_whole, kept
+from wholegrad.plan.memory import Kept, Working, held_whole, kept
 from wholegrad.plan.parts import Parts, parts
 from wholegrad.plan.spill import spill_bytes
 from wholegrad.plan.storage import dtype_name, stored_bytes, stored_dtype
@@ -198,11 +198,8 @@ class Plan:
     @cached_property
     def memory(self) -> Parts:
         """What ``projected`` is made up of."""
-        hosts = [ref for ref, place in self.placements.items() if place is self.near]
-        cut = [part.segment for part in self.segments]
         moments = []
-        held = kept(self.graph, cut, hosts, self.boundary_dtype, self.backward, self.here)
-        for part, now in zip(self.segments, held, strict=True):
+        for part, now in zip(self.segments, self._held_in(self.near), strict=True):
             if not part.fused:
                 moments.append((now.forward, 0, part.working.forward, part.working.slack))
             if self.backward:
@@ -212,15 +209,19 @@ class Plan:
         if self.apart is not None:
             beside = {"messages": self.messages, "recordings": self._recorded_bytes}
             return parts(self.graph, self.reserved, moments, 0, **beside)
-        return parts(self.graph, self.reserved, moments, len(cut), spill, self.messages)
+        return parts(self.graph, self.reserved, moments, len(self.segments), spill, self.messages)
 
     @cached_property
     def most_of_boundaries(self) -> int:
         """Bytes of boundaries and their gradients in the host's memory, when they are most."""
-        hosts = [ref for ref, place in self.placements.items() if place is Placement.HOST]
-        cut = [part.segment for part in self.segments]
-        held = kept(self.graph, cut, hosts, self.boundary_dtype, self.backward, self.here)
+        held = self._held_in(Placement.HOST)
         return max((max(now.forward, now.backward + now.gradients) for now in held), default=0)
+
+    def _held_in(self, place: Placement) -> list[Kept]:
+        """What boundaries in one kind of memory take while each segment runs."""
+        there = [ref for ref, where in self.placements.items() if where is place]
+        cut = [part.segment for part in self.segments]
+        return kept(self.graph, cut, there, self.boundary_dtype, self.backward, self.here)
 
     @property
     def _recorded_bytes(self) -> int:
