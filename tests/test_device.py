@@ -27,6 +27,7 @@ from wholegrad.nets import unet4492
 from wholegrad.plan import devices
 from wholegrad.plan.plan import Placement
 from wholegrad.proof import random_labels
+from wholegrad.run.boundaries import Boundaries
 from wholegrad.run.device import open_device
 from wholegrad.verify import EXACT, Case, errors
 from zoo import Entry
@@ -210,6 +211,21 @@ def test_the_hosts_own_budget_is_kept_too() -> None:
         wg.plan(model, LOSSES["bce"], image, target, host_budget="10MiB", **options)
     with pytest.raises(PlanError, match="host_budget"):
         wg.plan(model, LOSSES["bce"], image, target, host_budget="1GiB", device="cpu")
+
+
+def test_the_host_makes_room_for_what_goes_to_a_device_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, image, target = bytes_case(600, 800)
+    device = pretend.device()
+    plan = wg.plan(model, LOSSES["bce"], image, target, device=device, tile=(160, 160), boundaries=["down1"])
+    asked: list[int] = []
+    monkeypatch.setattr(Boundaries, "make_room", lambda kept, working, new: asked.append(working))
+    wg.backward(model, LOSSES["bce"], image, target, plan=plan, device=device)
+    assert set(asked) == {part.staging for part in plan.segments} and min(asked) > 0
+    assert plan.host is not None and plan.host.projected - plan.host.reserved >= max(asked)
+    here = wg.plan(model, LOSSES["bce"], image, target, tile=(160, 160), boundaries=["down1"])
+    wg.backward(model, LOSSES["bce"], image, target, plan=here)
+    tiles = {each for part in here.segments for each in (part.working.forward, part.working.backward)}
+    assert {part.staging for part in here.segments} == {0} and set(asked[len(plan.segments) :]) & tiles
 
 
 def test_tensors_stay_below_the_devices_own_limit() -> None:

@@ -248,6 +248,7 @@ class Piece:
             again_macs=again,
             seconds=option.forward,
             backward_seconds=option.backward,
+            staging=0 if self.terms.apart is None else self.staging(option.tile),
         )
         return part, found
 

@@ -83,6 +83,7 @@ class SegmentPlan:
         again_macs: multiply-adds of running forward again in the backward sweep.
         seconds: predicted seconds of one forward run over all tiles.
         backward_seconds: predicted seconds of running all tiles again and pulling them back.
+        staging: bytes of the host's memory through which tiles on a device come and go.
     """
 
     segment: Segment
@@ -94,6 +95,7 @@ class SegmentPlan:
     again_macs: float
     seconds: float
     backward_seconds: float
+    staging: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -175,7 +175,7 @@ class Executor:
         segment = self.plan.segments[i].segment
         later = {ref for part in self.plan.segments[i + 1 :] for ref in part.segment.maps}
         kept = [ref for ref in segment.outputs if ref not in self.sinks or ref in later]
-        self._make_room(self.plan.segments[i].working.forward, self.kept.sizes(kept))
+        self._make_room(i, False, self.kept.sizes(kept))
         for ref in kept:
             self.kept.add_map(ref)
         how = self._how(self.graph, segment)
@@ -253,9 +253,11 @@ class Executor:
             yield tile, made
         bodies.finish(each, self.of_tiles)
 
-    def _make_room(self, working: int, new: Mapping[Ref, int]) -> None:
-        """Of the host's memory, for a segment whose tiles take ``working`` bytes where they run."""
-        self.kept.make_room(0 if self.device.apart else working, new)
+    def _make_room(self, i: int, backward: bool, new: Mapping[Ref, int]) -> None:
+        """Of the host's memory, for a sweep over segment ``i``: for its tiles, or what goes to those of a device."""
+        part = self.plan.segments[i]
+        here = part.working.backward if backward else part.working.forward
+        self.kept.make_room(part.staging if self.device.apart else here, new)
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
         self.kept.keep(ref, box, value)
@@ -338,7 +340,7 @@ class Executor:
         segment = self.plan.segments[i].segment
         again = recall(self.graph, segment, self.kept.maps.keys())
         how = self._how(again.graph, again.segment, True)
-        self._make_room(self.plan.segments[i].working.backward, self.kept.new_grads(segment))
+        self._make_room(i, True, self.kept.new_grads(segment))
         for _, pulled in self._pulled(i, again, how, pull, False):
             self._add_grads(pulled)
             self._tick("backward")
@@ -415,7 +417,7 @@ class Executor:
         pull = self._pull(segment.reductions, self._grads_known_before(i))
         again = recall(self.graph, segment, frozenset())
         how = self._how(again.graph, again.segment, True)
-        self._make_room(self.plan.segments[i].working.backward, self.kept.new_grads(segment))
+        self._make_room(i, True, self.kept.new_grads(segment))
         for tile, pulled in self._pulled(i, again, how, pull, True):
             self.sums.merge(pulled.parts, tile)
             self._add_grads(pulled)
