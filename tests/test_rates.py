@@ -38,7 +38,7 @@ def test_more_channels_take_no_more_time_for_each_multiply_add_and_every_count_h
     assert BUILT_IN.convolution(1, False) == BUILT_IN.wide[0]
     assert BUILT_IN.convolution(16, False) == BUILT_IN.wide[2] and BUILT_IN.convolution(17, False) == BUILT_IN.wide[3]
     assert BUILT_IN.convolution(4096, False) == BUILT_IN.wide[-1]
-    assert BUILT_IN.convolution(3, True) == BUILT_IN.thin[1] and BUILT_IN.convolution(12, True) == BUILT_IN.thin[2]
+    assert BUILT_IN.convolution(3, True) == BUILT_IN.thin[1] and BUILT_IN.convolution(16, True) == BUILT_IN.thin[2]
 
 
 def test_what_was_measured_is_kept_for_this_machine_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,10 +94,10 @@ class Normed(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, *self.rest = (torch.nn.Conv2d(a, 16, 3, padding=1) for a in (3, 16, 16, 16))
+        self.first, *self.rest = (torch.nn.Conv2d(a, 24, 3, padding=1) for a in (3, 24, 24, 24))
         self.more = torch.nn.ModuleList(self.rest)
-        self.norms = torch.nn.ModuleList(torch.nn.InstanceNorm2d(16) for _ in range(4))
-        self.last = torch.nn.Conv2d(16, 1, 1)
+        self.norms = torch.nn.ModuleList(torch.nn.InstanceNorm2d(24) for _ in range(4))
+        self.last = torch.nn.Conv2d(24, 1, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for conv, norm in zip((self.first, *self.more), self.norms, strict=True):

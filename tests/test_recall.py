@@ -8,7 +8,7 @@ from torch import nn
 
 from oracle import assert_exact, captured
 from wholegrad.graph.graph import Kind, Ref
-from wholegrad.graph.recall import recall, recallable
+from wholegrad.graph.recall import is_wide, recall, recallable
 from wholegrad.graph.rules import convolve
 from wholegrad.graph.segment import cut
 
@@ -20,12 +20,12 @@ class Wide(nn.Module):
 
     def __init__(self, norm: type[nn.Module]) -> None:
         super().__init__()
-        self.first = nn.Conv2d(3, 16, 3, padding=1)
-        self.second = nn.Conv2d(16, 16, 3, stride=2, padding=1)
-        self.third = nn.Conv2d(16, 16, (3, 2), padding=(2, 1), dilation=2)
-        self.fourth = nn.ConvTranspose2d(16, 16, 3, stride=2, padding=1, output_padding=1)
-        self.norms = nn.ModuleList(norm(16, affine=True) for _ in range(4))
-        self.head = nn.Conv2d(16, 1, 1)
+        self.first = nn.Conv2d(3, 24, 3, padding=1)
+        self.second = nn.Conv2d(24, 24, 3, stride=2, padding=1)
+        self.third = nn.Conv2d(24, 24, (3, 2), padding=(2, 1), dilation=2)
+        self.fourth = nn.ConvTranspose2d(24, 24, 3, stride=2, padding=1, output_padding=1)
+        self.norms = nn.ModuleList(norm(24, affine=True) for _ in range(4))
+        self.head = nn.Conv2d(24, 1, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = nn.functional.leaky_relu(self.norms[0](self.first(x)), 0.1)
@@ -61,6 +61,22 @@ def test_a_boundary_is_read_back_where_a_convolution_of_many_channels_makes_it()
     assert found == {made["second"], made["third"], made["fourth"]}  # the first reads three channels: computed again
     again = recall(graph, next(s for s in segments if made["second"] in s.outputs), set(made.values()))
     assert [again.original(ref) for ref in again.segment.maps][-1] == made["second"]
+
+
+@pytest.mark.parametrize(
+    ("into", "out", "groups", "worth"),
+    [
+        (24, 24, 1, True),
+        (16, 64, 1, True),
+        (128, 128, 8, True),
+        (16, 16, 1, False),  # the thin kernels'
+        (64, 16, 1, False),  # lies planar
+        (3, 64, 1, False),  # as quick as reading
+    ],
+)
+def test_what_is_worth_reading_back(into: int, out: int, groups: int, worth: bool) -> None:
+    graph = captured(nn.Conv2d(into, out, 3, groups=groups).double(), (1, into, 30, 30))
+    assert any(is_wide(graph, node) for node in graph.nodes) == worth
 
 
 def test_statistics_are_taken_in_the_pass_that_makes_the_map() -> None:

@@ -20,10 +20,11 @@ import torch
 
 from wholegrad.graph.graph import Graph, Kind, Node, Ref
 from wholegrad.graph.segment import Segment
-from wholegrad.kernels.choice import THIN
+from wholegrad.kernels.choice import THIN, suits
 
 aten = torch.ops.aten
 T = TypeVar("T")
+FEW = 12  # channels on one side of a weight, up to which a convolution costs about what reading its output does
 
 
 def recallable(graph: Graph, segment: Segment, stored: Set[Ref]) -> tuple[Ref, ...]:
@@ -32,10 +33,12 @@ def recallable(graph: Graph, segment: Segment, stored: Set[Ref]) -> tuple[Ref, .
 
 
 def is_wide(graph: Graph, node: Node) -> bool:
-    """A convolution that costs more than reading its output."""
+    """A convolution that costs more than reading its output: of PyTorch's, whose maps lie as it wants them."""
     if node.op is not aten.convolution.default:
         return False
-    return min(graph.spec(node.args[1]).shape[:2]) > THIN
+    weight, channels = graph.spec(node.args[1]), node.outputs[0].shape[1]
+    thin = suits(weight.shape, weight.dtype, node.args[3], node.args[8])
+    return min(weight.shape[:2]) > FEW and channels > THIN and not thin
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ are 1.3 to 7 times faster. The input gradient of 3 -> 64 channels (7x7) was half
 
 16 channels count as thin for the sake of what is around a convolution: its input may be computed as it is read, and its
 maps need not change between planar and interleaved. MONAI's UNet (16 channels first) takes 0.84 to 0.91 of the time so,
-its boundaries planar too; with 32 as thin it took 1.05 of it (``benchmarks/wide``, 2026-11-29).
+its boundaries planar too; with 32 as thin it took 1.05 of it (``benchmarks/wide``, 2026-11-29). Triton's kernels go by
+the same number, and never ran on a GPU.
 """
 
 from __future__ import annotations

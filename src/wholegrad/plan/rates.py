@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 CHANNELS = (1, 8, 16, 32, 64, 128)  # of the thinner side of a convolution, up to which a rate of ``wide`` holds
-FEW = (2, 4, 12)  # the same for the project's own kernels
+FEW = (2, 4, 16)  # the same for the project's own kernels
 
 
 @dataclass(frozen=True)

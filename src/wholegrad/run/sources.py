@@ -66,7 +66,10 @@ def _plain(pixels: np.ndarray) -> np.ndarray:
 
 
 class Form(Enum):
-    """How a tile wants an image or a target: pixels or channels next to each other, or the bytes that are stored."""
+    """How a tile on the CPU wants an image or a target: pixel by pixel, channel by channel, or as stored bytes.
+
+    To a device all travel channel by channel.
+    """
 
     INTERLEAVED = "interleaved"
     PLANAR = "planar"

@@ -154,7 +154,7 @@ class DeviceStore(HostStore):
     ) -> None:
         MapStore.__init__(self, spec, dtype, held)
         make = torch.zeros if zero else torch.empty
-        self._map = make(self.stored, dtype=self.dtype, device=device.torch)
+        self._map = laid_out(make(prod(self.stored), dtype=self.dtype, device=device.torch), self.stored)
 
     def close(self) -> None:
         self._map = None
@@ -172,7 +172,7 @@ class AwayStore(MapStore):
 
     def read(self, box: Box) -> torch.Tensor:
         shape = (self.stored[0], box.height, box.width, self.stored[3])
-        staged = self._tile(self._device.staging(shape, self.read_dtype))
+        staged = self._tile(laid_out(self._device.staging((prod(shape),), self.read_dtype), shape))
         return self._device.arrived(self._device.send(staged.copy_(self._store.look(box))))
 
     def write(self, box: Box, tile: torch.Tensor) -> None:
