@@ -72,7 +72,9 @@ def everything(planner: Planner, room: float) -> float:
     for count in range(len(pool) + 1):
         for chosen in combinations(pool, count):
             for cutting in planner.cuttings.of(frozenset(chosen)):
-                for places in product(Placement, repeat=count):
+                for places in product(
+                    (Placement.HOST, Placement.DISK), repeat=count
+                ):  # there is no device: it would be free
                     best = min(best, fastest(cutting, dict(zip(chosen, places, strict=True)), room))
     return best
 
@@ -110,7 +112,7 @@ class Small(torch.nn.Module):
         return found
 
 
-@pytest.mark.parametrize(("channels", "more"), [(2, 64 << 20), (16, 64 << 20), (24, 1 << 20), (24, 512 << 20)])
+@pytest.mark.parametrize(("channels", "more"), [(2, 64 << 20), (16, 1 << 20), (16, 512 << 20), (24, 1 << 20)])
 def test_the_search_comes_close_to_brute_force(channels: int, more: int) -> None:
     image = torch.zeros(()).expand(1, 1, 1024, 1536)
     planner = Planner(graph_of(Small(channels), mean_square, image), Request(None, 1 << 20, True, 2))
