@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import wholegrad as wg
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Spec
 from wholegrad.graph.layout import map_layout
@@ -37,6 +38,18 @@ def test_a_box_comes_in_the_layout_of_its_readers(channels: int, narrow: torch.d
             assert torch.equal(found, whole[:, :, rows, cols])
             assert found.stride(3 if channels <= THIN else 1) == 1
         store.close()
+
+
+@pytest.mark.parametrize(("channels", "form"), [(8, Form.PLANAR), (64, Form.INTERLEAVED)])
+def test_a_tile_asks_for_an_image_as_its_convolution_reads_it(
+    channels: int, form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, read = [], Source.read
+    monkeypatch.setattr(Source, "read", lambda source, box, form: (asked.append(form), read(source, box, form))[1])
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, channels, 3, padding=1), torch.nn.Conv2d(channels, 1, 1))
+    wg.backward(net, lambda y, target: y.square().mean(), torch.rand(3, ROWS, COLS), None, budget="8GiB")
+    assert set(asked) == {form}
 
 
 @pytest.mark.parametrize("scale", [False, True])

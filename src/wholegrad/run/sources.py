@@ -109,7 +109,7 @@ class Source:
     def read(self, box: Box, form: Form = Form.INTERLEAVED) -> torch.Tensor:
         """The tensor on ``box``, the caller's own."""
         if form is Form.BYTES:
-            return self._read_bytes(box)
+            return self.staged(box, lambda shape, dtype: torch.empty(shape, dtype=dtype))
         n, c = len(self.readers), self.readers[0].shape[0]
         layout = torch.contiguous_format if form is Form.PLANAR else torch.channels_last
         tile = torch.empty((n, c, box.height, box.width), dtype=self.out_dtype, memory_format=layout)
@@ -157,11 +157,6 @@ class Source:
     def raw(self) -> bool:
         """Whether the tensor is 8-bit pixels as fractions of 255."""
         return self.scale and all(reader.dtype == np.uint8 for reader in self.readers)
-
-    def _read_bytes(self, box: Box) -> torch.Tensor:
-        tile = torch.empty((len(self.readers), self.readers[0].shape[0], box.height, box.width), dtype=torch.uint8)
-        self._fill(tile, box)
-        return tile
 
     def whole(self) -> torch.Tensor:
         """The whole map as one tensor: for the oracle."""
