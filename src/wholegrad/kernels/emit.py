@@ -132,6 +132,22 @@ class Code:
         whole = self.set(f"zext {kind} {found} to <{self.lanes} x i32>")
         return self.set(f"sitofp <{self.lanes} x i32> {whole} to {self.vector}")
 
+    def load_small_apart(self, pointer: str, stride: int) -> list[str]:
+        """Every ``stride``-th unsigned 8-bit integer from each of the first ``stride`` on, as real numbers.
+
+        One load of whole numbers of ``stride`` bytes (2, 4 or 8), of which each byte is shifted down (little endian).
+        """
+        kind, parts = f"<{self.lanes} x i{8 * stride}>", []
+        both = self.set(f"load {kind}, ptr {pointer}, align 1")
+        for k in range(stride):
+            shift, low = (f"<{', '.join([f'i{8 * stride} {number}'] * self.lanes)}>" for number in (8 * k, 255))
+            one = self.set(f"lshr {kind} {both}, {shift}") if k else both
+            one = self.set(f"and {kind} {one}, {low}") if k < stride - 1 else one
+            if stride != 4:
+                one = self.set(f"{'zext' if stride < 4 else 'trunc'} {kind} {one} to <{self.lanes} x i32>")
+            parts.append(self.set(f"sitofp <{self.lanes} x i32> {one} to {self.vector}"))
+        return parts
+
     def load_where(self, mask: str, pointer: str) -> str:
         """Elements where the mask is on, zero elsewhere; the rest of memory is not touched."""
         name = f"@llvm.masked.load.{self.suffix}.p0"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from wholegrad.kernels.emit import Code
@@ -66,8 +67,16 @@ class Program(NamedTuple):
 
 
 IDENTITY = Program((Leaf(),))
-COSTS = {"div": 8, "sqrt": 8, "exp": 20, "log": 20, "sigmoid": 30, "silu": 30, "bce": 50, "u8": 4}
+COSTS = {"div": 8, "sqrt": 8, "exp": 20, "log": 20, "sigmoid": 30, "silu": 30, "bce": 50, "u8": 2}
 MASKS = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not"})
+
+
+def slope_follows(program: Program) -> bool:
+    """Whether the derivative at a value is that at the program's value of it, so that the latter is enough to keep."""
+    if len(program.steps) != 1 or len(program.leaves) != 1:
+        return False
+    (step,) = program.steps
+    return step.op == "relu" or (step.op == "leaky" and step.numbers[0] > 0)
 
 
 class Dual(NamedTuple):
@@ -89,11 +98,16 @@ def evaluate(code: Code, program: Program, leaves: Sequence[str], wrt: int | Non
     return found[-1]
 
 
+def rounded(code: Code, number: float) -> float:
+    """``number`` in the kernel's precision."""
+    if code.real == "double" or not math.isfinite(number):
+        return number
+    return float(struct.unpack("f", struct.pack("f", number))[0])
+
+
 def constant(code: Code, number: float) -> str:
     """``number`` in every lane, rounded to the kernel's precision."""
-    if code.real == "float":
-        number = struct.unpack("f", struct.pack("f", number))[0] if math.isfinite(number) else number
-    bits = struct.unpack("Q", struct.pack("d", number))[0]
+    bits = struct.unpack("Q", struct.pack("d", rounded(code, number)))[0]
     return "<" + ", ".join([f"{code.real} 0x{bits:016X}"] * code.lanes) + ">"
 
 
@@ -155,11 +169,13 @@ def _constant(code: Code, given: list[Dual], numbers: tuple[float, ...]) -> Dual
 
 
 def _fraction(code: Code, given: list[Dual], numbers: tuple[float, ...]) -> Dual:
-    """``a / 255`` of a whole number, rounded as a division rounds it: a product, and what it missed times the same."""
-    a, inverse = given[0].value, constant(code, 1 / 255)
-    near = code.real2("fmul", a, inverse)
-    missed = code.fma(near, constant(code, -255.0), a)
-    return Dual(code.fma(missed, inverse, near))
+    """``a / 255`` of a whole number up to 255, rounded as a division rounds it (a test tries all of them).
+
+    1 / 255 is the sum of what the precision holds of it and of what that misses.
+    """
+    exact, nearest = Fraction(1, 255), rounded(code, 1 / 255)
+    missed = code.real2("fmul", given[0].value, constant(code, float(exact - Fraction(nearest))))
+    return Dual(code.fma(given[0].value, constant(code, nearest), missed))
 
 
 def _leaky(code: Code, given: list[Dual], numbers: tuple[float, ...]) -> Dual:

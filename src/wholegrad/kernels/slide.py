@@ -4,7 +4,8 @@ A block is some output channels x rows x column phases x vectors. Each row of th
 once for all its output rows and channels; each weight is spread over a vector's lanes once for all its vectors.
 What is staged may be computed on the way (``parts``), and outputs may be multiplied by a derivative as they are stored
 (``factor``), so that activations before a convolution cost no map of their own, neither forward nor backward. Or a
-program is computed of each output (``store``): a mask of logits is stored as bytes.
+program is computed of each output (``store``): a mask of logits is stored as bytes. What lies as the kernel wants it
+may be read where it is (``direct``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SIZES = (
     "band", "scratch_places", "scratch_channel",  # rows of a phase in one band; elements a phase's row and a channel
 )  # fmt: skip
 MOST_MULTIPLIES = 4096  # unrolled for one input channel
+MOST = 8  # rows of a block, and vectors
 UNALIGNED = 1.8  # loads that one vector from anywhere costs
 
 
@@ -40,6 +42,8 @@ class Shape(NamedTuple):
         parts: how the input's channels are had; a tensor as it is where empty.
         factor: outputs are multiplied by its derivative with respect to its one wanted leaf.
         store: what is made of an output, its only leaf, as it is stored.
+        direct: which parts, maps as they are, are read where they lie and not staged: of stride 1 and where no padding
+            is read. Of what lies after such a map up to ``MOST - 1`` rows and as many vectors are read for nothing.
     """
 
     inputs: int
@@ -53,6 +57,17 @@ class Shape(NamedTuple):
     parts: tuple[Part, ...] = ()
     factor: Program | None = None
     store: Program | None = None
+    direct: tuple[bool, ...] = ()
+
+    @property
+    def staged(self) -> int:
+        """Channels of the input that are staged."""
+        here = sum(part.channels for part, there in zip(self._parts, self.direct, strict=False) if there)
+        return self.inputs - here
+
+    @property
+    def _parts(self) -> tuple[Part, ...]:
+        return stage.parts_of(self.parts, self.inputs)
 
     @property
     def bytes(self) -> bool:
@@ -88,8 +103,8 @@ def block(shape: Shape, host: Host) -> Block:
     taps = len(rows.taps) * len(cols.taps) / rows.targets
     columns = len({(tap.source, tap.shift) for tap in cols.taps})
     best, least = Block(channels, 1, 1), float("inf")
-    for r in range(1, 9):
-        for v in range(1, 9):
+    for r in range(1, MOST + 1):
+        for v in range(1, MOST + 1):
             fits = held * r * v <= room and taps * channels * r * v <= MOST_MULTIPLIES
             if not fits and (r, v) != (1, 1):
                 continue
@@ -131,17 +146,21 @@ def write(shape: Shape, host: Host) -> str:
     step_y, phases = rows.sources, cols.sources
     parts = stage.parts_of(shape.parts, shape.inputs)
     groups = len(size.groups(shape.outputs))
+    table = code.at("%notes", stage.NOTE * shape.inputs, "i64") if shape.direct else ""
     with code.loop(0, arg["rows"], arg["band"]) as band:
         count = code.least(arg["band"], code.sub(arg["rows"], band.index))
         blocks = code.set(f"sdiv i64 {code.add(count, size.rows - 1)}, {size.rows}")
         deep = code.add(code.mul(code.mul(blocks, size.rows), step_y), step_y * rows.reach)
         first = code.add(arg["top"], code.mul(band.index, step_y))
         area = stage.Area(first, deep, arg["height"], arg["width"], arg["left"], arg["scratch_places"])
-        stage.fill(code, parts, "x", "%leaves", area, ("%scratch", arg["scratch_channel"]))
+        scratch = "%scratch", arg["scratch_channel"]
+        stage.fill(code, parts, "x", "%leaves", area, scratch, direct=shape.direct)
+        if table:
+            stage.places(code, parts, shape.direct, "%leaves", area, scratch, table)
         # Where one pass does all channels it fetches what the next band will read; more passes have time enough.
         if groups == 1:
             stage.note(code, parts, "%leaves", "%notes", code.add(first, deep), arg["left"])
-        writer = _Writer(code, shape, size, rows, cols, arg)
+        writer = _Writer(code, shape, size, rows, cols, arg, table)
         with code.loop(0, count, size.rows) as row:
             base = code.at("%scratch", code.mul(row.index, code.mul(arg["scratch_places"], phases * step_y)))
             top = code.add(band.index, row.index)
@@ -150,19 +169,27 @@ def write(shape: Shape, host: Host) -> str:
                 start = code.least(code.mul(group.index, size.channels), shape.outputs - size.channels)
                 for phase in range(rows.targets):
                     fetched = ahead if groups == 1 and phase == 0 else None
-                    writer.sweep(base, top, phase, group.index, start, fetched)
+                    writer.sweep((base, row.index), top, phase, group.index, start, fetched)
     body = code.function(
         "slide", "ptr %sizes, ptr %leaves, ptr %w, ptr %b, ptr %out, ptr %factor, ptr %scratch, ptr %notes"
     )
-    return stage.declarations(shape.real, n) + stage.stages(shape.real, n, phases, parts, "x") + body
+    return (
+        stage.declarations(shape.real, n) + stage.stages(shape.real, n, phases, parts, "x", direct=shape.direct) + body
+    )
+
+
+Start = tuple[str, Value]  # of a block of rows: where the first channel's are in scratch, and which of the band
 
 
 class _Writer:
-    def __init__(self, code: Code, shape: Shape, size: Block, rows: Axis, cols: Axis, arg: dict[str, str]) -> None:
+    def __init__(
+        self, code: Code, shape: Shape, size: Block, rows: Axis, cols: Axis, arg: dict[str, str], table: str
+    ) -> None:
         self.code, self.shape, self.size, self.rows, self.cols, self.arg = code, shape, size, rows, cols, arg
+        self.table = table  # of channels' places, where some are direct
         self.item = stage.item_size(code, stage.parts_of(shape.parts, shape.inputs))
 
-    def sweep(self, base: str, top: Value, phase: int, number: str, start: str, ahead: Value | None) -> None:
+    def sweep(self, base: Start, top: Value, phase: int, number: str, start: str, ahead: Value | None) -> None:
         """One block of rows of one row phase and one group of channels, from left to right.
 
         ``ahead`` is the first row of the next band to be fetched meanwhile; None if another sweep does it.
@@ -180,7 +207,7 @@ class _Writer:
                 self._block(base, top, phase, number, start, ahead, x.index, 1)
 
     def _block(
-        self, base: str, top: Value, phase: int, number: str, start: str, ahead: Value | None, x: str, v: int
+        self, base: Start, top: Value, phase: int, number: str, start: str, ahead: Value | None, x: str, v: int
     ) -> None:
         code, size, cols = self.code, self.size, self.cols
         keys = [
@@ -188,15 +215,20 @@ class _Writer:
             for k in range(v)
         ]  # fmt: skip
         biases = [code.broadcast(code.at("%b", code.add(start, o))) for o in range(size.channels)]
-        begin = code.at(base, x)
+        begin = code.at(base[0], x)
         area = self.shape.kernel[0] * self.shape.kernel[1] * size.channels
         weights = code.at("%w", code.mul(number, self.shape.inputs * area))
         with code.loop(0, self.shape.inputs, 1, [biases[key[0]] for key in keys]) as channel:
             found = dict(zip(keys, channel.values, strict=True))
-            source = code.at(begin, code.mul(channel.index, self.arg["scratch_channel"]))
-            if ahead is not None:
+            source, pitch = (
+                code.at(begin, code.mul(channel.index, self.arg["scratch_channel"])),
+                self.arg["scratch_places"],
+            )
+            if self.table:
+                source, pitch = self._place(channel.index, base[1], x)
+            self._taps((source, pitch), code.at(weights, code.mul(channel.index, area)), phase, v, found)
+            if ahead is not None:  # after the taps: before them, some shapes had their sums spilled
                 self._fetch(channel.index, ahead, x, v)
-            self._taps(source, code.at(weights, code.mul(channel.index, area)), phase, v, found)
             channel.after = [found[key] for key in keys]
         final = dict(zip(keys, channel.values, strict=True))
         for o in range(size.channels):
@@ -210,6 +242,13 @@ class _Writer:
                         {(p, k): final[o, r, p, k] for p in range(cols.targets) for k in range(v)},
                     )
 
+    def _place(self, channel: str, row: Value, x: str) -> tuple[str, str]:
+        """Where a channel has that row of the band and column, and elements from row to row."""
+        code = self.code
+        at = code.at(self.table, code.mul(channel, stage.PLACE), "i64")
+        address, pitch = (code.integer(at, k) for k in range(stage.PLACE))
+        return code.at(code.set(f"inttoptr i64 {address} to ptr"), code.add(code.mul(row, pitch), x)), pitch
+
     def _fetch(self, channel: str, ahead: Value, x: str, v: int) -> None:
         """Ask for the input that the next band will read in this place."""
         code, phases = self.code, self.cols.sources
@@ -219,16 +258,23 @@ class _Writer:
             pointer = note.below(pointer) if row else pointer
             note.fetch(pointer, 0, v * phases * code.lanes)
 
-    def _taps(self, source: str, weights: str, phase: int, v: int, found: dict[tuple[int, int, int, int], str]) -> None:
-        """Add one input channel's taps to ``found``, input row by input row."""
+    def _taps(
+        self,
+        source: tuple[str, str],
+        weights: str,
+        phase: int,
+        v: int,
+        found: dict[tuple[int, int, int, int], str],
+    ) -> None:
+        """Add one input channel's taps to ``found``, input row by input row; ``source`` is where, and its pitch."""
         code, size = self.code, self.size
         uses, columns = row_uses(self.rows, size, phase), column_uses(self.cols)
-        here, pointer, width = 0, source, self.shape.kernel[1]
+        here, (pointer, pitch), width = 0, source, self.shape.kernel[1]
         for delta in sorted(uses):
             for place, shift in sorted(columns):
                 target = delta * self.cols.sources + place
                 if target != here:
-                    pointer = code.at(pointer, code.mul(self.arg["scratch_places"], target - here))
+                    pointer = code.at(pointer, code.mul(pitch, target - here))
                     here = target
                 vectors = [code.load(code.at(pointer, shift + k * code.lanes)) for k in range(v)]
                 for r, ky in uses[delta]:

@@ -47,10 +47,20 @@ def parts_of(parts: Sequence[Part], channels: int) -> tuple[Part, ...]:
     return tuple(parts) or (Part(IDENTITY, channels),)
 
 
-def stages(real: str, lanes: int, stride: int, parts: Sequence[Part], name: str, summed: bool = False) -> str:
-    """The text of the functions that :func:`fill` calls: one a part."""
+def stages(
+    real: str,
+    lanes: int,
+    stride: int,
+    parts: Sequence[Part],
+    name: str,
+    summed: bool = False,
+    direct: Sequence[bool] = (),
+) -> str:
+    """The text of the functions that :func:`fill` calls: one a part that is not ``direct``."""
     return "".join(
-        stage(f"stage_{name}{i}", Code(real, lanes), stride, part.program, summed) for i, part in enumerate(parts)
+        stage(f"stage_{name}{i}", Code(real, lanes), stride, part.program, summed)
+        for i, part in enumerate(parts)
+        if not (direct and direct[i])
     )
 
 
@@ -62,15 +72,19 @@ def fill(
     area: Area,
     scratch: tuple[str, Value],
     sums: tuple[str, Value] | None = None,
+    direct: Sequence[bool] = (),
 ) -> None:
     """Stage an area of every channel.
 
     Args:
         scratch: where, and how many elements a channel takes there.
         sums: where each channel's sum is kept, and how many rows do not count, if the functions sum.
+        direct: which parts are left where they are.
     """
     before = 0
     for i, part in enumerate(parts):
+        if direct and direct[i]:
+            continue
         table = code.at(leaves, LEAF * sum(len(each.program.leaves) for each in parts[:i]), "i64")
         with code.loop(0, part.channels) as channel:
             to = code.at(scratch[0], code.mul(code.add(channel.index, before), scratch[1]))
@@ -80,6 +94,37 @@ def fill(
                 place = code.at(sums[0], code.mul(code.add(channel.index, before), code.lanes), "double")
             code.do(f"call void @stage_{name}{i}(ptr {to}, ptr {table}, ptr {place}, i64 {skip}, {values})")
         before += part.channels
+
+
+PLACE = 2  # 64-bit integers: an address, elements from row to row
+
+
+def places(
+    code: Code,
+    parts: Sequence[Part],
+    direct: Sequence[bool],
+    leaves: str,
+    area: Area,
+    scratch: tuple[str, Value],
+    table: str,
+) -> None:
+    """Note in ``table`` where an area's first row is of every channel: in scratch, or of a direct part in its map."""
+    before = staged = 0
+    for i, part in enumerate(parts):
+        leaf = code.at(leaves, LEAF * sum(len(each.program.leaves) for each in parts[:i]), "i64")
+        with code.loop(0, part.channels) as channel:
+            pitch: Value
+            if direct[i]:
+                address, step, pitch = (code.integer(leaf, k) for k in range(LEAF))
+                offset = code.add(code.add(code.mul(channel.index, step), code.mul(area.first, pitch)), area.column)
+            else:
+                address, pitch = code.set(f"ptrtoint ptr {scratch[0]} to i64"), area.places
+                offset = code.mul(code.add(channel.index, staged), scratch[1])
+            at = code.at(table, code.mul(code.add(channel.index, before), PLACE), "i64")
+            for k, value in enumerate((code.add(address, code.mul(offset, code.bytes)), pitch)):
+                code.do(f"store i64 {value}, ptr {code.at(at, k, 'i64')}")
+        before += part.channels
+        staged += 0 if direct[i] else part.channels
 
 
 RUN = 16  # places of a row that a lane sums before the sum is added to a float64 total, as in pointwise passes
@@ -141,6 +186,7 @@ class Note:
 
 
 LINE = 64  # bytes of a cache line
+APART = (2, 4, 8)  # strides by which bytes come apart as they are loaded
 
 
 def stage(name: str, code: Code, stride: int, program: Program, summed: bool) -> str:
@@ -166,7 +212,7 @@ def stage(name: str, code: Code, stride: int, program: Program, summed: bool) ->
                     end = code.least(high, code.add(run.index, RUN * code.lanes))
                     with code.loop(run.index, end, code.lanes, ["zeroinitializer"] * summed) as loop:
                         vectors = (_edge if edge else _inner)(code, line, stride, loop.index)
-                        for phase, each in zip(phases, code.part(vectors), strict=True):
+                        for phase, each in zip(phases, vectors, strict=True):
                             code.store(each, code.at(phase, loop.index))
                         loop.after = [_added(code, loop.values[0], vectors)] if summed else []
                     if summed:
@@ -177,8 +223,7 @@ def stage(name: str, code: Code, stride: int, program: Program, summed: bool) ->
 
 def _inner(code: Code, line: Line, stride: int, place: str) -> list[str]:
     """The vectors that fill one place of every phase, all columns of the map."""
-    start = code.mul(place, stride)
-    return [line.read(code.add(start, k * code.lanes)) for k in range(stride)]
+    return line.apart(code.mul(place, stride), stride)
 
 
 def _edge(code: Code, line: Line, stride: int, place: str) -> list[str]:
@@ -189,7 +234,7 @@ def _edge(code: Code, line: Line, stride: int, place: str) -> list[str]:
     for k in range(stride):
         mask = code.lanes_within(code.sub(-k * lanes, x), code.sub(code.sub("%width", x), k * lanes))
         vectors.append(line.read(code.add(offset, k * lanes), mask))
-    return vectors
+    return code.part(vectors)
 
 
 def _added(code: Code, total: str, vectors: Sequence[str]) -> str:
@@ -254,6 +299,20 @@ class Line:
         code, program = self.leaves.code, self.leaves.program
         value = evaluate(code, program, self.vectors(place, mask)).value
         return code.select(mask, value, "zeroinitializer") if mask and not program.plain else value
+
+    def apart(self, place: Value, stride: int) -> list[str]:
+        """The program's value at every ``stride``-th place, from each of the first ``stride`` on."""
+        code, program, parts = self.leaves.code, self.leaves.program, []
+        for i, leaf in enumerate(program.leaves):
+            if leaf.kind != MAP:
+                parts.append([self.leaves.small[i]] * stride)
+            elif leaf.bytes and stride in APART:
+                parts.append(code.load_small_apart(code.at(self.pointers[i], place, "i8"), stride))
+            else:
+                kind = "i8" if leaf.bytes else None
+                pointers = [code.at(self.pointers[i], code.add(place, k * code.lanes), kind) for k in range(stride)]
+                parts.append(code.part([(code.load_small if leaf.bytes else code.load)(each) for each in pointers]))
+        return [evaluate(code, program, each).value for each in zip(*parts, strict=True)]
 
 
 def declarations(real: str, lanes: int) -> str:

@@ -23,9 +23,19 @@ from wholegrad.kernels import slide
 from wholegrad.kernels.calls import BUFFERS, GIVEN, NOWHERE, OUT, SCRATCH, Calls, Placed, Schedule
 from wholegrad.kernels.compile import function
 from wholegrad.kernels.emit import Code
-from wholegrad.kernels.expression import EACH, MAP, Program
+from wholegrad.kernels.expression import EACH, IDENTITY, MAP, Program
 from wholegrad.kernels.stage import Part
-from wholegrad.kernels.thin import REAL, Pair, kernel_parts, packed_weight, slide_kernel, slide_plan, zeros
+from wholegrad.kernels.thin import (
+    REAL,
+    Pair,
+    beyond,
+    directly,
+    kernel_parts,
+    packed_weight,
+    slide_kernel,
+    slide_plan,
+    zeros,
+)  # fmt: skip
 
 ALIGN = 16  # elements of a buffer's row, a multiple; an odd multiple so that rows do not share cache sets
 
@@ -76,6 +86,51 @@ Spans = tuple[tuple[Span, ...], ...]  # of each strip or panel: of each layer
 Lying = tuple[int, int, int]  # a tensor's elements from channel to channel and from row to row, bytes of one
 
 
+def stored_as_read(
+    layers: Sequence[Layer], may: Callable[[Program], bool]
+) -> tuple[list[tuple[Part, ...]], list[Program | None]]:
+    """What each layer reads, and what of each layer's outputs is stored.
+
+    Where all readers of a layer's map compute the same program of it alone, the program is computed as the map is
+    stored, and readers take it as it is.
+
+    Args:
+        may: whether such a program may be computed so.
+    """
+    reads = [list(layer.parts) for layer in layers]
+    stored: list[Program | None] = [None] * len(layers)
+    for number in range(len(layers) - 1):
+        found = [
+            (k, order)
+            for k, layer in enumerate(layers)
+            for order, sources in enumerate(_by_part(layer))
+            if ~number in sources
+        ]
+        programs = {kernel_parts((layers[k].parts[order],)) for k, order in found}
+        if len(programs) != 1 or not (parts := programs.pop()):
+            continue
+        program = parts[0].program
+        if len(program.leaves) == 1 and not program.leaves[0].bytes and not program.mask and may(program):
+            stored[number] = program
+            for k, order in found:
+                reads[k][order] = Part(IDENTITY, reads[k][order].channels)
+    return [tuple(parts) for parts in reads], stored
+
+
+def _by_part(layer: Layer) -> list[tuple[int, ...]]:
+    """The sources of each part's leaves."""
+    found, first = [], 0
+    for part in layer.parts:
+        found.append(layer.sources[first : first + len(part.program.leaves)])
+        first += len(part.program.leaves)
+    return found
+
+
+def buffered(layer: Layer) -> tuple[bool, ...]:
+    """Which parts are another layer's map."""
+    return tuple(sources[0] < 0 for sources in _by_part(layer))
+
+
 class _Kernel(NamedTuple):
     """A layer's kernel for one residue, with its weight packed."""
 
@@ -94,7 +149,8 @@ class Writer:
     def __init__(self, layers: Sequence[Layer], store: Program | None) -> None:
         self.layers, self.store = layers, store
         self.dtype = layers[-1].weight.dtype
-        self._kernels: dict[tuple[int, Pair], _Kernel] = {}
+        self.reads, self.stored = stored_as_read(layers, lambda program: True)
+        self._kernels: dict[tuple[int, slide.Shape], _Kernel] = {}
         self._biases = [
             zeros(each.outputs, each.weight.dtype) if each.bias is None else each.bias.contiguous() for each in layers
         ]
@@ -103,17 +159,20 @@ class Writer:
     def out_dtype(self) -> torch.dtype:
         return torch.uint8 if self.store is not None and self.store.mask else self.dtype
 
-    def kernel(self, number: int, residue: Pair) -> _Kernel:
-        """Compiled if it was not yet."""
-        key = (number, residue)
+    def kernel(self, number: int, row: Span, col: Span) -> _Kernel:
+        """A layer's kernel for such a span; compiled if it was not yet."""
+        layer, lead = self.layers[number], (row.lead, col.lead)
+        weight = layer.weight.transpose(0, 1) if layer.transposed else layer.weight
+        outputs, inputs, k, l = weight.shape  # noqa: E741
+        residue = (lead[0] % layer.stride[0], lead[1] % layer.stride[1]) if layer.transposed else (0, 0)
+        store = self.store if number == len(self.layers) - 1 else self.stored[number]
+        shape = slide.Shape(
+            inputs, outputs, (k, l), layer.stride, layer.dilation, layer.transposed, residue, REAL[weight.dtype],
+            kernel_parts(self.reads[number]), None, store,
+        )  # fmt: skip
+        shape = directly(shape, buffered(layer), (row.read, col.read), (row.fresh, col.fresh), lead)
+        key = number, shape
         if key not in self._kernels:
-            layer = self.layers[number]
-            weight = layer.weight.transpose(0, 1) if layer.transposed else layer.weight
-            outputs, inputs, k, l = weight.shape  # noqa: E741
-            shape = slide.Shape(
-                inputs, outputs, (k, l), layer.stride, layer.dilation, layer.transposed, residue, REAL[weight.dtype],
-                kernel_parts(layer.parts), None, self.store if number == len(self.layers) - 1 else None,
-            )  # fmt: skip
             found = slide_kernel(shape)
             self._kernels[key] = _Kernel(shape, found.call, packed_weight(weight, found.block))
         return self._kernels[key]
@@ -155,7 +214,7 @@ class _Scheduling:
             wide = pitch(max(panel[number].fresh for panel in cols))
             self.buffers.append(Buffer(end, high * wide, wide))
             end += layer.outputs * high * wide * self.item
-        self.end = end
+        self.end = end + max((beyond(buffer.row, writer.dtype) for buffer in self.buffers), default=0)
 
     def run(self) -> Schedule:
         last = len(self.writer.layers) - 1
@@ -185,11 +244,9 @@ class _Scheduling:
 
     def _call(self, number: int, row: Span, col: Span, result: tuple[int, int]) -> None:
         layer, last = self.writer.layers[number], number == len(self.writer.layers) - 1
-        lead = (row.lead, col.lead)
-        residue = (lead[0] % layer.stride[0], lead[1] % layer.stride[1]) if layer.transposed else (0, 0)
-        kernel = self.writer.kernel(number, residue)
+        kernel = self.writer.kernel(number, row, col)
         steps = self.out if last else self.buffers[number][1:]
-        plan = slide_plan(kernel.shape, (row.read, col.read), (row.fresh, col.fresh), lead, steps)
+        plan = slide_plan(kernel.shape, (row.read, col.read), (row.fresh, col.fresh), (row.lead, col.lead), steps)
         self.calls.memory = max(self.calls.memory, plan.bytes)
         to = result
         if not last:

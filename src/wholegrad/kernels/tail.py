@@ -17,15 +17,17 @@ import torch
 from wholegrad import clock
 from wholegrad.kernels import correlate, pointwise, slide
 from wholegrad.kernels.calls import BUFFERS, GIVEN, NOWHERE, SCRATCH, Calls, Placed, Schedule
-from wholegrad.kernels.expression import EACH, IDENTITY, MAP, ONE, Leaf, Program, Step
+from wholegrad.kernels.expression import EACH, IDENTITY, MAP, ONE, Leaf, Program, Step, slope_follows
 from wholegrad.kernels.stage import LEAF, Part
-from wholegrad.kernels.strips import Buffer, Layer, Lying, Span, leaf_entries, pitch
+from wholegrad.kernels.strips import Buffer, Layer, Lying, Span, buffered, leaf_entries, pitch, stored_as_read
 from wholegrad.kernels.thin import (
     REAL,
     ChannelSums,
     Pair,
+    beyond,
     correlate_kernel,
     correlate_plan,
+    directly,
     kernel_parts,
     lanes,
     packed_weight,
@@ -152,6 +154,8 @@ class _Scheduling:
     def __init__(self, writer: Writer, row: Axis, col: Axis, given: Sequence[Lying]) -> None:
         self.writer, self.row, self.col, self.given = writer, row, col, given
         self.layers, self.places = writer.layers, writer.places
+        # What a kernel multiplies by, a program's derivative, is then computed of the program's value.
+        self.reads, self.stored = stored_as_read(writer.layers, slope_follows)
         self.item, self.real = writer.dtype.itemsize, REAL[writer.dtype]
         self.calls = Calls()
         self.pulled: set[int] = set()  # layers whose maps' gradients there are
@@ -176,7 +180,8 @@ class _Scheduling:
         high, wide = max(high, shapes[last][0] // shapes[last][1]), max(pitch(wide), shapes[last][1])
         channels = max(layers[-1].outputs, *(part.channels for layer in layers for part in layer.parts))
         lives.append(_Life(channels * high * wide * self.item, last + 1, 2 * last + 2))
-        starts, self.end = arranged(lives)
+        starts, end = arranged(lives)
+        self.end = end + max(beyond(each[1], self.writer.dtype) for each in shapes)
         self.maps = [Buffer(start, *each) for start, each in zip(starts[:-1:2], shapes, strict=True)]
         self.grads = [Buffer(start, *each) for start, each in zip(starts[1::2], shapes, strict=True)]
         self.spare = Buffer(starts[-1], high * wide, wide)
@@ -248,9 +253,10 @@ class _Scheduling:
         residue = _residue(layer, lead) if layer.transposed else (0, 0)
         shape = slide.Shape(
             inputs, outputs, (kernel[0], kernel[1]), layer.stride, layer.dilation, layer.transposed, residue, self.real,
-            kernel_parts(layer.parts),
+            kernel_parts(self.reads[number]), None, self.stored[number],
         )  # fmt: skip
-        return shape, ((row.read, col.read), (row.fresh, col.fresh), lead)
+        sizes = (row.read, col.read), (row.fresh, col.fresh), lead
+        return directly(shape, buffered(layer), *sizes), sizes
 
     def _forward(self, number: int, row: Span, col: Span) -> None:
         layer = self.layers[number]
@@ -398,7 +404,7 @@ class _Scheduling:
             done = done and ChannelSums.all_read(fresh, read, kernel, layer.stride, around, layer.dilation)
         if wants.weight:
             first, second = layer.weight.shape[:2]
-            parts = kernel_parts(layer.parts)
+            parts = kernel_parts(self.reads[number])
             of = "" if not done else "x" if layer.transposed else "g"
             shape = correlate.Shape(
                 second, first, kernel, layer.stride, layer.dilation, self.real,

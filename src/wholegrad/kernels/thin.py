@@ -22,12 +22,15 @@ from wholegrad.kernels import correlate, slide
 from wholegrad.kernels.compile import function
 from wholegrad.kernels.expression import EACH, IDENTITY, MAP, Leaf, Program
 from wholegrad.kernels.host import Host, host
-from wholegrad.kernels.stage import NOTE, Part
+from wholegrad.kernels.stage import NOTE, PLACE, Part, parts_of
+from wholegrad.kernels.taps import Axis
 
 Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]
 REAL = {torch.float32: "float", torch.float64: "double"}
 BAND_BYTES = 1 << 18  # of scratch memory, to stay in a core's own cache
+MOST_BYTES = 1 << 21  # where wide rows would leave a band few of them, and most would be staged again for the next:
+ROWS = 6  # then up to so many for each that is
 RUN = 128  # vectors that a lane sums before the sum is added to a float64 total, or one row if that is longer
 _own = threading.local()
 
@@ -299,8 +302,8 @@ class _Plan(NamedTuple):
 
 
 def _notes(channels: int) -> int:
-    """Bytes for notes of so many channels, at the start of scratch memory."""
-    return -(-NOTE * 8 * channels // 64) * 64
+    """Bytes for notes and places of so many channels, at the start of scratch memory."""
+    return -(-(NOTE + PLACE) * 8 * channels // 64) * 64
 
 
 @lru_cache(maxsize=4096)
@@ -313,19 +316,46 @@ def slide_plan(shape: slide.Shape, given: Pair, size: Pair, lead: Pair, steps: P
     """
     kernel, (rows, cols) = slide_kernel(shape), shape.axes()
     item = 4 if shape.real == "float" else 8
-    starts = [
-        lead[i] // shape.stride[i] + each.lead if shape.transposed else -lead[i] for i, each in enumerate((rows, cols))
-    ]
+    starts = [_start(shape, each, lead[i], i) for i, each in enumerate((rows, cols))]
     many, wide = (ceil(size[i] / each.targets) for i, each in enumerate((rows, cols)))
     places = _places(wide + cols.reach + kernel.block.vectors * kernel.lanes, kernel.lanes)
-    row_bytes = shape.inputs * rows.sources * cols.sources * places * item
+    row_bytes = shape.staged * rows.sources * cols.sources * places * item
     step = kernel.block.rows
-    band = min(ceil(max(1, BAND_BYTES // row_bytes - rows.reach) / step), ceil(many / step)) * step
+    band = min(ceil(_band(row_bytes, rows.reach) / step), ceil(many / step)) * step
     channel = (band + rows.reach) * rows.sources * cols.sources * places
     values = (*given, *size, *steps, *starts, many, wide, band, places, channel)
     first = _notes(shape.inputs)
     sizes = (ctypes.c_int64 * len(slide.SIZES))(*values)
-    return _Plan(sizes, first + shape.inputs * channel * item, (first,))
+    return _Plan(sizes, first + shape.staged * channel * item, (first,))
+
+
+def directly(shape: slide.Shape, there: Sequence[bool], given: Pair, size: Pair, lead: Pair) -> slide.Shape:
+    """The shape that reads where they lie those parts of its input that are ``there``, as far as it can.
+
+    Args:
+        there: which of the parts may be read so, if they are maps as they are: memory after them may be read too.
+        given, size, lead: as :func:`slide_plan` has them.
+    """
+    axes = shape.axes()
+    if any(each.sources > 1 for each in axes):
+        return shape
+    for i, each in enumerate(axes):
+        start, many = _start(shape, each, lead[i], i), ceil(size[i] / each.targets)
+        if start < 0 or start + many + each.reach > given[i]:
+            return shape
+    parts = parts_of(shape.parts, shape.inputs)
+    direct = tuple(may and part.program.plain for may, part in zip(there, parts, strict=True))
+    return shape._replace(direct=direct) if any(direct) else shape
+
+
+def beyond(wide: int, dtype: torch.dtype) -> int:
+    """Bytes after a map with rows of ``wide`` elements that kernels may read which read it where it lies."""
+    return slide.MOST * (wide + lanes(REAL[dtype])) * dtype.itemsize
+
+
+def _start(shape: slide.Shape, each: Axis, lead: int, number: int) -> int:
+    """The place of the input that the first output's first tap reads, along one axis."""
+    return lead // shape.stride[number] + each.lead if shape.transposed else -lead
 
 
 @lru_cache(maxsize=4096)
@@ -340,8 +370,7 @@ def correlate_plan(shape: correlate.Shape, given: Pair, size: Pair, padding: Pad
     ]
     places, grad_places = _places(wide + lanes + cols.reach, lanes), _places(wide, lanes)
     row_bytes = (shape.inputs * rows.sources * cols.sources * places + shape.outputs * grad_places) * item
-    band = max(1, 2 * rows.reach, BAND_BYTES // row_bytes - rows.reach)
-    band = min(band, high + rows.reach)
+    band = min(max(2 * rows.reach, _band(row_bytes, rows.reach)), high + rows.reach)
     channel = band * rows.sources * cols.sources * places
     grad_channel = (band + rows.reach) * grad_places
     values = (
@@ -352,6 +381,12 @@ def correlate_plan(shape: correlate.Shape, given: Pair, size: Pair, padding: Pad
     second = first + shape.inputs * channel * item
     sizes = (ctypes.c_int64 * len(correlate.SIZES))(*values)
     return _Plan(sizes, second + shape.outputs * grad_channel * item, (first, second))
+
+
+def _band(row_bytes: int, reach: int) -> int:
+    """Rows of a band, beside ``reach`` that the next one stages again."""
+    many, most = (size // max(1, row_bytes) - reach for size in (BAND_BYTES, MOST_BYTES))
+    return max(1, many, min(ROWS * reach, most))
 
 
 def _places(count: int, lanes: int) -> int:
