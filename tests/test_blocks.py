@@ -10,9 +10,10 @@ import pytest
 from wholegrad.graph.graph import Ref
 from wholegrad.plan.plan import Placement, Plan
 from wholegrad.run import process
-from wholegrad.run.blocks import Blocks
+from wholegrad.run.blocks import Blocks, drop_all, left_by
 from wholegrad.run.boundaries import Boundaries
 from wholegrad.run.device import Device
+from wholegrad.run.heap import Heap
 from wholegrad.run.spill import Spill
 
 
@@ -68,6 +69,9 @@ def test_all_together_stay_below_what_the_plan_has() -> None:
     assert blocks.missing([4]) == 0
 
 
+SWEEP = (0, False)
+
+
 class Crowded:
     """A step's boundaries in a process of so many bytes, of which the heap gives ``heap`` back when asked."""
 
@@ -76,8 +80,9 @@ class Crowded:
         self.kept = object.__new__(Boundaries)
         self.kept.plan = cast(Plan, SimpleNamespace(host_peak=1000, placements={Ref(0): Placement.HOST}))
         self.kept.device = cast(Device, SimpleNamespace(apart=False))
-        self.kept.spill, self.kept._beside, self.kept.blocks = None, 50, Blocks()
+        self.kept.spill, self.kept._beside, self.kept.blocks, self.kept.heap = None, 50, Blocks(), Heap()
         monkeypatch.setattr(process, "release_memory", self.release)
+        monkeypatch.setattr(process, "times_given_back", lambda: self.asked)
         monkeypatch.setattr(process, "resident", lambda: self.held + self.kept.blocks._free_bytes())
 
     def release(self) -> None:
@@ -87,33 +92,81 @@ class Crowded:
 def test_with_room_nothing_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Crowded(monkeypatch, held=400, heap=200)
     given_back(step.kept.blocks, 40, 60)
-    step.kept.make_room(200, {Ref(0): 100})  # 500 held, 100 new, 200 of tiles, 50 beside, 100 to spare
+    step.kept.make_room(SWEEP, 200, {Ref(0): 100})  # 500 held, 100 new, 200 of tiles, 50 beside, 100 to spare
     assert step.asked == 0 and step.kept.blocks.missing([40, 60]) == 0
 
 
 def test_the_heap_gives_back_before_blocks_do(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Crowded(monkeypatch, held=600, heap=400)
     given_back(step.kept.blocks, 40, 60)
-    step.kept.make_room(200, {Ref(0): 100})
+    step.kept.make_room(SWEEP, 200, {Ref(0): 100})
     assert step.asked == 1 and step.kept.blocks.missing([40, 60]) == 0
 
 
 def test_then_go_blocks_that_nobody_wants_and_no_more_than_must(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Crowded(monkeypatch, held=600, heap=0)
     given_back(step.kept.blocks, 40, 60, 80)
-    step.kept.make_room(200, {Ref(0): 60})  # 780 where 750 may be, and half of what tiles take to spare
+    step.kept.make_room(SWEEP, 200, {Ref(0): 60})  # 780 where 750 may be, and half of what tiles take to spare
     assert step.asked == 1
     assert step.kept.blocks.missing([60]) == 0 and step.kept.blocks.missing([40, 80]) == 120
     step = Crowded(monkeypatch, held=500, heap=0)
     given_back(step.kept.blocks, 40, 60, 80)
-    step.kept.make_room(200, {Ref(0): 60})  # 680: there is room, but 30 less to spare
+    step.kept.make_room(SWEEP, 200, {Ref(0): 60})  # 680: there is room, but 30 less to spare
     assert step.asked == 0 and step.kept.blocks.missing([40, 60, 80]) == 40
 
 
 def test_what_is_beside_and_the_spill_pool_count(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Crowded(monkeypatch, held=600, heap=100)
-    step.kept.make_room(300, {})
+    step.kept.make_room(SWEEP, 300, {})
     assert step.asked == 0  # 600 + 300 + 50 of 1000
     step.kept.spill = cast(Spill, SimpleNamespace(limit=80, held=20))
-    step.kept.make_room(300, {})
+    step.kept.make_room((1, False), 300, {})
     assert step.asked == 1  # and 60 that the pool may still take
+
+
+def test_before_a_sweep_that_left_the_heap_nothing_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Crowded(monkeypatch, held=400, heap=200)
+    step.kept.make_room((0, False), 300, {})
+    step.kept.make_room((0, True), 300, {})
+    assert step.asked == 0
+    step.held += 300  # what the tiles of both left
+    step.kept.make_room((0, True), 300, {})
+    assert step.asked == 0
+    step.kept.make_room((1, True), 300, {})  # one that did not run yet
+    assert step.asked == 1
+    step.held += 100  # 600
+    step.kept.make_room((0, True), 400, {})
+    assert step.asked == 2  # what it left is gone
+
+
+def test_nor_do_blocks_that_fitted_beside_what_such_a_sweep_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Crowded(monkeypatch, held=400, heap=0)
+    given_back(step.kept.blocks, 60, 40)
+    step.kept.make_room(SWEEP, 200, {Ref(0): 60})
+    step.held += 200  # what its tiles left
+    step.kept.make_room(SWEEP, 200, {Ref(0): 60})
+    assert step.asked == 0 and step.kept.blocks.missing([60, 40]) == 0
+    step.held += 260  # beside what tiles use again: 960, blocks among them, where 950 may be
+    step.kept.make_room(SWEEP, 200, {Ref(0): 60})
+    assert step.asked == 1 and step.kept.blocks.missing([60]) == 0 < step.kept.blocks.missing([40])
+
+
+class Owner:
+    """Stands for a plan."""
+
+
+def test_what_a_plan_left_goes_with_it_and_before_another_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone: list[int] = []
+    monkeypatch.setattr(process, "let_go", lambda: gone.append(1))
+    drop_all()
+    first, second = Owner(), Owner()
+    before = len(gone)
+    heap = left_by(first)[1]
+    assert left_by(first)[1] is heap and len(gone) == before
+    assert left_by(second)[1] is not heap and len(gone) == before + 1
+    del first
+    assert len(gone) == before + 1, "a plan that left nothing any more"
+    del second
+    assert len(gone) == before + 2
+    drop_all()
+    assert len(gone) == before + 2

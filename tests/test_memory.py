@@ -29,7 +29,7 @@ if "boundary_dtype" in fixed:
 image, mask = (np.load(f"{folder}/{name}.npy", mmap_mode="r") for name in ("image", "mask"))
 model = unet4492(seed=0)
 plan = wg.plan(model, LOSSES[loss], image, mask, budget=budget, **fixed)
-for _ in range(3):
+for _ in range(5):
     value = wg.backward(model, LOSSES[loss], image, mask, plan=plan)
 print(json.dumps({"peak": peak_resident(), "projected": plan.projected, "budget": plan.budget, "loss": value.item()}))
 """
@@ -105,7 +105,7 @@ build, loss, target = NETWORKS[name]
 model = build()
 target = mask if target is None else target
 plan = wg.plan(model, loss, image, target, budget=budget)
-for _ in range(2):
+for _ in range(4):
     wg.backward(model, loss, image, target, plan=plan)
 print(json.dumps({"peak": peak_resident(), "projected": plan.projected, "budget": plan.budget}))
 """
@@ -127,6 +127,49 @@ def test_so_it_does_for_norms_pools_attention_and_classifiers(files: Path, name:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["peak"] <= found["projected"] <= found["budget"]
+
+
+FAULTS = """
+import gc, json, sys
+from resource import RUSAGE_SELF, getrusage
+import numpy as np
+import wholegrad as wg
+from wholegrad.losses import LOSSES
+from wholegrad.nets import unet4492
+from wholegrad.run.process import resident
+
+def taken(what):
+    faults, held = getrusage(RUSAGE_SELF).ru_minflt, resident()
+    what()
+    return getrusage(RUSAGE_SELF).ru_minflt - faults, resident() - held
+
+folder = sys.argv[1]
+image, mask = (np.load(f"{folder}/{name}.npy") for name in ("image", "mask"))
+model, loss = unet4492(seed=0), LOSSES["bce"]
+plan = wg.plan(model, loss, image, mask, budget="2GiB")
+step = lambda plan: lambda: wg.backward(model, loss, image, mask, plan=plan)
+steps = [taken(step(plan)) for _ in range(4)]
+def other():
+    made = wg.plan(model, loss, image, mask, budget="2GiB", tile=(256, 256), boundaries=["down1"])
+    gc.collect()
+def end():
+    global plan
+    del plan
+    gc.collect()
+print(json.dumps({"steps": steps, "other": taken(other), "again": taken(step(plan)), "end": taken(end)}))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc keeps")
+def test_the_next_step_finds_the_heap_that_a_step_left_and_other_plans_do_not(files: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS, str(files)], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    left = 20 << 20  # bytes, at least, that a step of this plan leaves
+    assert found["steps"][0][1] > left
+    assert sorted(faults for faults, _ in found["steps"])[1] * 4096 < left / 4
+    assert found["other"][1] < -left
+    assert found["again"][0] * 4096 > left and found["again"][1] > left
+    assert found["end"][1] < -left
 
 
 HEAPS = """

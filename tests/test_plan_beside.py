@@ -246,14 +246,14 @@ def test_a_bill_without_ends_is_one_of_all_tiles() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tiles", "workers", "sweeps", "worn"),
+    ("tiles", "workers", "steps", "worn"),
     [
-        (1, 2, 1, 0), (2, 2, 2, 0), (4, 2, 1, 1 / 8), (4, 2, 2, 2 / 8), (32, 2, 1, 4 / 8), (512, 2, 1, 1),
-        (900, 2, 1, 1), (8, 1, 1, 3 / 8),
+        (1, 2, False, 0), (2, 2, False, 0), (4, 2, False, 1 / 8), (32, 2, False, 4 / 8), (512, 2, False, 1),
+        (900, 2, False, 1), (8, 1, False, 3 / 8), (1, 2, True, 1), (900, 2, True, 1),
     ],
 )  # fmt: skip
-def test_a_heap_comes_apart_with_every_round_of_tiles(tiles: int, workers: int, sweeps: int, worn: float) -> None:
-    assert memory.wear(np.array(tiles), workers, sweeps) == pytest.approx(worn)
+def test_a_heap_comes_apart_with_every_round_of_tiles(tiles: int, workers: int, steps: bool, worn: float) -> None:
+    assert memory.wear(np.array(tiles), workers, steps) == pytest.approx(worn)
 
 
 def test_what_segments_leave_in_the_heap_does_not_grow_for_ever() -> None:

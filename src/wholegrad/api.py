@@ -261,7 +261,7 @@ def _in_tiles(
     """One step tile by tile."""
     executor = _executor(made, tensors, inputs, device=device, **options)
     try:
-        with _as_captured(device), torch.enable_grad():
+        with _as_captured(device, keep=True), torch.enable_grad():
             executor.forward()
             executor.backward()
     finally:
@@ -309,12 +309,17 @@ def _executor(
 
 
 @contextmanager
-def _as_captured(device: Device) -> Iterator[None]:
-    """Run the graph as it stands: autocast's casts are nodes of it, and memory is kept between tiles."""
+def _as_captured(device: Device, keep: bool = False) -> Iterator[None]:
+    """Run the graph as it stands: autocast's casts are nodes of it, and memory is kept between tiles.
+
+    Args:
+        keep: whether the host's memory is kept for the plan's next step too.
+    """
     kind = device.torch.type
     if kind in ("cuda", "mps") and torch.is_autocast_enabled(kind):
         raise PlanError(f"torch.autocast({kind!r})", "is not seen by the trace", "use torch.autocast('cpu', dtype)")
-    with process.reuse_memory(), torch.inference_mode(False), torch.autocast("cpu", enabled=False), device.running():
+    reused = process.reuse_memory(keep and not device.apart)
+    with reused, torch.inference_mode(False), torch.autocast("cpu", enabled=False), device.running():
         yield
 
 

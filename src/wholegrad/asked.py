@@ -19,7 +19,7 @@ from wholegrad.plan.planner import Request
 from wholegrad.plan.rates import Rates
 from wholegrad.plan.storage import NARROW
 from wholegrad.run import calibrate, process
-from wholegrad.run.blocks import drop_blocks
+from wholegrad.run.blocks import drop_all
 from wholegrad.run.budget import budget_bytes, is_automatic
 from wholegrad.run.device import Device
 from wholegrad.run.recordings import drop_recordings
@@ -89,7 +89,7 @@ def request_of(
     Raises:
         PlanError: a budget cannot be read, or is of a host that has the only one.
     """
-    drop_blocks()
+    drop_all()
     drop_recordings()
     raw = raw_images(graph, inputs.sources)
     if device is None or not device.apart:

@@ -26,6 +26,7 @@ from wholegrad.plan.strategies import (
     whole_seconds,
 )
 from wholegrad.run import process
+from wholegrad.run.blocks import drop_all
 from wholegrad.run.device import Device
 from wholegrad.run.executor import Progress, ProgressFn
 from wholegrad.run.offload import Spill
@@ -158,6 +159,7 @@ def _may_interleave(graph: Graph) -> bool:
 
 def run_whole(made: WholePlan, job: Job, seed: int, progress: ProgressFn | None, device: Device) -> Outcome:
     """One step of the plan, on the device that it was made for."""
+    drop_all()  # what tiles of another plan left
     total = max(2 * len(made.chunks) - 1, 1)
     done = [0]
 

@@ -4,7 +4,8 @@ The first touch of fresh pages takes ten times as long as writing to pages that 
 GiB on a virtual machine), and a step of a wide network writes gigabytes of boundaries. A block that a map gives back
 serves the next map of the same size. All together hold at most what the plan has of boundaries in memory at some
 moment, and free blocks go back where a segment might else pass the projected peak (``Boundaries.make_room``). Blocks
-belong to one plan, the last that ran, and go back to the system with it, or when another plan is made or run.
+belong to one plan, the last that ran, and go back to the system with it, or when another plan is made or run; so does
+the heap that its steps leave (:mod:`wholegrad.run.heap`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 import torch
+
+from wholegrad.run import process
+from wholegrad.run.heap import Heap
 
 
 class Blocks:
@@ -80,30 +84,32 @@ class Blocks:
 
 
 class _Kept:
-    """The blocks of the plan that ran last, for as long as it lives."""
+    """What the plan that ran last left, for as long as it lives."""
 
     def __init__(self) -> None:
         self.owner: weakref.ref[object] | None = None
-        self.blocks = Blocks()
+        self.blocks, self.heap = Blocks(), Heap()
 
-    def of(self, owner: object) -> Blocks:
+    def of(self, owner: object) -> tuple[Blocks, Heap]:
         if self.owner is None or self.owner() is not owner:
             self.drop()
             self.owner = weakref.ref(owner, lambda gone: self.drop() if gone is self.owner else None)
-        return self.blocks
+        return self.blocks, self.heap
 
     def drop(self) -> None:
-        self.owner, self.blocks = None, Blocks()
+        if self.owner is not None:
+            process.let_go()
+        self.owner, self.blocks, self.heap = None, Blocks(), Heap()
 
 
 _kept = _Kept()
 
 
-def blocks_of(owner: object) -> Blocks:
-    """The blocks that steps of this plan share; those of any other are returned to the system."""
+def left_by(owner: object) -> tuple[Blocks, Heap]:
+    """The blocks and the heap that steps of this plan share; those of any other are returned to the system."""
     return _kept.of(owner)
 
 
-def drop_blocks() -> None:
+def drop_all() -> None:
     """Return to the system what no step is using."""
     _kept.drop()

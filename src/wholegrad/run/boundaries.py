@@ -16,8 +16,9 @@ from wholegrad.plan.plan import Placement, Plan
 from wholegrad.plan.storage import dtype_name, stored_bytes
 from wholegrad.plan.tiles import Tile
 from wholegrad.run import process
-from wholegrad.run.blocks import blocks_of
+from wholegrad.run.blocks import left_by
 from wholegrad.run.device import Device
+from wholegrad.run.heap import Sweep
 from wholegrad.run.spill_store import DiskStore, ask_ahead, owners_cuts, spill_of
 from wholegrad.run.store import AwayStore, DeviceStore, HostStore, MapStore, overflows
 
@@ -38,7 +39,7 @@ class Boundaries:
 
     def __init__(self, plan: Plan, device: Device, rank: int = 0) -> None:
         self.plan, self.graph, self.device, self.rank = plan, plan.graph, device, rank
-        self.blocks = blocks_of(plan)
+        self.blocks, self.heap = left_by(plan)
         self.blocks.most = plan.most_of_boundaries
         self._beside = 0 if device.apart else plan.memory.parameters + plan.memory.whole + plan.memory.messages
         self.maps: dict[Ref, MapStore] = {}
@@ -136,10 +137,11 @@ class Boundaries:
         found = {ref: stored_bytes(self.graph.spec(ref), self.plan.boundary_dtype) for ref in refs}
         return {ref: round(size * self._share(ref)) for ref, size in found.items()}
 
-    def make_room(self, working: int, new: Mapping[Ref, int]) -> None:
-        """Return free memory to the system where a segment might else pass the projected peak (rule 7).
+    def make_room(self, sweep: Sweep, working: int, new: Mapping[Ref, int]) -> None:
+        """Return free memory to the system where a sweep over a segment might else pass the projected peak (rule 7).
 
-        What earlier tiles and boundaries left is quick to use again, but need not be of the sizes that are wanted now.
+        What earlier tiles and boundaries left is quick to use again, but need not be of the sizes that are wanted now,
+        unless it was the same sweep, a step before, that left it.
 
         Args:
             working: what the segment's tiles may take of the host's memory.
@@ -147,9 +149,11 @@ class Boundaries:
         """
         sizes = [size for ref, size in new.items() if self.placement(ref) is Placement.HOST]
         room = self.plan.host_peak - self._beside - working - (self.spill.limit - self.spill.held if self.spill else 0)
-        if process.resident() + self.blocks.missing(sizes) > room:
+        found = working if self.heap.knows(sweep) else 0
+        if process.resident() + self.blocks.missing(sizes) > room + found:
             process.release_memory()
-        over = process.resident() + self.blocks.missing(sizes) - room + working // 2
+        self.heap.ran(sweep)
+        over = process.resident() + self.blocks.missing(sizes) - room - found + working // 2
         if over > 0:  # free blocks are the first to go
             self.blocks.shrink(over, sizes)
 

@@ -1,9 +1,10 @@
 """This process's memory: what it holds, what it held at most, and an allocator that keeps what tiles reuse.
 
 Fresh pages are slow (a first touch costs more than the arithmetic of a thin convolution), and glibc returns large
-blocks to the system on every free. :func:`reuse_memory` tells it to keep them while tiles run, and trims at the end.
-Threads that start from then on share one heap: a heap of a thread's own grows by pieces of at most 64 MiB, which a
-tile's tensors fill badly. That stays so for the process; the rest goes back to glibc's defaults after the run.
+blocks to the system on every free. :func:`reuse_memory` tells it to keep them while tiles run, and trims at the end,
+unless the next step of the same plan is to find them (:mod:`wholegrad.run.heap`). Threads that start from then on share
+one heap: a heap of a thread's own grows by pieces of at most 64 MiB, which a tile's tensors fill badly. That stays so
+for the process; the rest goes back to glibc's defaults after the run.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ _WHILE_RUNNING = {  # glibc takes no higher threshold: larger blocks, each pages
     _M_TOP_PAD: 1 << 26,
 }
 _GLIBC_DEFAULTS = {_M_MMAP_THRESHOLD: 1 << 17, _M_TRIM_THRESHOLD: 1 << 17, _M_TOP_PAD: 1 << 17}
+_BETWEEN_STEPS = {**_GLIBC_DEFAULTS, _M_TRIM_THRESHOLD: 1 << 30}  # others' large blocks do not cut into what is kept
 
 
 LOOK_EVERY, RELEASE_EVERY = 0.02, 0.2  # seconds between looks at this process's size, and after one that helped
 NEAR = 48 << 20  # bytes below a projected peak from which on free memory is given back
 
 _has_run = False
+_times_given_back = 0
 
 
 def mark_run() -> None:
@@ -102,16 +105,30 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 @contextmanager
-def reuse_memory() -> Iterator[None]:
-    """While open, freed blocks stay with the process for the next tile; glibc only, elsewhere nothing happens."""
+def reuse_memory(keep: bool = False) -> Iterator[None]:
+    """While open, freed blocks stay with the process for the next tile; glibc only, elsewhere nothing happens.
+
+    Args:
+        keep: whether they stay afterwards too, unless an error comes, until :func:`let_go`.
+    """
     library = _glibc()
     _set(library, _WHILE_RUNNING)
+    kept = False
     try:
         yield
+        kept = keep
     finally:
         mark_run()
-        _set(library, _GLIBC_DEFAULTS)
-        release_memory()
+        if kept:
+            _set(library, _BETWEEN_STEPS)
+        else:
+            let_go()
+
+
+def let_go() -> None:
+    """Return free blocks to the system, those that are freed from now on too."""
+    _set(_glibc(), _GLIBC_DEFAULTS)
+    release_memory()
 
 
 def _set(library: ctypes.CDLL | None, settings: dict[int, int]) -> None:
@@ -123,9 +140,16 @@ def _set(library: ctypes.CDLL | None, settings: dict[int, int]) -> None:
 @clock.timed("memory", "given back")
 def release_memory() -> None:
     """Return free blocks to the system."""
+    global _times_given_back
+    _times_given_back += 1
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def times_given_back() -> int:
+    """How often free blocks went back to the system, in this process."""
+    return _times_given_back
 
 
 class Ceiling:
