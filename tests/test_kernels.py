@@ -301,6 +301,28 @@ def test_inputs_computed_in_narrower_vectors(machine: Host, narrow: Callable[[Ho
         assert all(error(a, b) <= EXACT for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 8])
+def test_bytes_are_taken_apart_by_stride(stride: int, dtype: torch.dtype) -> None:
+    """Each tap of one window alone, so that outputs are pixels, over rows of several vectors of every phase."""
+    draw = torch.Generator().manual_seed(2)
+    pixels = torch.randint(0, 256, (1, 2, 9, 37 * stride + 5), generator=draw, dtype=torch.uint8)
+    part = Part(Program((Leaf(MAP, 1),), (Step("u8", (0,)),)), 2)
+    window = rules.Window((1, stride), (0, 0, 1, 0), (1, 1), None)
+    weight = torch.eye(2 * stride, dtype=dtype).view(2 * stride, 2, 1, stride)
+    wanted = F.conv2d(F.pad(pixels.to(dtype) / 255, (1, 0)), weight, None, (1, stride))
+    assert rules.convolve(Mixed((part,), (pixels,)), weight, None, window).equal(wanted)
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "reach", "rows"),
+    [(1 << 10, 2, 254), (1 << 15, 2, 12), (1 << 17, 2, 12), (1 << 18, 2, 6), (1 << 20, 2, 1), (1 << 22, 4, 1)],
+)
+def test_few_rows_of_a_band_are_staged_again(row_bytes: int, reach: int, rows: int) -> None:
+    """As many as the cache holds, or six for each that is, or as many as fit."""
+    assert thin._band(row_bytes, reach) == rows
+
+
 @pytest.mark.parametrize("size", [None, (4, 10_000)], ids=["convolution", "transposed"])
 def test_equal_gradients_of_a_bias_are_summed_as_exactly_as_pytorch_does(size: tuple[int, int] | None) -> None:
     """Blank glass: rounding errors of equal terms do not cancel."""

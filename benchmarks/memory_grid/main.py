@@ -2,7 +2,7 @@
 
     python -W ignore benchmarks/memory_grid/main.py [--only TEXT] [--again] [--kept] [--write]
 
-Every cell is a process of its own: it plans, takes two steps with Adam on noise, and reports its peak (``VmHWM``,
+Every cell is a process of its own: it plans, takes four steps with Adam on noise, and reports its peak (``VmHWM``,
 Linux) beside the plan's. Results are kept as JSON under ``out/memory_grid``, so that a broken run goes on; ``--again``
 measures anew, ``--kept`` nothing. ``--write`` puts the table into this folder's README. The exit code is 1 if any cell
 breaks measured <= projected <= budget.
@@ -116,7 +116,7 @@ def pixels(size: tuple[int, int], folder: Path) -> tuple[Path, Path]:
 
 
 def child(cell: Cell, folder: Path) -> None:
-    """Plan, two steps; the last line of output is the result."""
+    """Plan, four steps; the last line of output is the result."""
     import torch
 
     import wholegrad as wg
@@ -135,7 +135,7 @@ def child(cell: Cell, folder: Path) -> None:
         print(json.dumps({"smallest": error.smallest}))
         return
     found: dict[str, Any] = {"planning": time.perf_counter() - started, "held": process.resident(), "seconds": []}
-    for _ in range(2):
+    for _ in range(4):
         started = time.perf_counter()
         optimizer.zero_grad()
         wg.backward(model, loss, image, wanted, plan=plan)
