@@ -69,9 +69,6 @@ def test_all_together_stay_below_what_the_plan_has() -> None:
     assert blocks.missing([4]) == 0
 
 
-SWEEP = (0, False)
-
-
 class Crowded:
     """A step's boundaries in a process of so many bytes, of which the heap gives ``heap`` back when asked."""
 
@@ -92,62 +89,75 @@ class Crowded:
 def test_with_room_nothing_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Crowded(monkeypatch, held=400, heap=200)
     given_back(step.kept.blocks, 40, 60)
-    step.kept.make_room(SWEEP, 200, {Ref(0): 100})  # 500 held, 100 new, 200 of tiles, 50 beside, 100 to spare
+    step.kept.make_room(200, {Ref(0): 100})  # 500 held, 100 new, 200 of tiles, 50 beside, 100 to spare
     assert step.asked == 0 and step.kept.blocks.missing([40, 60]) == 0
 
 
 def test_the_heap_gives_back_before_blocks_do(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Crowded(monkeypatch, held=600, heap=400)
     given_back(step.kept.blocks, 40, 60)
-    step.kept.make_room(SWEEP, 200, {Ref(0): 100})
+    step.kept.make_room(200, {Ref(0): 100})
     assert step.asked == 1 and step.kept.blocks.missing([40, 60]) == 0
 
 
 def test_then_go_blocks_that_nobody_wants_and_no_more_than_must(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Crowded(monkeypatch, held=600, heap=0)
     given_back(step.kept.blocks, 40, 60, 80)
-    step.kept.make_room(SWEEP, 200, {Ref(0): 60})  # 780 where 750 may be, and half of what tiles take to spare
+    step.kept.make_room(200, {Ref(0): 60})  # 780 where 750 may be, and half of what tiles take to spare
     assert step.asked == 1
     assert step.kept.blocks.missing([60]) == 0 and step.kept.blocks.missing([40, 80]) == 120
     step = Crowded(monkeypatch, held=500, heap=0)
     given_back(step.kept.blocks, 40, 60, 80)
-    step.kept.make_room(SWEEP, 200, {Ref(0): 60})  # 680: there is room, but 30 less to spare
+    step.kept.make_room(200, {Ref(0): 60})  # 680: there is room, but 30 less to spare
     assert step.asked == 0 and step.kept.blocks.missing([40, 60, 80]) == 40
 
 
 def test_what_is_beside_and_the_spill_pool_count(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Crowded(monkeypatch, held=600, heap=100)
-    step.kept.make_room(SWEEP, 300, {})
+    step.kept.make_room(300, {})
     assert step.asked == 0  # 600 + 300 + 50 of 1000
+    step = Crowded(monkeypatch, held=600, heap=100)
     step.kept.spill = cast(Spill, SimpleNamespace(limit=80, held=20))
-    step.kept.make_room((1, False), 300, {})
+    step.kept.make_room(300, {})
     assert step.asked == 1  # and 60 that the pool may still take
 
 
-def test_before_a_sweep_that_left_the_heap_nothing_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_tiles_that_find_what_others_left_nothing_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Crowded(monkeypatch, held=400, heap=200)
-    step.kept.make_room((0, False), 300, {})
-    step.kept.make_room((0, True), 300, {})
+    step.kept.make_room(200, {})
+    step.kept.make_room(300, {})
     assert step.asked == 0
-    step.held += 300  # what the tiles of both left
-    step.kept.make_room((0, True), 300, {})
+    step.held += 300  # what the tiles left
+    step.kept.make_room(300, {})
+    step.kept.make_room(200, {})  # as much, or less
+    step.kept.make_room(450, {})  # 150 beside
     assert step.asked == 0
-    step.kept.make_room((1, True), 300, {})  # one that did not run yet
+    step.kept.make_room(250 + 450 + 1, {})
     assert step.asked == 1
-    step.held += 100  # 600
-    step.kept.make_room((0, True), 400, {})
-    assert step.asked == 2  # what it left is gone
+    step.kept.make_room(250, {})
+    step.held += 300
+    step.kept.heap = Heap()  # of another plan
+    step.kept.make_room(250, {})
+    assert step.asked == 2
+
+
+def test_what_went_back_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Crowded(monkeypatch, held=700, heap=0)
+    step.kept.make_room(200, {})
+    process.release_memory()
+    step.kept.make_room(300, {})
+    assert step.asked == 2
 
 
 def test_nor_do_blocks_that_fitted_beside_what_such_a_sweep_found(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Crowded(monkeypatch, held=400, heap=0)
     given_back(step.kept.blocks, 60, 40)
-    step.kept.make_room(SWEEP, 200, {Ref(0): 60})
+    step.kept.make_room(200, {Ref(0): 60})
     step.held += 200  # what its tiles left
-    step.kept.make_room(SWEEP, 200, {Ref(0): 60})
+    step.kept.make_room(200, {Ref(0): 60})
     assert step.asked == 0 and step.kept.blocks.missing([60, 40]) == 0
     step.held += 260  # beside what tiles use again: 960, blocks among them, where 950 may be
-    step.kept.make_room(SWEEP, 200, {Ref(0): 60})
+    step.kept.make_room(200, {Ref(0): 60})
     assert step.asked == 1 and step.kept.blocks.missing([60]) == 0 < step.kept.blocks.missing([40])
 
 

@@ -218,7 +218,7 @@ def test_the_host_makes_room_for_what_goes_to_a_device_and_comes_back(monkeypatc
     device = pretend.device()
     plan = wg.plan(model, LOSSES["bce"], image, target, device=device, tile=(160, 160), boundaries=["down1"])
     asked: list[int] = []
-    monkeypatch.setattr(Boundaries, "make_room", lambda kept, sweep, working, new: asked.append(working))
+    monkeypatch.setattr(Boundaries, "make_room", lambda kept, working, new: asked.append(working))
     wg.backward(model, LOSSES["bce"], image, target, plan=plan, device=device)
     assert set(asked) == {part.staging for part in plan.segments} and min(asked) > 0
     assert plan.host is not None and plan.host.projected - plan.host.reserved >= max(asked)

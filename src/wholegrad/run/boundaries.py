@@ -18,7 +18,6 @@ from wholegrad.plan.tiles import Tile
 from wholegrad.run import process
 from wholegrad.run.blocks import left_by
 from wholegrad.run.device import Device
-from wholegrad.run.heap import Sweep
 from wholegrad.run.spill_store import DiskStore, ask_ahead, owners_cuts, spill_of
 from wholegrad.run.store import AwayStore, DeviceStore, HostStore, MapStore, overflows
 
@@ -137,11 +136,11 @@ class Boundaries:
         found = {ref: stored_bytes(self.graph.spec(ref), self.plan.boundary_dtype) for ref in refs}
         return {ref: round(size * self._share(ref)) for ref, size in found.items()}
 
-    def make_room(self, sweep: Sweep, working: int, new: Mapping[Ref, int]) -> None:
+    def make_room(self, working: int, new: Mapping[Ref, int]) -> None:
         """Return free memory to the system where a sweep over a segment might else pass the projected peak (rule 7).
 
-        What earlier tiles and boundaries left is quick to use again, but need not be of the sizes that are wanted now,
-        unless it was the same sweep, a step before, that left it.
+        What earlier tiles and boundaries left is quick to use again. Tiles find what those of a sweep left that took as
+        much, if nothing was given back since; boundaries need blocks of their own sizes.
 
         Args:
             working: what the segment's tiles may take of the host's memory.
@@ -149,10 +148,11 @@ class Boundaries:
         """
         sizes = [size for ref, size in new.items() if self.placement(ref) is Placement.HOST]
         room = self.plan.host_peak - self._beside - working - (self.spill.limit - self.spill.held if self.spill else 0)
-        found = working if self.heap.knows(sweep) else 0
+        found = self.heap.finds(working)
         if process.resident() + self.blocks.missing(sizes) > room + found:
             process.release_memory()
-        self.heap.ran(sweep)
+        found = self.heap.finds(working)
+        self.heap.ran(working)
         over = process.resident() + self.blocks.missing(sizes) - room - found + working // 2
         if over > 0:  # free blocks are the first to go
             self.blocks.shrink(over, sizes)

@@ -257,7 +257,7 @@ class Executor:
         """Of the host's memory, for a sweep over segment ``i``: for its tiles, or what goes to those of a device."""
         part = self.plan.segments[i]
         here = part.working.backward if backward else part.working.forward
-        self.kept.make_room((i, backward), part.staging if self.device.apart else here, new)
+        self.kept.make_room(part.staging if self.device.apart else here, new)
 
     def _keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
         self.kept.keep(ref, box, value)

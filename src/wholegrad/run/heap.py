@@ -1,32 +1,29 @@
-"""The heap that a step leaves to the plan's next one.
+"""The heap that a sweep leaves to the next one, and a step to the plan's next.
 
-What tiles freed stays with the process after a step (:func:`~wholegrad.run.process.reuse_memory`), since the next step
-of the plan asks for the same sizes again: on a small image the first touch of fresh pages is a tenth of a step. A sweep
-over a segment that ran since memory was last given back finds there what it left, and nothing is given back before it;
-any other one is taken to find nothing that it can use (``Boundaries.make_room``). The projected peak of a plan with a
-backward sweep counts what a heap keeps in pieces after many tiles, however few a step has.
+What tiles freed stays with the process, after a step too (:func:`~wholegrad.run.process.reuse_memory`): on a small
+image the first touch of fresh pages is a tenth of a step. Once a sweep over a segment is done all that its tiles took is
+free again, in large pieces, so one that takes no more finds its memory there, and nothing is given back before it; one
+that takes more is taken to find as much (``Boundaries.make_room``). The projected peak of a plan with a backward sweep
+counts what a heap keeps in pieces after many tiles, however few a step has.
 """
 
 from __future__ import annotations
 
 from wholegrad.run import process
 
-Sweep = tuple[int, bool]  # over which segment, and whether it is pulled back
-
 
 class Heap:
-    """Which sweeps ran in the heap as it is."""
+    """What ran in the heap as it is."""
 
     def __init__(self) -> None:
-        self._sweeps: set[Sweep] = set()
-        self._since = -1
+        self._most, self._since = 0, -1
 
-    def knows(self, sweep: Sweep) -> bool:
-        """Whether a sweep ran since memory was last given back."""
-        return self._since == process.times_given_back() and sweep in self._sweeps
+    def finds(self, working: int) -> int:
+        """Of so many bytes that tiles may take, those that an earlier sweep of the plan left."""
+        return min(working, self._most) if self._since == process.times_given_back() else 0
 
-    def ran(self, sweep: Sweep) -> None:
-        """Note that it runs now."""
+    def ran(self, working: int) -> None:
+        """Note that tiles run now which may take so many bytes."""
         if self._since != process.times_given_back():
-            self._sweeps, self._since = set(), process.times_given_back()
-        self._sweeps.add(sweep)
+            self._most, self._since = 0, process.times_given_back()
+        self._most = max(self._most, working)
