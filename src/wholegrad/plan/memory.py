@@ -30,7 +30,8 @@ SLACK = 1.5
 LIBRARY_SLACK = 2.0
 PAGED = 1 << 25  # bytes of a block that has pages of its own, which go back to the system when it is freed
 NEW_SLACK = 1.15  # of such blocks, and of a heap that has not come apart yet, in place of ``SLACK``
-WORN = 256  # tiles of each worker after which it has, without a backward sweep; half of it after sixteen
+WORN = 256  # tiles of each worker after which it has; half of it after sixteen
+STEPS = 16  # after so many steps in the same heap it hardly comes apart any more
 HEAP = 48 << 20  # bytes by which it has grown then beside
 KERNELS = 56 << 20  # LLVM, our own kernels' code, thread stacks, autograd and decoders
 LIBRARY = 84 << 20  # beside that: oneDNN's code and what it keeps for each thread
@@ -97,11 +98,9 @@ def wear(tiles: npt.NDArray[np.int64], workers: int, steps: bool) -> npt.NDArray
     A worker's first tile finds the heap in one piece; what later ones leave behind fits the next ones ever worse.
 
     Args:
-        steps: whether one step after another runs in the same heap, so that it comes apart however few the tiles.
+        steps: whether one step after another runs in the same heap.
     """
-    if steps:
-        return np.ones(tiles.shape)
-    rounds = np.maximum(-(-tiles // workers), 1)
+    rounds = np.maximum(-(-tiles // workers), 1) * (STEPS if steps else 1)
     found: npt.NDArray[np.float64] = np.clip(np.log2(rounds) / np.log2(WORN), 0.0, 1.0)
     return found
 

@@ -1,10 +1,10 @@
 """The heap that a sweep leaves to the next one, and a step to the plan's next.
 
 What tiles freed stays with the process, after a step too (:func:`~wholegrad.run.process.reuse_memory`): on a small
-image the first touch of fresh pages is a tenth of a step. Once a sweep over a segment is done all that its tiles took is
-free again, in large pieces, so one that takes no more finds its memory there, and nothing is given back before it; one
-that takes more is taken to find as much (``Boundaries.make_room``). The projected peak of a plan with a backward sweep
-counts what a heap keeps in pieces after many tiles, however few a step has.
+image the first touch of fresh pages is a tenth of a step. Once a sweep over a segment is done all that its tiles took
+is free again, in large pieces. Tiles that take no more find their memory there, and nothing is given back before them;
+those that take more find as much (``Boundaries.make_room``). The projected peak of a plan with a backward sweep counts
+what a heap keeps in pieces after several steps (``plan.memory.wear``).
 """
 
 from __future__ import annotations
