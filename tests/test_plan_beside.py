@@ -249,7 +249,8 @@ def test_a_bill_without_ends_is_one_of_all_tiles() -> None:
     ("tiles", "workers", "steps", "worn"),
     [
         (1, 2, False, 0), (2, 2, False, 0), (4, 2, False, 1 / 8), (32, 2, False, 4 / 8), (512, 2, False, 1),
-        (900, 2, False, 1), (8, 1, False, 3 / 8), (1, 2, True, 4 / 8), (8, 2, True, 6 / 8), (32, 2, True, 1), (900, 2, True, 1),
+        (900, 2, False, 1), (8, 1, False, 3 / 8), (1, 2, True, 4 / 8), (8, 2, True, 6 / 8), (32, 2, True, 1),
+        (900, 2, True, 1),
     ],
 )  # fmt: skip
 def test_a_heap_comes_apart_with_every_round_of_tiles(tiles: int, workers: int, steps: bool, worn: float) -> None:
