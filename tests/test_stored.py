@@ -15,7 +15,7 @@ import wholegrad as wg
 from noted import note
 from oracle import assert_exact
 from wholegrad.graph import strips, tails
-from wholegrad.kernels import slide, thin
+from wholegrad.kernels import correlate, slide, thin
 from wholegrad.kernels import strips as strip_kernels
 from wholegrad.kernels import tail as tail_kernels
 from wholegrad.kernels.expression import EACH, IDENTITY, MAP, Leaf, Program, Step, slope_follows
@@ -214,3 +214,63 @@ def test_what_is_read_where_it_lies_gives_the_same(transposed: bool, dtype: torc
         results.append(out)
     assert results[0].isfinite().all() and results[0].abs().max() > 1
     assert results[1].equal(results[0])
+
+
+def weights_shape(stride: int = 1, summed: str = "g", real: str = "double") -> correlate.Shape:
+    return correlate.Shape(4, 2, (3, 3), (stride, stride), (1, 1), real, shape().parts, (), summed)
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "padding", "direct"),
+    [
+        ((12, 34), (10, 32), (0, 0, 0, 0), True),
+        ((13, 36), (10, 32), (-1, 0, -2, 0), True),
+        ((12, 34), (10, 32), (1, 0, 0, 0), False),
+        ((12, 34), (10, 32), (0, 0, 1, 0), False),
+        ((11, 34), (10, 32), (0, 0, 0, 0), False),
+        ((12, 33), (10, 32), (0, 0, 0, 0), False),
+        ((12, 34), (10, 31), (0, 0, 0, 0), False),
+    ],
+)
+def test_a_weights_gradient_reads_maps_where_they_lie_unless_padding_or_part_of_a_vector_is_read(
+    given: tuple[int, int], size: tuple[int, int], padding: tuple[int, int, int, int], direct: bool
+) -> None:
+    there = (True, True, False)
+    found = thin.correlated_directly(weights_shape(), there, given, size, padding)
+    assert found.direct == ((True, False, False) if direct else ()) and found.staged == (2 if direct else 4)
+    for other in (weights_shape(2), weights_shape(summed="x")):
+        assert thin.correlated_directly(other, (True, True, True), (90, 90), (10, 32), (0, 0, 0, 0)) == other
+
+
+@pytest.mark.parametrize("real", ["float", "double"])
+def test_a_weights_gradient_is_the_same(real: str) -> None:
+    """Beside the maps lie NaNs, which no sum may see."""
+    draw, dtype = torch.Generator().manual_seed(0), torch.float32 if real == "float" else torch.float64
+    high, wide, size, padding = 40, 51, (37, 48), (-1, 0, -1, 0)
+    maps = [torch.full((1, n, high + 2, wide + 9), torch.nan, dtype=dtype)[:, :, 1:-1, :wide] for n in (2, 1)]
+    for each in maps:
+        each.copy_(torch.randn(each.shape, generator=draw).to(dtype))
+    small = torch.randint(0, 256, (1, 1, high, wide), generator=draw, dtype=torch.uint8)
+    x = thin.Mixed(shape().parts, (maps[0], small, maps[1]))
+    grad = torch.randn(1, 2, *size, generator=draw).to(dtype)
+    plain = weights_shape(real=real)
+    found = thin.correlated_directly(plain, (True, True, True), (high, wide), size, padding)
+    assert found.direct == (True, False, True)
+    results = []
+    for each in (plain, found):
+        kernel, plan = thin.correlate_kernel(each), thin.correlate_plan(each, (high, wide), size, padding)
+        totals = torch.zeros(2, 4, 3, 3, kernel.lanes, dtype=torch.float64)
+        sums = torch.zeros(4, kernel.lanes, dtype=torch.float64)
+        memory = thin.scratch(plan.bytes)
+        table = thin.Mixed((Part(IDENTITY, 2),), (grad,)).table
+        kernel.call(
+            plan.sizes, x.table.of(0), table.of(0), totals.data_ptr(), sums.data_ptr(), memory + plan.starts[0],
+            memory + plan.starts[1], memory,
+        )  # fmt: skip
+        results.append((totals.sum(-1), sums[:2].sum(-1)))
+    for one, other in zip(*results, strict=True):
+        assert one.isfinite().all() and one.abs().max() > 1
+        torch.testing.assert_close(
+            other, one, rtol=1e-6 if real == "float" else 1e-13, atol=1e-4 if real == "float" else 1e-11
+        )
+    torch.testing.assert_close(results[0][1], grad.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-4)

@@ -29,7 +29,13 @@ MOST_WEIGHTS = 640  # unrolled
 
 
 class Shape(NamedTuple):
-    """What a kernel is compiled for; ``summed`` is whose channels are summed on the way: x, g or neither."""
+    """What a kernel is compiled for.
+
+    Attributes:
+        summed: whose channels are summed on the way: x, g or neither.
+        direct: which parts of the input, maps as they are, are read where they lie and not staged: of stride 1, where
+            no padding is read, and where the gradient's columns fill all vectors.
+    """
 
     inputs: int
     outputs: int
@@ -40,6 +46,12 @@ class Shape(NamedTuple):
     parts: tuple[stage.Part, ...] = ()
     grad_parts: tuple[stage.Part, ...] = ()
     summed: str = ""
+    direct: tuple[bool, ...] = ()
+
+    @property
+    def staged(self) -> int:
+        """Channels of the input that are staged."""
+        return self.inputs - stage.in_place(self.parts, self.inputs, self.direct)
 
     def axes(self) -> tuple[Axis, Axis]:
         rows, cols = (axis(self.kernel[i], self.stride[i], self.dilation[i], False, 0) for i in (0, 1))
@@ -96,12 +108,16 @@ def write(shape: Shape, host: Host) -> str:
     inputs = chunk(shape.inputs, taps * outputs, MOST_WEIGHTS)
     parts = stage.parts_of(shape.parts, shape.inputs)
     grad_parts = stage.parts_of(shape.grad_parts, shape.outputs)
+    table = code.at("%notes", stage.NOTE * shape.inputs, "i64") if shape.direct else ""
     with code.loop(0, arg["rows"], arg["band"]) as band:
         count = code.least(arg["band"], code.sub(arg["rows"], band.index))
         first, deep = code.add(arg["top"], code.mul(band.index, step)), code.mul(count, step)
         area = stage.Area(first, deep, arg["height"], arg["width"], arg["left"], arg["places"])
         sums: tuple[str, Value] | None = ("%sums", 0) if shape.summed == "x" else None
-        stage.fill(code, parts, "x", "%leaves", area, ("%scratch", arg["scratch_channel"]), sums)
+        scratch = "%scratch", arg["scratch_channel"]
+        stage.fill(code, parts, "x", "%leaves", area, scratch, sums, shape.direct)
+        if table:
+            stage.places(code, parts, shape.direct, "%leaves", area, scratch, table)
         above = code.sub(band.index, reach)
         area = stage.Area(above, code.add(count, reach), arg["grad_height"], arg["grad_width"], 0, arg["grad_places"])
         sums = ("%sums", reach) if shape.summed == "g" else None  # the rows above came with the band before
@@ -111,6 +127,8 @@ def write(shape: Shape, host: Host) -> str:
             end = code.least(code.add(run.index, arg["run"]), count)
             with code.loop(0, shape.outputs, outputs) as o, code.loop(0, shape.inputs, inputs) as i:
                 x = code.at("%scratch", code.mul(i.index, arg["scratch_channel"]))
+                if table:
+                    x = code.at(table, code.mul(i.index, stage.PLACE), "i64")
                 g = code.at("%grad_scratch", code.mul(o.index, arg["grad_scratch_channel"]))
                 first_weight = code.mul(code.add(code.mul(o.index, shape.inputs), i.index), taps * n)
                 totals = code.at("%totals", first_weight, "double")
@@ -132,9 +150,15 @@ def write(shape: Shape, host: Host) -> str:
         "ptr %sizes, ptr %leaves, ptr %grad_leaves, ptr %totals, ptr %sums, ptr %scratch, ptr %grad_scratch, ptr %notes"
     )
     body = code.function("correlate", arguments)
-    staging = stage.stages(shape.real, n, phases, parts, "x", shape.summed == "x")
+    staging = stage.stages(shape.real, n, phases, parts, "x", shape.summed == "x", shape.direct)
     staging += stage.stages(shape.real, n, 1, grad_parts, "g", shape.summed == "g")
     return stage.declarations(shape.real, n) + staging + body
+
+
+def _place(code: Code, table: str, channel: int, row: Value) -> str:
+    """Where a channel has that row of the band."""
+    address, pitch = (code.integer(code.at(table, stage.PLACE * channel, "i64"), k) for k in range(stage.PLACE))
+    return code.at(code.set(f"inttoptr i64 {address} to ptr"), code.mul(row, pitch))
 
 
 def _block(
@@ -149,14 +173,21 @@ def _block(
     down: list[Item],
     fetch: tuple[Value, list[tuple[int, int]]],
 ) -> None:
-    """Sum the products of these vectors over rows ``[start, end)`` of a phase and add the sums to the totals."""
+    """Sum the products of these vectors over rows ``[start, end)`` of a phase and add the sums to the totals.
+
+    Args:
+        pointers: of the input's scratch, or of the table of its channels' places where some are direct; of the
+            gradient's scratch; of the totals.
+    """
     rows, cols = shape.axes()
     x, g, totals = pointers
     pairs = [(a, b) for a in across for b in down]
     with code.loop(start, end, 1, ["zeroinitializer"] * len(pairs)) as row:
         x_row = code.add(code.mul(row.index, rows.sources), phase)
         x_places = {
-            key: code.at(
+            key: _place(code, x, key[0], x_row)
+            if shape.direct
+            else code.at(
                 x,
                 code.add(
                     code.mul(arg["scratch_channel"], key[0]),

@@ -62,12 +62,7 @@ class Shape(NamedTuple):
     @property
     def staged(self) -> int:
         """Channels of the input that are staged."""
-        here = sum(part.channels for part, there in zip(self._parts, self.direct, strict=False) if there)
-        return self.inputs - here
-
-    @property
-    def _parts(self) -> tuple[Part, ...]:
-        return stage.parts_of(self.parts, self.inputs)
+        return self.inputs - stage.in_place(self.parts, self.inputs, self.direct)
 
     @property
     def bytes(self) -> bool:

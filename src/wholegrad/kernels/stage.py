@@ -47,6 +47,11 @@ def parts_of(parts: Sequence[Part], channels: int) -> tuple[Part, ...]:
     return tuple(parts) or (Part(IDENTITY, channels),)
 
 
+def in_place(parts: Sequence[Part], channels: int, direct: Sequence[bool]) -> int:
+    """How many channels are read where they lie."""
+    return sum(part.channels for part, there in zip(parts_of(parts, channels), direct, strict=False) if there)
+
+
 def stages(
     real: str,
     lanes: int,

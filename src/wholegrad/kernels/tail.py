@@ -27,6 +27,7 @@ from wholegrad.kernels.thin import (
     beyond,
     correlate_kernel,
     correlate_plan,
+    correlated_directly,
     directly,
     kernel_parts,
     lanes,
@@ -399,8 +400,8 @@ class _Scheduling:
         read, fresh, grad = (row.read, col.read), (row.fresh, col.fresh), self._whole(self.grads[number])
         bias = (GIVEN + self.places.biases[number], 0) if wants.bias else NULL
         done = wants.weight and wants.bias
+        around = (lead[0], 0, lead[1], 0)
         if layer.transposed:
-            around = (lead[0], 0, lead[1], 0)
             done = done and ChannelSums.all_read(fresh, read, kernel, layer.stride, around, layer.dilation)
         if wants.weight:
             first, second = layer.weight.shape[:2]
@@ -411,7 +412,9 @@ class _Scheduling:
                 () if layer.transposed else parts, parts if layer.transposed else (), of,
             )  # fmt: skip
             given, sat = (fresh, read) if layer.transposed else (read, fresh)
-            plan = correlate_plan(shape, given, sat, (lead[0], 0, lead[1], 0))
+            if not layer.transposed:
+                shape = correlated_directly(shape, buffered(layer), given, sat, around)
+            plan = correlate_plan(shape, given, sat, around)
             self.calls.memory = max(self.calls.memory, plan.bytes)
             tables = [self.calls.table(grad), self.calls.table(leaves)]
             pointers = [

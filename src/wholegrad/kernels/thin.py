@@ -348,6 +348,24 @@ def directly(shape: slide.Shape, there: Sequence[bool], given: Pair, size: Pair,
     return shape._replace(direct=direct) if any(direct) else shape
 
 
+def correlated_directly(
+    shape: correlate.Shape, there: Sequence[bool], given: Pair, size: Pair, padding: Padding
+) -> correlate.Shape:
+    """The shape that reads where they lie those parts of its input that are ``there``, as far as it can.
+
+    Args:
+        given, size, padding: as :func:`correlate_plan` has them.
+    """
+    if shape.summed == "x" or size[1] % lanes(shape.real) or any(each.sources > 1 for each in shape.axes()):
+        return shape
+    for i, each in enumerate(shape.axes()):
+        if padding[2 * i] > 0 or size[i] + each.reach - padding[2 * i] > given[i]:
+            return shape
+    parts = parts_of(shape.parts, shape.inputs)
+    direct = tuple(may and part.program.plain for may, part in zip(there, parts, strict=True))
+    return shape._replace(direct=direct) if any(direct) else shape
+
+
 def beyond(wide: int, dtype: torch.dtype) -> int:
     """Bytes after a map with rows of ``wide`` elements that kernels may read which read it where it lies."""
     return slide.MOST * (wide + lanes(REAL[dtype])) * dtype.itemsize
@@ -369,7 +387,7 @@ def correlate_plan(shape: correlate.Shape, given: Pair, size: Pair, padding: Pad
         for i in (0, 1)
     ]
     places, grad_places = _places(wide + lanes + cols.reach, lanes), _places(wide, lanes)
-    row_bytes = (shape.inputs * rows.sources * cols.sources * places + shape.outputs * grad_places) * item
+    row_bytes = (shape.staged * rows.sources * cols.sources * places + shape.outputs * grad_places) * item
     band = min(max(2 * rows.reach, _band(row_bytes, rows.reach)), high + rows.reach)
     channel = band * rows.sources * cols.sources * places
     grad_channel = (band + rows.reach) * grad_places
@@ -378,7 +396,7 @@ def correlate_plan(shape: correlate.Shape, given: Pair, size: Pair, padding: Pad
         places, channel, grad_places, grad_channel,
     )  # fmt: skip
     first = _notes(shape.inputs)
-    second = first + shape.inputs * channel * item
+    second = first + shape.staged * channel * item
     sizes = (ctypes.c_int64 * len(correlate.SIZES))(*values)
     return _Plan(sizes, second + shape.outputs * grad_channel * item, (first, second))
 
