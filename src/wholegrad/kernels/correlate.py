@@ -215,12 +215,16 @@ def _block(
                 offset = code.mul(code.mul(place.index, cols.sources), note.size)
                 code.fetch(code.at(pointer, offset, "i8"))
             found = dict(zip(pairs, place.values, strict=True))
-            gs = [code.load(code.at(pointer, place.index)) for pointer in g_places]
-            for item in across:
-                pointer = code.at(x_places[item.channel, item.source], place.index)
-                each = code.load(code.at(pointer, item.shift))
-                for other, vector in zip(down, gs, strict=True):
-                    found[item, other] = code.fma(each, vector, found[item, other])
+            # The fewer ones stay in registers while each of the others is loaded.
+            xs = [code.at(code.at(x_places[item.channel, item.source], place.index), item.shift) for item in across]
+            gs = [code.at(pointer, place.index) for pointer in g_places]
+            few, many = (xs, gs) if len(xs) < len(gs) else (gs, xs)
+            held = [code.load(pointer) for pointer in few]
+            for i, pointer in enumerate(many):
+                each = code.load(pointer)
+                for k, other in enumerate(held):
+                    pair = (across[k], down[i]) if few is xs else (across[i], down[k])
+                    found[pair] = code.fma(each, other, found[pair])
             place.after = [found[pair] for pair in pairs]
         row.after = place.values
     area = shape.kernel[0] * shape.kernel[1]
