@@ -220,11 +220,11 @@ def _block(
             gs = [code.at(pointer, place.index) for pointer in g_places]
             few, many = (xs, gs) if len(xs) < len(gs) else (gs, xs)
             held = [code.load(pointer) for pointer in few]
-            for i, pointer in enumerate(many):
-                each = code.load(pointer)
-                for k, other in enumerate(held):
+            for i, place_of in enumerate(many):
+                each = code.load(place_of)
+                for k, vector in enumerate(held):
                     pair = (across[k], down[i]) if few is xs else (across[i], down[k])
-                    found[pair] = code.fma(each, other, found[pair])
+                    found[pair] = code.fma(each, vector, found[pair])
             place.after = [found[pair] for pair in pairs]
         row.after = place.values
     area = shape.kernel[0] * shape.kernel[1]
