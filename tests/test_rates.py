@@ -12,10 +12,13 @@ import torch
 
 import wholegrad as wg
 from wholegrad.commands.common import blank
+from wholegrad.graph.geometry import Box
+from wholegrad.kernels.choice import THIN
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
 from wholegrad.plan.rates import BUILT_IN, Rates
 from wholegrad.run import calibrate, spill_file
+from wholegrad.run.store import HostStore
 from wholegrad.train.plans import Conditions
 
 
@@ -126,3 +129,20 @@ def test_the_disk_is_timed_by_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(spill_file, "SpillFile", Slow)
     assert calibrate._disk(tmp_path) > 0.04 / (32 << 20)
     assert calibrate._disk(tmp_path / "none") == BUILT_IN.disk
+
+
+def test_what_is_timed_of_boundaries_is_a_copy_between_like_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transposition would take several times as long."""
+    strides: list[tuple[bool, bool]] = []
+
+    def noted(store: HostStore, box: Box, tile: torch.Tensor) -> None:
+        pixels = store._box(box)
+        strides.append((pixels.stride(3) == 1, store._pixels(tile).stride(3) == 1))
+        write(store, box, tile)
+
+    write = HostStore.write
+    monkeypatch.setattr(HostStore, "write", noted)
+    work, units = calibrate._storing()
+    work()
+    height, width = calibrate.WIDE_MAP
+    assert strides and set(strides) == {(True, True)} and units == 4 * (THIN + 8) * height * width
