@@ -72,10 +72,12 @@ def test_all_together_stay_below_what_the_plan_has() -> None:
 class Crowded:
     """A step's boundaries in a process of so many bytes, of which the heap gives ``heap`` back when asked."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, held: int, heap: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, held: int, heap: int, keeps: bool = True) -> None:
         self.held, self.heap, self.asked = held, heap, 0
         self.kept = object.__new__(Boundaries)
-        self.kept.plan = cast(Plan, SimpleNamespace(host_peak=1000, placements={Ref(0): Placement.HOST}))
+        self.kept.plan = cast(
+            Plan, SimpleNamespace(host_peak=1000, placements={Ref(0): Placement.HOST}, keeps_heap=keeps)
+        )
         self.kept.device = cast(Device, SimpleNamespace(apart=False))
         self.kept.spill, self.kept._beside, self.kept.blocks, self.kept.heap = None, 50, Blocks(), Heap()
         monkeypatch.setattr(process, "release_memory", self.release)
@@ -139,6 +141,14 @@ def test_before_tiles_that_find_what_others_left_nothing_goes_back(monkeypatch: 
     step.kept.heap = Heap()  # of another plan
     step.kept.make_room(250, {})
     assert step.asked == 2
+
+
+def test_tiles_of_many_segments_find_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Crowded(monkeypatch, held=400, heap=200, keeps=False)
+    step.kept.make_room(300, {})
+    step.held += 300
+    step.kept.make_room(300, {})
+    assert step.asked == 1
 
 
 def test_what_went_back_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:

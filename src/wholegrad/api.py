@@ -261,7 +261,7 @@ def _in_tiles(
     """One step tile by tile."""
     executor = _executor(made, tensors, inputs, device=device, **options)
     try:
-        with _as_captured(device, keep=True), torch.enable_grad():
+        with _as_captured(device, keep=made.keeps_heap), torch.enable_grad():
             executor.forward()
             executor.backward()
     finally:
@@ -318,7 +318,7 @@ def _as_captured(device: Device, keep: bool = False) -> Iterator[None]:
     kind = device.torch.type
     if kind in ("cuda", "mps") and torch.is_autocast_enabled(kind):
         raise PlanError(f"torch.autocast({kind!r})", "is not seen by the trace", "use torch.autocast('cpu', dtype)")
-    reused = process.reuse_memory(keep and not device.apart)
+    reused = process.reuse_memory(keep)
     with reused, torch.inference_mode(False), torch.autocast("cpu", enabled=False), device.running():
         yield
 

@@ -23,7 +23,6 @@ from wholegrad.plan.storage import stored_bytes
 from wholegrad.plan.traffic import at_once, shared
 
 Bytes = npt.NDArray[np.int64]
-FEW = 2  # segments, of which a step's heap comes apart only as their own tiles make it: the first often counts labels
 WAYS = 16  # numbers of boundaries in host memory that are tried, in each order
 
 
@@ -341,7 +340,7 @@ class Cuttings:
         return self._known[boundaries]
 
     def _cutting(self, segments: Sequence[Segment], fused: bool, boundaries: frozenset[Ref]) -> Cutting:
-        last, new = len(segments) - 1, len(segments) <= FEW
+        last, new = len(segments) - 1, len(segments) <= memory.FEW
         pieces = [self._piece(segment, fused and k == last, new) for k, segment in enumerate(segments)]
         kept = {ref: self._boundary(ref) for ref in boundaries if ref not in self._written}
         return Cutting(self.graph, self.terms, pieces, kept, self.placement, self.dtype)

@@ -31,6 +31,7 @@ LIBRARY_SLACK = 2.0
 PAGED = 1 << 25  # bytes of a block that has pages of its own, which go back to the system when it is freed
 NEW_SLACK = 1.15  # of such blocks, and of a heap that has not come apart yet, in place of ``SLACK``
 WORN = 256  # tiles of each worker after which it has; half of it after sixteen
+FEW = 2  # segments, of which the heap comes apart only as their own tiles make it: the first often counts labels
 STEPS = 16  # after so many steps in the same heap it hardly comes apart any more
 HEAP = 48 << 20  # bytes by which it has grown then beside
 KERNELS = 56 << 20  # LLVM, our own kernels' code, thread stacks, autograd and decoders

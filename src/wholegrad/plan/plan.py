@@ -16,7 +16,7 @@ from wholegrad.graph.segment import Segment
 from wholegrad.plan.bands import Bands
 from wholegrad.plan.devices import Apart, Host
 from wholegrad.plan.halos import Halo, halos
-from wholegrad.plan.memory import Kept, Working, held_whole, kept
+from wholegrad.plan.memory import FEW, Kept, Working, held_whole, kept
 from wholegrad.plan.parts import Parts, parts
 from wholegrad.plan.spill import spill_bytes
 from wholegrad.plan.storage import dtype_name, stored_bytes, stored_dtype
@@ -174,6 +174,11 @@ class Plan:
     def host_peak(self) -> int:
         """Predicted peak of the whole process in bytes."""
         return self.projected if self.host is None else self.host.projected
+
+    @property
+    def keeps_heap(self) -> bool:
+        """Whether a step leaves its heap to the next: tiles of many segments would not find what they want there."""
+        return self.backward and self.apart is None and len(self.segments) <= FEW
 
     @property
     def near(self) -> Placement:

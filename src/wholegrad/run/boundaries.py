@@ -139,8 +139,8 @@ class Boundaries:
     def make_room(self, working: int, new: Mapping[Ref, int]) -> None:
         """Return free memory to the system where a sweep over a segment might else pass the projected peak (rule 7).
 
-        What earlier tiles and boundaries left is quick to use again. Tiles find what those of a sweep left that took as
-        much, if nothing was given back since; boundaries need blocks of their own sizes.
+        What earlier tiles and boundaries left is quick to use again. In a plan of few segments tiles find what those of
+        a sweep left that took as much, if nothing was given back since; boundaries need blocks of their own sizes.
 
         Args:
             working: what the segment's tiles may take of the host's memory.
@@ -148,14 +148,17 @@ class Boundaries:
         """
         sizes = [size for ref, size in new.items() if self.placement(ref) is Placement.HOST]
         room = self.plan.host_peak - self._beside - working - (self.spill.limit - self.spill.held if self.spill else 0)
-        found = self.heap.finds(working)
+        found = self._found(working)
         if process.resident() + self.blocks.missing(sizes) > room + found:
             process.release_memory()
-        found = self.heap.finds(working)
+        found = self._found(working)
         self.heap.ran(working)
         over = process.resident() + self.blocks.missing(sizes) - room - found + working // 2
         if over > 0:  # free blocks are the first to go
             self.blocks.shrink(over, sizes)
+
+    def _found(self, working: int) -> int:
+        return self.heap.finds(working) if self.plan.keeps_heap else 0
 
     def _too_large(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
         dtype = self.maps[ref].dtype
