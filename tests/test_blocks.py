@@ -176,17 +176,28 @@ class Owner:
 
 
 def test_what_a_plan_left_goes_with_it_and_before_another_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [False]
     gone: list[int] = []
-    monkeypatch.setattr(process, "let_go", lambda: gone.append(1))
+
+    def let_go() -> None:
+        kept[0] = False
+        gone.append(1)
+
     drop_all()
+    monkeypatch.setattr(process, "let_go", let_go)
+    monkeypatch.setattr(process, "keeps", lambda: kept[0])
     first, second = Owner(), Owner()
-    before = len(gone)
     heap = left_by(first)[1]
-    assert left_by(first)[1] is heap and len(gone) == before
-    assert left_by(second)[1] is not heap and len(gone) == before + 1
+    kept[0] = True  # as after a step
+    assert left_by(first)[1] is heap and not gone
+    assert left_by(second)[1] is not heap and len(gone) == 1
+    kept[0] = True
     del first
-    assert len(gone) == before + 1, "a plan that left nothing any more"
+    assert len(gone) == 1, "a plan that left nothing any more"
     del second
-    assert len(gone) == before + 2
+    assert len(gone) == 2
     drop_all()
-    assert len(gone) == before + 2
+    assert len(gone) == 2, "nothing is kept"
+    kept[0] = True  # after a step in the middle of which another plan was made
+    left_by(Owner())
+    assert len(gone) == 3

@@ -260,3 +260,24 @@ def test_a_heap_comes_apart_with_every_round_of_tiles(tiles: int, workers: int, 
 def test_what_segments_leave_in_the_heap_does_not_grow_for_ever() -> None:
     assert memory.leftover(1) == 0 < memory.leftover(2) < memory.leftover(4)
     assert memory.leftover(1 + memory.LEAVING) == memory.leftover(60)
+
+
+@pytest.mark.parametrize(
+    ("channels", "edge", "fixed", "keeps"),
+    [
+        (8, 3000, {"tile": (250, 250)}, True),
+        (8, 3000, {"tile": (3000, 3000)}, False),  # maps of 275 MiB have pages of their own
+        (8, 3000, {"tile": (250, 250), "boundaries": ["0"], "placement": "host"}, True),
+        (8, 1200, {"tile": (300, 300), "boundaries": ["0", "2"], "placement": "host"}, False),  # three segments
+        (40, 1200, {"tile": (300, 300)}, False),  # PyTorch's convolutions
+    ],
+)
+def test_a_step_leaves_its_heap_where_its_tiles_take_everything_from_there(
+    channels: int, edge: int, fixed: dict[str, Any], keeps: bool
+) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(channels, 1, 1),
+    )  # fmt: skip
+    plan = wg.plan(model, mean_square, torch.zeros(3, edge, edge), None, budget="16GiB", **fixed)
+    assert plan.keeps_heap is keeps

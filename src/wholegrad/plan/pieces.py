@@ -34,6 +34,7 @@ ELEMENT_LIMIT = 2**31  # rule 8
 HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 2048)
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 COARSE = (64, 256, 512, 1024)  # both, while boundaries are being chosen
+SURELY = 15 / 16  # of the size from which a block has pages of its own: copies with padding are larger
 WIDEST, UPRIGHT = 32, 0.7  # times its height that a tile is wide at most, and at least
 
 Tile = tuple[int, int]
@@ -249,6 +250,7 @@ class Piece:
             seconds=option.forward,
             backward_seconds=option.backward,
             staging=0 if self.terms.apart is None else self.staging(option.tile),
+            from_heap=self._from_heap(option.tile),
         )
         return part, found
 
@@ -423,6 +425,14 @@ class Piece:
         through = read + (self.terms.workers + 1) * self._walk.handed_on(areas)
         through = through + self.terms.workers * self._walk.fetched(areas)
         return int(devices.PINNED * int(through[0])) + int(self._band(tiles.rows, tiles.cols)[0])
+
+    def _from_heap(self, tile: Tile) -> bool:
+        """Whether all tensors of tiles come from the heap, and hardly anything else does."""
+        tiles = self._tiles([tile[0]], [tile[1]])
+        sweeps = self._walks[-1:] if self.fused else self._walks  # a fused segment has no forward sweep
+        walks = [walk for pair in sweeps for walk in pair]
+        most = max(int(walk.largest(self._areas(walk, tiles.rows, tiles.cols))[0]) for walk in walks)
+        return all(walk.new for walk in walks) and most < memory.PAGED * SURELY
 
     def _asked(self, forward: int, backward: int) -> tuple[int, int]:
         """These, less the sweep that does not happen."""

@@ -16,7 +16,7 @@ from wholegrad.graph.segment import Segment
 from wholegrad.plan.bands import Bands
 from wholegrad.plan.devices import Apart, Host
 from wholegrad.plan.halos import Halo, halos
-from wholegrad.plan.memory import FEW, Kept, Working, held_whole, kept
+from wholegrad.plan.memory import Kept, Working, held_whole, kept
 from wholegrad.plan.parts import Parts, parts
 from wholegrad.plan.spill import spill_bytes
 from wholegrad.plan.storage import dtype_name, stored_bytes, stored_dtype
@@ -84,6 +84,7 @@ class SegmentPlan:
         seconds: predicted seconds of one forward run over all tiles.
         backward_seconds: predicted seconds of running all tiles again and pulling them back.
         staging: bytes of the host's memory through which tiles on a device come and go.
+        from_heap: whether all tensors of tiles come from the heap, and hardly anything else does.
     """
 
     segment: Segment
@@ -96,6 +97,7 @@ class SegmentPlan:
     seconds: float
     backward_seconds: float
     staging: int = 0
+    from_heap: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +179,8 @@ class Plan:
 
     @property
     def keeps_heap(self) -> bool:
-        """Whether a step leaves its heap to the next: tiles of many segments would not find what they want there."""
-        return self.backward and self.apart is None and len(self.segments) <= FEW
+        """Whether a step leaves its heap to the next: only where its tiles find there all that they want."""
+        return self.backward and self.apart is None and all(part.from_heap for part in self.segments)
 
     @property
     def near(self) -> Placement:

@@ -139,6 +139,12 @@ class Walk:
         found = [areas[place[index]] * self.upkeep.pixel[index] for index in made if index in place]
         return sum(found, np.zeros(areas.shape[1], np.int64))
 
+    def largest(self, areas: Bytes) -> Bytes:
+        """Bytes of the largest tensor of each tile."""
+        tiles = self._sized(areas)
+        most: Bytes = np.maximum(tiles.sizes.max(0, initial=0), DOUBLE * tiles._widest())
+        return most
+
     def _sized(self, areas: Bytes, wear: Share | None = None) -> _Tiles:
         sizes = areas * np.array(self._pixels())[:, None]
         if wear is not None:

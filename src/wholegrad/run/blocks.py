@@ -97,7 +97,7 @@ class _Kept:
         return self.blocks, self.heap
 
     def drop(self) -> None:
-        if self.owner is not None:
+        if process.keeps():
             process.let_go()
         self.owner, self.blocks, self.heap = None, Blocks(), Heap()
 

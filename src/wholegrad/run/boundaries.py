@@ -53,6 +53,7 @@ class Boundaries:
         self.grads.clear()
         if self.spill is not None:
             self.spill.close()
+        left_by(self.plan)  # not this plan's any more, and given back, if another was made while it ran
 
     def placement(self, ref: Ref) -> Placement:
         """Where a boundary lives."""
@@ -139,8 +140,9 @@ class Boundaries:
     def make_room(self, working: int, new: Mapping[Ref, int]) -> None:
         """Return free memory to the system where a sweep over a segment might else pass the projected peak (rule 7).
 
-        What earlier tiles and boundaries left is quick to use again. In a plan of few segments tiles find what those of
-        a sweep left that took as much, if nothing was given back since; boundaries need blocks of their own sizes.
+        What earlier tiles and boundaries left is quick to use again. Where all tensors of tiles come from the heap they
+        find what those of a sweep left that took as much, if nothing was given back since; boundaries need blocks of
+        their own sizes.
 
         Args:
             working: what the segment's tiles may take of the host's memory.

@@ -41,6 +41,7 @@ NEAR = 48 << 20  # bytes below a projected peak from which on free memory is giv
 
 _has_run = False
 _times_given_back = 0
+_keeps = False
 
 
 def mark_run() -> None:
@@ -111,6 +112,7 @@ def reuse_memory(keep: bool = False) -> Iterator[None]:
     Args:
         keep: whether they stay afterwards too, unless an error comes, until :func:`let_go`.
     """
+    global _keeps
     library = _glibc()
     _set(library, _WHILE_RUNNING)
     kept = False
@@ -120,6 +122,7 @@ def reuse_memory(keep: bool = False) -> Iterator[None]:
     finally:
         mark_run()
         if kept:
+            _keeps = True
             _set(library, _BETWEEN_STEPS)
         else:
             let_go()
@@ -127,8 +130,15 @@ def reuse_memory(keep: bool = False) -> Iterator[None]:
 
 def let_go() -> None:
     """Return free blocks to the system, those that are freed from now on too."""
+    global _keeps
+    _keeps = False
     _set(_glibc(), _GLIBC_DEFAULTS)
     release_memory()
+
+
+def keeps() -> bool:
+    """Whether a run left free blocks that are still there."""
+    return _keeps
 
 
 def _set(library: ctypes.CDLL | None, settings: dict[int, int]) -> None:
