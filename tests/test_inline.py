@@ -396,13 +396,20 @@ def test_nothing_is_inlined_without_kernels(name: str, monkeypatch: pytest.Monke
 
 
 def misplaced(
-    code: Code, parts: Any, name: str, leaves: str, area: Any, scratch: tuple[str, Value], *sums: Any
+    code: Code,
+    parts: Any,
+    name: str,
+    leaves: str,
+    area: Any,
+    scratch: tuple[str, Value],
+    sums: Any = None,
+    direct: Any = (),
 ) -> None:
     """The first part staged where the second belongs too."""
-    FILL(code, parts, name, leaves, area, scratch, *sums)
-    if len(parts) > 1:
+    FILL(code, parts, name, leaves, area, scratch, sums, direct)
+    if len(parts) > 1 and not any(direct):
         second = code.at(scratch[0], code.mul(scratch[1], parts[0].channels))
-        FILL(code, parts[:1], name, leaves, area, (second, scratch[1]), *sums)
+        FILL(code, parts[:1], name, leaves, area, (second, scratch[1]), sums)
 
 
 def unmasked(self: Line, place: Value, mask: str = "") -> str:

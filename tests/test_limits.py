@@ -185,6 +185,7 @@ folder, out = sys.argv[1:3]
 enter = "open(%r, 'w').write(str(os.getpid()))" % (folder + "/cgroup.procs")
 exec(enter)
 from wholegrad.run import limits
+from wholegrad.run.blocks import drop_all
 from wholegrad.train.config import load_config
 from wholegrad.train.events import Watch
 from wholegrad.train.loop import train
@@ -193,6 +194,7 @@ eaters, notes = [], []
 
 def after(step):
     if step.step == 1:
+        drop_all()  # what the step left: with it the next one would fit beside the eater
         take = limits.group_limits()[0].free - (90 << 20)
         code = "import os, sys, time; %s; held = b'x' * %d; print('full', flush=True); time.sleep(600)" % (enter, take)
         eaters.append(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE))
