@@ -155,10 +155,10 @@ def write(shape: Shape, host: Host) -> str:
     return stage.declarations(shape.real, n) + staging + body
 
 
-def _place(code: Code, table: str, channel: int, row: Value) -> str:
+def _row(code: Code, table: str, channel: int, row: Value) -> str:
     """Where a channel has that row of the band."""
-    address, pitch = (code.integer(code.at(table, stage.PLACE * channel, "i64"), k) for k in range(stage.PLACE))
-    return code.at(code.set(f"inttoptr i64 {address} to ptr"), code.mul(row, pitch))
+    pointer, pitch = stage.place(code, table, channel)
+    return code.at(pointer, code.mul(row, pitch))
 
 
 def _block(
@@ -185,7 +185,7 @@ def _block(
     with code.loop(start, end, 1, ["zeroinitializer"] * len(pairs)) as row:
         x_row = code.add(code.mul(row.index, rows.sources), phase)
         x_places = {
-            key: _place(code, x, key[0], x_row)
+            key: _row(code, x, key[0], x_row)
             if shape.direct
             else code.at(
                 x,

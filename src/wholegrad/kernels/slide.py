@@ -168,9 +168,8 @@ def write(shape: Shape, host: Host) -> str:
     body = code.function(
         "slide", "ptr %sizes, ptr %leaves, ptr %w, ptr %b, ptr %out, ptr %factor, ptr %scratch, ptr %notes"
     )
-    return (
-        stage.declarations(shape.real, n) + stage.stages(shape.real, n, phases, parts, "x", direct=shape.direct) + body
-    )
+    staging = stage.stages(shape.real, n, phases, parts, "x", direct=shape.direct)
+    return stage.declarations(shape.real, n) + staging + body
 
 
 Start = tuple[str, Value]  # of a block of rows: where the first channel's are in scratch, and which of the band
@@ -215,12 +214,12 @@ class _Writer:
         weights = code.at("%w", code.mul(number, self.shape.inputs * area))
         with code.loop(0, self.shape.inputs, 1, [biases[key[0]] for key in keys]) as channel:
             found = dict(zip(keys, channel.values, strict=True))
-            source, pitch = (
-                code.at(begin, code.mul(channel.index, self.arg["scratch_channel"])),
-                self.arg["scratch_places"],
-            )
             if self.table:
-                source, pitch = self._place(channel.index, base[1], x)
+                start_of, pitch = stage.place(code, self.table, channel.index)
+                source = code.at(start_of, code.add(code.mul(base[1], pitch), x))
+            else:
+                source = code.at(begin, code.mul(channel.index, self.arg["scratch_channel"]))
+                pitch = self.arg["scratch_places"]
             self._taps((source, pitch), code.at(weights, code.mul(channel.index, area)), phase, v, found)
             if ahead is not None:  # after the taps: before them, some shapes had their sums spilled
                 self._fetch(channel.index, ahead, x, v)
@@ -236,13 +235,6 @@ class _Writer:
                         x,
                         {(p, k): final[o, r, p, k] for p in range(cols.targets) for k in range(v)},
                     )
-
-    def _place(self, channel: str, row: Value, x: str) -> tuple[str, str]:
-        """Where a channel has that row of the band and column, and elements from row to row."""
-        code = self.code
-        at = code.at(self.table, code.mul(channel, stage.PLACE), "i64")
-        address, pitch = (code.integer(at, k) for k in range(stage.PLACE))
-        return code.at(code.set(f"inttoptr i64 {address} to ptr"), code.add(code.mul(row, pitch), x)), pitch
 
     def _fetch(self, channel: str, ahead: Value, x: str, v: int) -> None:
         """Ask for the input that the next band will read in this place."""

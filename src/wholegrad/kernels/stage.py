@@ -132,6 +132,13 @@ def places(
         staged += 0 if direct[i] else part.channels
 
 
+def place(code: Code, table: str, channel: Value) -> tuple[str, str]:
+    """Where :func:`places` noted that a channel is, and elements from row to row."""
+    at = code.at(table, code.mul(channel, PLACE), "i64")
+    address, pitch = (code.integer(at, k) for k in range(PLACE))
+    return code.set(f"inttoptr i64 {address} to ptr"), pitch
+
+
 RUN = 16  # places of a row that a lane sums before the sum is added to a float64 total, as in pointwise passes
 
 NOTE = 3  # 64-bit integers: an address, bytes from row to row, bytes of an element

@@ -330,10 +330,8 @@ class Piece:
         """
         terms = self.terms
         count: npt.NDArray[np.int64] = np.outer(rows.counts, cols.counts).ravel()
-        side, wear = (
-            np.minimum(count, terms.workers),
-            None if seen else memory.wear(count, terms.workers, terms.backward),
-        )
+        side = np.minimum(count, terms.workers)
+        wear = None if seen else memory.wear(count, terms.workers, terms.backward)
         forward, backward = (side * each for each in self._largest(rows, cols, wear))
         if terms.apart is not None:
             areas = self._areas(self._walk, rows, cols)
