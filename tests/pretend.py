@@ -21,6 +21,7 @@ import torch
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from wholegrad.run.blocks import anonymous
 from wholegrad.run.device import Device, Options, Room, register
 
 aten = torch.ops.aten
@@ -40,6 +41,7 @@ class Ledger:
         up, down: bytes that crossed towards the device and back; ``ups`` and ``downs`` count the crossings.
         staged, most_staged: bytes of the host's memory that what crosses takes, and the most of them.
         doubles: whether the device knows float64.
+        of_host: memory blocks of the host's that its ops reach; they are none of its bytes.
     """
 
     def __init__(self) -> None:
@@ -47,6 +49,7 @@ class Ledger:
         self.alive: dict[int, tuple[int, int]] = {}  # of each memory block: tensors that look at it, bytes
         self.now = self.peak = self.up = self.down = self.ups = self.downs = self.staged = self.most_staged = 0
         self.doubles = True
+        self.of_host: set[int] = set()
 
     def forget(self) -> None:
         """Count peak and crossings from now on."""
@@ -57,11 +60,28 @@ class Ledger:
     def hold(self, raw: torch.Tensor, owner: torch.Tensor) -> None:
         block = raw.untyped_storage()
         with self.lock:
+            if block._cdata in self.of_host:
+                return
             count, size = self.alive.get(block._cdata, (0, block.nbytes()))
             self.alive[block._cdata] = count + 1, size
             self.now += 0 if count else size
             self.peak = max(self.peak, self.now)
         weakref.finalize(owner, self._drop, block._cdata)
+
+    def reach(self, nbytes: int) -> Pretend:
+        """Memory of the host's as a tensor of the device."""
+        raw = anonymous(nbytes)
+        owner = raw.untyped_storage()
+        with self.lock:
+            self.of_host.add(owner._cdata)
+        weakref.finalize(owner, self._left, owner._cdata)
+        return Pretend(raw)
+
+    def _left(self, block: int) -> None:
+        with self.lock:
+            self.of_host.discard(block)
+        for watch in WATCHES:
+            watch.gone(block)
 
     def stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Count a host tensor as staging memory for as long as its memory is looked at."""
@@ -195,7 +215,16 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
 
 
 class PretendDevice(Device):
-    """What the executor sees of it."""
+    """What the executor sees of it.
+
+    Attributes:
+        reaches_host: whether its ops reach memory of the host's.
+    """
+
+    reaches_host = False
+
+    def host_block(self, nbytes: int) -> torch.Tensor | None:
+        return LEDGER.reach(nbytes) if self.reaches_host else None
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return LEDGER.stage(super().staging(shape, dtype))
@@ -241,9 +270,11 @@ def install() -> None:
     register(NAME, lambda where, options: PretendDevice(torch.device(NAME, 0), options))
 
 
-def device(**options: Any) -> PretendDevice:
+def device(reaches_host: bool = False, **options: Any) -> PretendDevice:
     """The device with these options."""
-    return PretendDevice(torch.device(NAME, 0), Options(**options))
+    made = PretendDevice(torch.device(NAME, 0), Options(**options))
+    made.reaches_host = reaches_host  # type: ignore[misc]
+    return made
 
 
 @contextmanager

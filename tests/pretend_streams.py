@@ -277,13 +277,14 @@ class StreamedDevice(PretendDevice):
 
 
 @contextmanager
-def streamed(**options: Any) -> Iterator[StreamedDevice]:
+def streamed(reaches_host: bool = False, **options: Any) -> Iterator[StreamedDevice]:
     """The device, whose streams are watched while this is open; raises for what was a race.
 
     Raises:
         RaceError: two streams touched the same memory in no order.
     """
     made = StreamedDevice(torch.device(pretend.NAME, 0), Options(**options))
+    made.reaches_host = reaches_host  # type: ignore[misc]
     WATCHES.append(made.streams)
     try:
         yield made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from support_cases import named_cases
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
 from wholegrad.proof import random_labels
+from wholegrad.run import pinned
 from wholegrad.run.process import resident
 from wholegrad.run.recordings import recordings_of
 from wholegrad.verify import EXACT, Case, errors
@@ -62,6 +64,38 @@ def test_boundaries_are_exact_wherever_they_live(placement: str) -> None:
     names = ["down1", "down2", "middle", "up2", "fuse2", "up1", "head"]
     found = gpu_errors(case(96, 112), LOSSES["dice"], tile=(40, 48), boundaries=names, placement=placement)
     assert max(found.values()) <= EXACT
+
+
+def test_memory_of_the_hosts_is_reached_and_given_back() -> None:
+    """On Linux with CUDA; elsewhere boundaries in the host's memory pass through staging, which is tested above."""
+    where, size = torch.device("cuda", torch.cuda.current_device()), 64 << 20
+    if torch.version.hip is not None or sys.platform != "linux":
+        assert pinned.block(size, where) is None
+        return
+    before = resident(), torch.cuda.memory_allocated()
+    block = pinned.block(size, where)
+    assert block is not None and block.device == where and not block.any()
+    block.fill_(7)
+    torch.cuda.synchronize()
+    assert int(block.sum(dtype=torch.int64)) == 7 * size and torch.cuda.memory_allocated() - before[1] < size // 2
+    del block
+    assert resident() - before[0] < size // 2
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_boundaries_on_the_host_give_the_same_bits_either_way(monkeypatch: pytest.MonkeyPatch, reached: bool) -> None:
+    data, found = bytes_case(192, 256), []
+    for way in (True, reached):
+        if not way:
+            monkeypatch.setattr(pinned, "trusted", lambda where: False)
+        there = wg.open_device("cuda", deterministic=True)
+        plan = wg.plan(data[0], LOSSES["dice"], *data[1:], device=there, tile=(64, 64), boundaries=["middle", "up2"],
+                       placement="host")  # fmt: skip
+        for _ in range(3):
+            data[0].zero_grad(set_to_none=True)
+            wg.backward(data[0], LOSSES["dice"], *data[1:], plan=plan)
+        found.append([p.grad.clone() for p in data[0].parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("entry", [*NETWORKS, *ZOO_LOSSES], ids=str)

@@ -20,6 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 import wholegrad as wg
 from wholegrad.losses import bce_loss
 from wholegrad.nets import unet4492
+from wholegrad.run import pinned as pinned_memory
 from wholegrad.run.process import peak_resident
 from wholegrad.run.recordings import drop_recordings, recordings_of
 
@@ -81,6 +82,17 @@ def machine(size: str) -> None:
         ("pageable to pinned memory, one thread's copy", lambda: pinned.copy_(plain)),
     ):
         say("machine", name, bytes_per_second=GIB / statistics.median(seconds(run, 5)))
+    reached = pinned_memory.block(GIB, there.device)
+    say("machine", "host memory reached by the device's ops", trusted=reached is not None)
+    if reached is not None:
+        mapped, boxes = reached.view(torch.float32).view(1 << 14, 1 << 14), torch.empty(1 << 14, 1 << 13, device="cuda")
+        half, size = mapped[:, 4096:-4096], boxes.nbytes
+        for name, run, moved in (
+            ("half of each row copied from it by an op", lambda: boxes.copy_(half), size),
+            ("half of each row copied to it by an op", lambda: half.copy_(boxes), size),
+            ("half of each row added to by an op", lambda: half.add_(boxes), 2 * size),
+        ):
+            say("machine", f"host memory, {name}", bytes_per_second=moved / statistics.median(seconds(run, 5)))
     a, b = (torch.randn(8192, 8192, device="cuda") for _ in range(2))
     for tf32 in (False, True):
         torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -173,6 +185,7 @@ def step(size: str) -> None:
         ("image on the host, tf32", {"tf32": True}, False, "8GiB"),
         ("image on the host, 2 GiB", {}, False, "2GiB"),
         ("image on the host, 2 GiB, graphs", {"graphs": True}, False, "2GiB"),
+        ("image and boundaries on the host", {}, False, "8GiB"),
         ("image on the host, 2 GiB, Triton, graphs", {"triton": True, "graphs": True}, False, "2GiB"),
         ("image on the device", {}, True, None),
         ("image on the device, Triton", {"triton": True}, True, None),
@@ -188,7 +201,8 @@ def step(size: str) -> None:
         held = torch.cuda.memory_allocated()
         try:
             device = wg.open_device("cuda", **options)
-            plan = wg.plan(model, bce_loss, *data, device=device, budget=budget or held + 8 * GIB)
+            placed = {"placement": "host"} if "boundaries on the host" in name else {}
+            plan = wg.plan(model, bce_loss, *data, device=device, budget=budget or held + 8 * GIB, **placed)
         except wg.WholegradError as error:
             say("step", name, error=str(error), size=size)
             continue
@@ -354,13 +368,16 @@ def errors(size: str) -> None:
     for name, dtype, options in (
         ("tiles float64", torch.float64, {}), ("tiles float32", torch.float32, {}),
         ("tiles tf32", torch.float32, {"tf32": True}), ("tiles Triton", torch.float32, {"triton": True}),
-        ("tiles bfloat16", torch.bfloat16, {}), ("tiles recorded", torch.float32, {"graphs": True}),
+        ("tiles bfloat16", torch.bfloat16, {}), ("tiles autocast bfloat16", torch.float32, {}),
+        ("tiles boundaries in bfloat16", torch.float32, {}), ("tiles recorded", torch.float32, {"graphs": True}),
     ):  # fmt: skip
         model = copy.deepcopy(first).to(dtype)
+        rounds = {"boundary_dtype": torch.bfloat16} if "boundaries in bfloat16" in name else {}
         try:
             device = wg.open_device("cuda", **options)
-            plan = wg.plan(model, bce_loss, image, labels, device=device, tile=(512, 768))
-            wg.backward(model, bce_loss, image, labels, plan=plan)
+            with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in name):  # which the trace shows
+                plan = wg.plan(model, bce_loss, image, labels, device=device, tile=(512, 768), **rounds)
+                wg.backward(model, bce_loss, image, labels, plan=plan)
             found[name] = {key: p.grad.double() for key, p in model.named_parameters() if p.grad is not None}
         except Exception as error:
             say("errors", name, error=f"{type(error).__name__}: {error}"[:300], size=size)

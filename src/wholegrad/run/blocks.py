@@ -1,4 +1,4 @@
-"""Blocks of anonymous memory for boundaries, kept from one map to the next and from one step of a plan to the next.
+"""Blocks of the host's memory for boundaries, kept from one map to the next and from one step of a plan to the next.
 
 The first touch of fresh pages takes ten times as long as writing to pages that are there (about 0.9 against 0.1 s a
 GiB on a virtual machine), and a step of a wide network writes gigabytes of boundaries. A block that a map gives back
@@ -14,7 +14,7 @@ import mmap
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -22,15 +22,22 @@ from wholegrad.run import process
 from wholegrad.run.heap import Heap
 
 
+def anonymous(nbytes: int) -> torch.Tensor:
+    """New bytes, zeros, which belong to no file."""
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+
+
 class Blocks:
     """Blocks in use and free ones.
 
     Attributes:
         most: bytes of all together, from which on a new one takes the place of free ones; None for no limit.
+        make: a new block, all zeros.
     """
 
     def __init__(self) -> None:
         self.most: int | None = None
+        self.make: Callable[[int], torch.Tensor] = anonymous
         self._used = 0
         self._free: list[torch.Tensor] = []
         self._lock = threading.Lock()
@@ -42,7 +49,7 @@ class Blocks:
             self._used += nbytes
             if found is None:
                 self._drop(0 if self.most is None else self._used + self._free_bytes() - self.most)
-                return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+                return self.make(nbytes)
             block = self._free.pop(found)
         return block.zero_() if zero else block
 

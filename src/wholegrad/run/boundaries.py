@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 
@@ -16,12 +17,18 @@ from wholegrad.plan.plan import Placement, Plan
 from wholegrad.plan.storage import dtype_name, stored_bytes
 from wholegrad.plan.tiles import Tile
 from wholegrad.run import process
-from wholegrad.run.blocks import left_by
+from wholegrad.run.blocks import anonymous, left_by
 from wholegrad.run.device import Device
 from wholegrad.run.spill_store import DiskStore, ask_ahead, owners_cuts, spill_of
 from wholegrad.run.store import AwayStore, DeviceStore, HostStore, MapStore, overflows
 
 NOTHING = Box(0, 0, 0, 0)
+
+
+def _block(device: Device, nbytes: int) -> torch.Tensor:
+    """Memory of the host's for a boundary: such as ops of the device reach, if there is any."""
+    found = device.host_block(nbytes)
+    return anonymous(nbytes) if found is None else found
 
 
 class Boundaries:
@@ -39,7 +46,7 @@ class Boundaries:
     def __init__(self, plan: Plan, device: Device, rank: int = 0) -> None:
         self.plan, self.graph, self.device, self.rank = plan, plan.graph, device, rank
         self.blocks, self.heap = left_by(plan)
-        self.blocks.most = plan.most_of_boundaries
+        self.blocks.most, self.blocks.make = plan.most_of_boundaries, partial(_block, device)
         self._beside = 0 if device.apart else plan.memory.parameters + plan.memory.whole + plan.memory.messages
         self.maps: dict[Ref, MapStore] = {}
         self.grads: dict[Ref, MapStore] = {}
@@ -88,12 +95,15 @@ class Boundaries:
             found: MapStore = DiskStore(spec, self.spill, owners_cuts(self.plan, ref), what, dtype, held)
         else:
             found = HostStore(spec, self.blocks, zero, dtype, held)
+            if found.across:
+                return found
         return AwayStore(spec, self.device, found) if self.device.apart else found
 
     def brought(self, ref: Ref, value: torch.Tensor) -> torch.Tensor:
-        """A tile of a boundary, or of its gradient, in the memory in which that lives; for the thread that made it."""
-        away = self.device.apart and self.placement(ref) is not Placement.DEVICE
-        return self.device.fetched(value) if away else value
+        """A tile of a boundary, or of its gradient, where it is written from; for the thread that made it."""
+        place = self.placement(ref)
+        there = place is Placement.DEVICE or (place is Placement.HOST and self.device.reaches_host)
+        return value if there or not self.device.apart else self.device.fetched(value)
 
     def keep(self, ref: Ref, box: Box, value: torch.Tensor) -> None:
         """Write what a tile owns of a boundary.

@@ -19,6 +19,7 @@ import torch
 
 from wholegrad.errors import PlanError, WholegradError
 from wholegrad.kernels.choice import using_triton
+from wholegrad.run import pinned
 from wholegrad.run.device import Device, Gate, Moving, Options, Recording, Room
 from wholegrad.run.lanes import Lanes, StreamGate
 
@@ -77,6 +78,13 @@ class CudaDevice(Device):
             done.record()
         done.synchronize()  # for this copy and what its own stream did before: other tiles' streams go on
         return here
+
+    @property
+    def reaches_host(self) -> bool:
+        return pinned.trusted(self.torch)
+
+    def host_block(self, nbytes: int) -> torch.Tensor | None:
+        return pinned.block(nbytes, self.torch)
 
     def gate(self) -> Gate:
         if self._lanes is None:

@@ -124,6 +124,18 @@ class Device:
         """The same values in host memory; strides are kept."""
         return tensor.to(CPU)
 
+    @property
+    def reaches_host(self) -> bool:
+        """Whether its ops may read and write memory of the host's where it lies (:meth:`host_block`)."""
+        return False
+
+    def host_block(self, nbytes: int) -> torch.Tensor | None:
+        """New bytes, zeros, in the host's memory, as a tensor of this device; None where there is no such memory.
+
+        What lives in the host's memory and cannot be reached passes through :meth:`staging`.
+        """
+        return None
+
     def gate(self) -> Gate:
         """For tiles that read what the calling thread has asked for so far."""
         return Gate()

@@ -1,9 +1,9 @@
 """Where boundary maps live between segments, written and read by box: in memory here, or on disk (``spill_store``).
 
 Where tiles run on a device with memory of its own, "in memory" may be either one's (:class:`DeviceStore`,
-:class:`AwayStore`). All hand out pixels ``(N, H, W, C)``, and keep them so, but for maps of few channels, which lie
-channel by channel: a tile then comes back in the layout that its convolutions prefer (PyTorch's or the thin ones).
-The host's memory comes from :mod:`wholegrad.run.blocks`.
+:class:`AwayStore`, or a :class:`HostStore` whose block ops of the device reach). All hand out pixels ``(N, H, W, C)``,
+and keep them so, but for maps of few channels, which lie channel by channel: a tile then comes back in the layout that
+its convolutions prefer (PyTorch's or the thin ones). The host's memory comes from :mod:`wholegrad.run.blocks`.
 
 A map may be stored in a narrower dtype than the graph's: it is rounded once, when written, and every read of it, in the
 forward sweep and in the backward, gives the same rounded values in the graph's dtype.
@@ -100,7 +100,12 @@ class HostStore(MapStore):
     Args:
         blocks: where the block comes from, and goes back to.
         zero: whether a new map holds zeros: for sums. Else all of it must be written before it is read.
+
+    Attributes:
+        across: whether a device's ops reach it, across the bus: then tensors that come and go are the device's.
     """
+
+    across = False
 
     def __init__(
         self,
@@ -113,6 +118,7 @@ class HostStore(MapStore):
         super().__init__(spec, dtype, held)
         self._blocks = blocks
         self._block = blocks.take(max(self.nbytes, 1), zero)
+        self.across = self._block.device.type != "cpu"
         self._map: torch.Tensor | None = laid_out(self._block[: self.nbytes].view(self.dtype), self.stored)
 
     def _box(self, box: Box) -> torch.Tensor:
@@ -127,7 +133,8 @@ class HostStore(MapStore):
         return self._tile(laid_out(flat, tuple(stored.shape)).copy_(stored))
 
     def look(self, box: Box) -> torch.Tensor:
-        return self._tile(self._box(box)) if self.dtype == self.read_dtype else self.read(box)
+        own = self.dtype == self.read_dtype and not self.across  # ops may read what they get more than once
+        return self._tile(self._box(box)) if own else self.read(box)
 
     def write(self, box: Box, tile: torch.Tensor) -> None:
         self._box(box).copy_(self._pixels(tile))
@@ -163,7 +170,7 @@ class DeviceStore(HostStore):
 class AwayStore(MapStore):
     """A map in the host's memory or on disk, read by tiles of a device.
 
-    What is written and added comes in host memory: the thread that computed it has fetched it.
+    What is written and added comes in host memory, if the thread that computed it has fetched it, or is fetched here.
     """
 
     def __init__(self, spec: Spec, device: Device, store: MapStore) -> None:
@@ -176,10 +183,13 @@ class AwayStore(MapStore):
         return self._device.arrived(self._device.send(staged.copy_(self._store.look(box))))
 
     def write(self, box: Box, tile: torch.Tensor) -> None:
-        self._store.write(box, tile)
+        self._store.write(box, self._fetched(tile))
 
     def add(self, box: Box, tile: torch.Tensor) -> None:
-        self._store.add(box, tile)
+        self._store.add(box, self._fetched(tile))
+
+    def _fetched(self, tile: torch.Tensor) -> torch.Tensor:
+        return tile if tile.device.type == "cpu" else self._device.fetched(tile)
 
     def ahead(self, box: Box) -> None:
         self._store.ahead(box)
