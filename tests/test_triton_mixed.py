@@ -239,7 +239,8 @@ print("built")
 
 def test_they_compile_for_a_gpu_that_is_not_there() -> None:
     """The interpreter takes what the compiler may refuse: every kind of kernel is built for Hopper."""
-    path = os.pathsep.join([str(Path(wg.__file__).parent.parent), str(Path(__file__).parent)])
+    own = [str(Path(wg.__file__).parent.parent), str(Path(__file__).parent)]
+    path = os.pathsep.join([*own, os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     environment.pop("TRITON_INTERPRET", None)
     code = "import torch; torch.cuda.is_available = lambda: True\n" + CODE
