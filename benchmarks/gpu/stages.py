@@ -85,8 +85,9 @@ def machine(size: str) -> None:
     reached = pinned_memory.block(GIB, there.device)
     say("machine", "host memory reached by the device's ops", trusted=reached is not None)
     if reached is not None:
-        mapped, boxes = reached.view(torch.float32).view(1 << 14, 1 << 14), torch.empty(1 << 14, 1 << 13, device="cuda")
-        half, size = mapped[:, 4096:-4096], boxes.nbytes
+        edge = int((GIB // 4) ** 0.5)
+        boxes = torch.empty(edge, edge // 2, device="cuda")
+        half, size = reached.view(torch.float32).view(edge, edge)[:, edge // 4 : -edge // 4], boxes.nbytes
         for name, run, moved in (
             ("half of each row copied from it by an op", lambda: boxes.copy_(half), size),
             ("half of each row copied to it by an op", lambda: half.copy_(boxes), size),
