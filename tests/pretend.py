@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from wholegrad.run.device import Device, Options, Room, register
+from wholegrad.run.device import Device, Options, Room, T, register
 
 aten = torch.ops.aten
 NAME = "pretend"
@@ -39,6 +39,8 @@ class Ledger:
         now, peak: bytes.
         up, down: bytes that crossed towards the device and back; ``ups`` and ``downs`` count the crossings.
         staged, most_staged: bytes of the host's memory that what crosses takes, and the most of them.
+        paging: the thread whose tensors lie in managed memory, while one has any; ``paged`` and ``most_paged`` are its
+            bytes.
         doubles: whether the device knows float64.
     """
 
@@ -47,11 +49,14 @@ class Ledger:
         self.alive: dict[int, tuple[int, int]] = {}  # of each memory block: tensors that look at it, bytes
         self.now = self.peak = self.up = self.down = self.ups = self.downs = self.staged = self.most_staged = 0
         self.doubles = True
+        self.paging: int | None = None
+        self.blocks_paged: set[int] = set()
+        self.paged = self.most_paged = 0
 
     def forget(self) -> None:
         """Count peak and crossings from now on."""
         with self.lock:
-            self.peak, self.most_staged = self.now, self.staged
+            self.peak, self.most_staged, self.most_paged = self.now, self.staged, self.paged
             self.up = self.down = self.ups = self.downs = 0
 
     def hold(self, raw: torch.Tensor, owner: torch.Tensor) -> None:
@@ -61,6 +66,10 @@ class Ledger:
             self.alive[block._cdata] = count + 1, size
             self.now += 0 if count else size
             self.peak = max(self.peak, self.now)
+            if not count and self.paging == threading.get_ident():
+                self.blocks_paged.add(block._cdata)
+                self.paged += size
+                self.most_paged = max(self.most_paged, self.paged)
         weakref.finalize(owner, self._drop, block._cdata)
 
     def stage(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -83,6 +92,9 @@ class Ledger:
                 self.alive[block] = count - 1, size
                 return
             self.now -= size
+            if block in self.blocks_paged:
+                self.blocks_paged.discard(block)
+                self.paged -= size
         for watch in WATCHES:
             watch.gone(block)
 
@@ -202,6 +214,17 @@ class PretendDevice(Device):
 
     def fetched(self, tensor: torch.Tensor) -> torch.Tensor:
         return LEDGER.stage(super().fetched(tensor))
+
+    def check_managed(self) -> None:
+        """It is safe here."""
+
+    def managed(self, work: Callable[[], T], out: Callable[[T], T]) -> T:
+        LEDGER.paging = threading.get_ident()
+        try:
+            found = work()
+        finally:
+            LEDGER.paging = None
+        return out(found)
 
     def room(self) -> Room:
         return Room(TOTAL, LEDGER.now, TOTAL - LEDGER.now)

@@ -23,7 +23,7 @@ from wholegrad.run import offload
 from wholegrad.verify import EXACT, Case, errors
 
 pretend.install()
-WHOLE = ("in-core", "recompute", "offload")
+WHOLE = ("in-core", "recompute", "offload", "managed")
 
 
 class Noisy(torch.nn.Module):
@@ -95,7 +95,10 @@ def test_the_hosts_budget_and_the_devices_limit_hold(monkeypatch: pytest.MonkeyP
 
 
 def test_no_strategy_moves_activations_where_memory_is_shared() -> None:
-    assert kinds(["in-core", "offload", "stream"], ["mps"]) == [("in-core", "mps"), ("stream", "mps")]
+    assert kinds(["in-core", "offload", "managed", "stream"], ["mps"]) == [("in-core", "mps"), ("stream", "mps")]
+    assert kinds([*WHOLE, "stream"], ["cpu"]) == [
+        (name, "cpu") for name in ("in-core", "recompute", "offload", "stream")
+    ]
     every = [(name, "cuda") for name in (*WHOLE, "stream")]
     assert kinds([*WHOLE, "stream"], ["cuda"]) == every
 

@@ -50,7 +50,7 @@ def function(text: str, name: str, pointers: int) -> Callable[..., None]:
 
 
 def addresses(text: str, names: Sequence[str]) -> list[int]:
-    """Where these functions of the module ``text`` lie, for callers that are not Python. Their code stays to the end."""
+    """Where functions of the module ``text`` lie, for callers that are not Python: their code is never freed."""
     with _lock:
         engine = _engine(_compiled(text))
         return [_address(engine, name) for name in names]

@@ -1,8 +1,8 @@
 """Tensors in CUDA's managed memory, which the driver pages between GPU and host; never run on a GPU yet.
 
-PyTorch takes memory for the calling thread from a pool of its own (``torch.cuda.MemPool``) while a step runs, and the
-pool gets it by two functions that call ``cudaMallocManaged`` and ``cudaFree``. They are machine code: PyTorch calls them
-with its allocator's lock held, where one of Python's could wait for a thread that waits for that lock.
+PyTorch takes memory for the calling thread from a pool (``torch.cuda.MemPool``) while a step runs, and the pool gets it
+by two functions that call ``cudaMallocManaged`` and ``cudaFree``. They are machine code: PyTorch calls them with its
+allocator's lock held, where a function of Python's could wait for a thread that waits for that lock.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def runtime() -> Any:
 
 @cache
 def functions(allocate: int, release: int) -> tuple[int, int]:
-    """The addresses of ``void* alloc(ssize_t, int, cudaStream_t)`` and ``void free(void*, ssize_t, int, cudaStream_t)``.
+    """Addresses of ``void* alloc(ssize_t, int, cudaStream_t)`` and ``void free(void*, ssize_t, int, cudaStream_t)``.
 
     Args:
         allocate, release: the addresses of ``cudaMallocManaged`` and ``cudaFree``, which they call.
@@ -117,7 +117,7 @@ def allocator() -> Any:
     """What a pool takes its memory by; it stays, since memory of a pool may outlive the pool."""
     library = runtime()
     allocate, release = (ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in NEEDED[:2])
-    make = torch._C._cuda_customAllocator  # type: ignore[attr-defined]
+    make = torch._C._cuda_customAllocator
     return make(*functions(allocate, release))
 
 
@@ -128,7 +128,7 @@ def managed(where: torch.device, work: Callable[[], T], out: Callable[[T], T]) -
         out: makes a copy of what ``work`` gives, in ordinary memory.
     """
     with torch.cuda.device(where):
-        torch.cuda.current_blas_handle()  # and its workspace, which outlives the step
+        torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]  # and its workspace, which outlives the step
         pool = torch.cuda.MemPool(allocator())
         try:
             with torch.cuda.use_mem_pool(pool, where):
