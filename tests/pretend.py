@@ -40,7 +40,7 @@ class Ledger:
         up, down: bytes that crossed towards the device and back; ``ups`` and ``downs`` count the crossings.
         staged, most_staged: bytes of the host's memory that what crosses takes, and the most of them.
         paging: the thread whose tensors lie in managed memory, while one has any; ``paged`` and ``most_paged`` are its
-            bytes.
+            bytes, ``strayed`` those that other threads made meanwhile, which lie elsewhere.
         doubles: whether the device knows float64.
     """
 
@@ -51,13 +51,13 @@ class Ledger:
         self.doubles = True
         self.paging: int | None = None
         self.blocks_paged: set[int] = set()
-        self.paged = self.most_paged = 0
+        self.paged = self.most_paged = self.strayed = 0
 
     def forget(self) -> None:
         """Count peak and crossings from now on."""
         with self.lock:
             self.peak, self.most_staged, self.most_paged = self.now, self.staged, self.paged
-            self.up = self.down = self.ups = self.downs = 0
+            self.up = self.down = self.ups = self.downs = self.strayed = 0
 
     def hold(self, raw: torch.Tensor, owner: torch.Tensor) -> None:
         block = raw.untyped_storage()
@@ -70,6 +70,8 @@ class Ledger:
                 self.blocks_paged.add(block._cdata)
                 self.paged += size
                 self.most_paged = max(self.most_paged, self.paged)
+            elif not count and self.paging is not None:
+                self.strayed += size
         weakref.finalize(owner, self._drop, block._cdata)
 
     def stage(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -242,7 +242,8 @@ def test_all_that_a_step_makes_is_managed_and_none_of_what_it_leaves() -> None:
     device.forget_peak()
     before = LEDGER.now
     wg.backward(model, LOSSES["bce"], image, target, plan=plan)
-    assert LEDGER.most_paged == LEDGER.peak - before > 3 * image.nbytes, "the backward sweep's too"
+    assert LEDGER.most_paged == LEDGER.peak - before > 3 * image.nbytes
+    assert LEDGER.strayed == 0, "the backward sweep's too"
     assert LEDGER.paged == 0 and LEDGER.paging is None
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert torch.autograd.is_multithreading_enabled()
