@@ -292,6 +292,8 @@ def test_the_footprint_is_in_cores_and_what_has_no_room_is_the_hosts(monkeypatch
     said = str(made)
     assert "1.0 MiB may have no room on pretend:0 and lie in the host's" in said
     assert "projected peak of tensors, wherever they lie, " in said
+    assert said.count("of a budget of") == 1, "the host's: the device's is not kept"
+    assert str(roomy).count("of a budget of") == 2
 
 
 def test_the_hosts_budget_must_hold_what_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,7 @@ class WholePlan(Plan):
                 f"image {shape}; forward work x {self.recompute:.2f}; predicted {self.seconds:.2f} s a step",
                 f"projected peak {self._of_tensors}{show_bytes(self.projected)} "
                 f"(of which reserved {show_bytes(self.reserved)})"
-                + (f" of a budget of {show_bytes(self.budget)}" if self.budget else ""),
+                + (f" of a budget of {show_bytes(self.budget)}" if self.budget and not self.beyond else ""),
                 *self._host_lines(),
             ]
         )
