@@ -110,8 +110,8 @@ class WholePlan(Plan):
             Strategy.IN_CORE: f"whole-image autograd; {show_bytes(foot.saved)} kept for the backward pass",
             Strategy.RECOMPUTE: f"whole maps in {len(self.chunks)} chunks; {show_bytes(foot.saved)} kept between them",
             Strategy.OFFLOAD: f"whole-image autograd; {show_bytes(foot.moved)} kept in {where} for the backward pass",
-            Strategy.MANAGED: f"whole-image autograd; {show_bytes(foot.saved)} kept for the backward pass in managed "
-            f"memory, of which {show_bytes(self.beyond)} may have no room on {self.device} and lie in the host's",
+            Strategy.MANAGED: f"whole-image autograd in managed memory; {show_bytes(foot.saved)} kept for the backward "
+            f"pass; {show_bytes(self.beyond)} may have no room on {self.device} and lie in the host's memory",
         }[Strategy(self.strategy)]
         return "\n".join(
             [
@@ -192,7 +192,7 @@ def check_whole(plan: WholePlan) -> None:
 
 
 def _beyond(plan: WholePlan) -> str:
-    return f", of which {show_bytes(plan.beyond)} may have no room on {plan.device}" if plan.beyond else ""
+    return f": {show_bytes(plan.beyond)} of it may have no room on {plan.device}" if plan.beyond else ""
 
 
 def _check_driver(plan: WholePlan, shape: str) -> None:
