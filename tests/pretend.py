@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from wholegrad.run.blocks import anonymous
-from wholegrad.run.device import Device, Options, Room, register
+from wholegrad.run.device import Device, Options, Room, T, register
 
 aten = torch.ops.aten
 NAME = "pretend"
@@ -40,6 +40,8 @@ class Ledger:
         now, peak: bytes.
         up, down: bytes that crossed towards the device and back; ``ups`` and ``downs`` count the crossings.
         staged, most_staged: bytes of the host's memory that what crosses takes, and the most of them.
+        paging: the thread whose tensors lie in managed memory, while one has any; ``paged`` and ``most_paged`` are its
+            bytes, ``strayed`` those that other threads made meanwhile, which lie elsewhere.
         doubles: whether the device knows float64.
         of_host: memory blocks of the host's that its ops reach; they are none of its bytes.
     """
@@ -50,12 +52,15 @@ class Ledger:
         self.now = self.peak = self.up = self.down = self.ups = self.downs = self.staged = self.most_staged = 0
         self.doubles = True
         self.of_host: set[int] = set()
+        self.paging: int | None = None
+        self.blocks_paged: set[int] = set()
+        self.paged = self.most_paged = self.strayed = 0
 
     def forget(self) -> None:
         """Count peak and crossings from now on."""
         with self.lock:
-            self.peak, self.most_staged = self.now, self.staged
-            self.up = self.down = self.ups = self.downs = 0
+            self.peak, self.most_staged, self.most_paged = self.now, self.staged, self.paged
+            self.up = self.down = self.ups = self.downs = self.strayed = 0
 
     def hold(self, raw: torch.Tensor, owner: torch.Tensor) -> None:
         block = raw.untyped_storage()
@@ -66,6 +71,12 @@ class Ledger:
             self.alive[block._cdata] = count + 1, size
             self.now += 0 if count else size
             self.peak = max(self.peak, self.now)
+            if not count and self.paging == threading.get_ident():
+                self.blocks_paged.add(block._cdata)
+                self.paged += size
+                self.most_paged = max(self.most_paged, self.paged)
+            elif not count and self.paging is not None:
+                self.strayed += size
         weakref.finalize(owner, self._drop, block._cdata)
 
     def reach(self, nbytes: int) -> Pretend:
@@ -103,6 +114,9 @@ class Ledger:
                 self.alive[block] = count - 1, size
                 return
             self.now -= size
+            if block in self.blocks_paged:
+                self.blocks_paged.discard(block)
+                self.paged -= size
         for watch in WATCHES:
             watch.gone(block)
 
@@ -231,6 +245,17 @@ class PretendDevice(Device):
 
     def fetched(self, tensor: torch.Tensor) -> torch.Tensor:
         return LEDGER.stage(super().fetched(tensor))
+
+    def check_managed(self) -> None:
+        """It is safe here."""
+
+    def managed(self, work: Callable[[], T], out: Callable[[T], T]) -> T:
+        LEDGER.paging = threading.get_ident()
+        try:
+            found = work()
+        finally:
+            LEDGER.paging = None
+        return out(found)
 
     def room(self) -> Room:
         return Room(TOTAL, LEDGER.now, TOTAL - LEDGER.now)

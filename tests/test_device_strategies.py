@@ -15,15 +15,16 @@ from pretend import LEDGER
 from test_device import Data, case
 from wholegrad.errors import BudgetError, PlanError, TooLargeError
 from wholegrad.explore import step
-from wholegrad.explore.cells import DONE, REFUSED, Cell, Settings
+from wholegrad.explore.cells import DONE, IMPOSSIBLE, REFUSED, Cell, Settings
 from wholegrad.explore.run import kinds
 from wholegrad.losses import LOSSES
 from wholegrad.plan.strategies import Strategy
 from wholegrad.run import offload
+from wholegrad.run.device import Device
 from wholegrad.verify import EXACT, Case, errors
 
 pretend.install()
-WHOLE = ("in-core", "recompute", "offload")
+WHOLE = ("in-core", "recompute", "offload", "managed")
 
 
 class Noisy(torch.nn.Module):
@@ -95,7 +96,10 @@ def test_the_hosts_budget_and_the_devices_limit_hold(monkeypatch: pytest.MonkeyP
 
 
 def test_no_strategy_moves_activations_where_memory_is_shared() -> None:
-    assert kinds(["in-core", "offload", "stream"], ["mps"]) == [("in-core", "mps"), ("stream", "mps")]
+    assert kinds(["in-core", "offload", "managed", "stream"], ["mps"]) == [("in-core", "mps"), ("stream", "mps")]
+    assert kinds([*WHOLE, "stream"], ["cpu"]) == [
+        (name, "cpu") for name in ("in-core", "recompute", "offload", "stream")
+    ]
     every = [(name, "cuda") for name in (*WHOLE, "stream")]
     assert kinds([*WHOLE, "stream"], ["cuda"]) == every
 
@@ -121,6 +125,14 @@ def test_a_cell_is_measured_there(strategy: str, capsys: pytest.CaptureFixture[s
 def test_a_cell_whose_process_would_be_too_large_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     found = cell("in-core", capsys, limit=50 << 20)
     assert found["outcome"] == REFUSED and "host budget 50.0 MiB" in found["said"]
+
+
+def test_a_cell_that_is_refused_there_is_impossible_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretend.PretendDevice, "check_managed", Device.check_managed)
+    found = cell("managed", capsys)
+    assert found["outcome"] == IMPOSSIBLE and found["said"].startswith("strategy managed: needs a GPU of NVIDIA's")
 
 
 def test_strategies_are_refused_where_they_make_no_sense() -> None:

@@ -37,13 +37,15 @@ from wholegrad.explore.cells import (
 )
 from wholegrad.explore.conclude import Machine, conclusions
 from wholegrad.explore.pixels import Repeated, stained
-from wholegrad.explore.report import drawing, table
+from wholegrad.explore.plot import COLOURS
+from wholegrad.explore.report import coloured, drawing, table
 from wholegrad.explore.tradeoff import Row, planner, read_budgets, trade_off
 from wholegrad.explore.tradeoff import drawing as budgets_drawing
 from wholegrad.explore.watch import Ended, python, run_limited
 from wholegrad.graph.geometry import Box
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
+from wholegrad.plan.strategies import WHOLE
 from wholegrad.train.made_up import blobs
 
 GIB = 1 << 30
@@ -220,6 +222,20 @@ def test_pictures_are_valid_and_say_what_was_measured() -> None:
     assert {"in-core", "stream", "paper: over 100 GB", "this machine's memory, 24 GiB"} <= words
     assert all("nan" not in value and "inf" not in value for each in root.iter() for value in each.attrib.values())
     assert "| 16000 x 64000 | 1024 | in-core | does not fit |  |  |  | 96.00 GiB |" in table(results)
+
+
+def test_every_strategy_of_two_devices_has_a_colour_of_its_own() -> None:
+    names = ("in-core", "recompute", "offload", "stream")
+    there = [f"{name} on cuda" for name in (*names, "managed")]
+    assert list(coloured(names).values()) == [0, 1, 2, 3]
+    both = coloured([*names, *there])
+    assert [both[name] for name in names] == [0, 1, 2, 3] and len(set(both.values())) == 9
+    assert len(set(coloured(there).values())) == 5
+    assert max(both.values()) < len(COLOURS)
+    rows = table(
+        [replace(good("stream", 1000, 1.0, 1.0), cell=Cell(name, "cuda", 9, 9)) for name in WHOLE]
+    ).splitlines()
+    assert [row.split("|")[3].strip() for row in rows[2:]] == [f"{name} on cuda" for name in WHOLE]
 
 
 def test_budgets_are_compared_for_every_strategy() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,14 @@ import torch
 import wholegrad as wg
 from oracle import SEED, reference
 from support_cases import named_cases
+from wholegrad.errors import PlanError
 from wholegrad.losses import LOSSES
 from wholegrad.nets import unet4492
+from wholegrad.plan.devices import WORKSPACE
+from wholegrad.plan.strategies import WHOLE as ON_GPU
+from wholegrad.plan.strategies import WholePlan
 from wholegrad.proof import random_labels
-from wholegrad.run import pinned
+from wholegrad.run import cudart, pinned
 from wholegrad.run.process import resident
 from wholegrad.run.recordings import recordings_of
 from wholegrad.verify import EXACT, Case, errors
@@ -67,9 +70,10 @@ def test_boundaries_are_exact_wherever_they_live(placement: str) -> None:
 
 
 def test_memory_of_the_hosts_is_reached_and_given_back() -> None:
-    """On Linux with CUDA; elsewhere boundaries in the host's memory pass through staging, which is tested above."""
+    """Where CUDA says so; elsewhere boundaries in the host's memory pass through staging, which is tested above."""
     where, size = torch.device("cuda", torch.cuda.current_device()), 64 << 20
-    if torch.version.hip is not None or sys.platform != "linux":
+    library = cudart.runtime()
+    if library is None or not cudart.attribute(library, pinned.SAME_ADDRESSES, where):
         assert pinned.block(size, where) is None
         return
     before = resident(), torch.cuda.memory_allocated()
@@ -219,6 +223,53 @@ def test_tensors_stay_within_the_projected_peak(
     wg.backward(model, LOSSES["bce"], image, target, plan=plan)
     assert there.peak() <= plan.projected <= (plan.budget or 0)
     assert plan.host is not None and resident() <= plan.host.projected
+
+
+def pageable() -> None:
+    """Skip where managed memory is not safe."""
+    try:
+        wg.open_device("cuda").check_managed()
+    except PlanError as refused:
+        pytest.skip(str(refused))
+
+
+@pytest.mark.parametrize("strategy", ON_GPU)
+@pytest.mark.parametrize("loss", ["bce", "dice"])
+def test_strategies_on_whole_maps_are_exact(strategy: str, loss: str) -> None:
+    if strategy == "managed":
+        pageable()
+    found = gpu_errors(case(384, 448), LOSSES[loss], strategy=strategy)
+    assert max(found.values()) <= EXACT, found
+
+
+def test_managed_memory_is_free_after_a_step_and_within_the_projection() -> None:
+    pageable()
+    model, image, target = bytes_case(2000, 3000)
+    there = wg.open_device("cuda")
+    plan = wg.plan(model, LOSSES["bce"], image, target, device=there, strategy="managed")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    there.forget_peak()
+    for _ in range(3):
+        wg.backward(model, LOSSES["bce"], image, target, plan=plan)
+    assert 3 * image.nbytes < there.peak() <= plan.projected
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before <= WORKSPACE, "the pool of each step is gone"
+
+
+def test_managed_memory_may_be_more_than_the_device_has_left() -> None:
+    """All but a little of the device is taken by another tensor: what the step makes has no room beside it."""
+    pageable()
+    model, image, target = bytes_case(2000, 3000)
+    there = wg.open_device("cuda")
+    needed = wg.plan(model, LOSSES["bce"], image, target, device=there, strategy="managed").projected
+    torch.cuda.empty_cache()
+    held = torch.empty(max(torch.cuda.mem_get_info()[0] - needed // 2, 1), dtype=torch.uint8, device="cuda")
+    plan = wg.plan(model, LOSSES["bce"], image, target, device=there, strategy="managed")
+    assert isinstance(plan, WholePlan) and plan.beyond > 0
+    wg.backward(model, LOSSES["bce"], image, target, plan=plan)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    del held
 
 
 def test_a_model_on_the_gpu_runs_there() -> None:

@@ -254,10 +254,22 @@ def test_the_host_looks_only_when_the_device_is_done() -> None:
     assert later.waited == 4
 
 
-def test_without_a_gpu_no_device_is_trusted() -> None:
-    if not torch.cuda.is_available():
-        assert not pinned.trusted(torch.device("cuda", 0))
-        assert pinned.block(4096, torch.device("cuda", 0)) is None
+@pytest.mark.parametrize("answer", [None, 0, 1])
+def test_only_a_gpu_that_uses_the_hosts_addresses_is_tried(monkeypatch: pytest.MonkeyPatch, answer: int | None) -> None:
+    """What CUDA says of it comes first: an op on an address that it does not know would end all work on the GPU."""
+    where, tried = torch.device("cuda", 0), []
+
+    def pages(nbytes: int, where: torch.device) -> Any:
+        tried.append(nbytes)
+        raise MemoryError
+
+    monkeypatch.setattr(pinned.cudart, "runtime", lambda: None if answer is None else object())
+    monkeypatch.setattr(pinned.cudart, "attribute", lambda library, number, where: answer if number == 91 else 1)
+    monkeypatch.setattr(pinned, "_pages", pages)
+    pinned.trusted.cache_clear()
+    assert not pinned.trusted(where) and pinned.block(4096, where) is None
+    assert bool(tried) == (answer == 1)
+    pinned.trusted.cache_clear()
 
 
 def test_blocks_are_made_as_asked_and_kept() -> None:

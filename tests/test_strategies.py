@@ -26,7 +26,7 @@ from wholegrad.nets import unet4492
 from wholegrad.plan import memory
 from wholegrad.plan.memory import LIBRARIES
 from wholegrad.plan.rates import BUILT_IN
-from wholegrad.plan.strategies import WHOLE, WholePlan, choices_of_chunks, cut_into_chunks, whole_seconds
+from wholegrad.plan.strategies import ON_CPU, WholePlan, choices_of_chunks, cut_into_chunks, whole_seconds
 from wholegrad.run import offload
 from wholegrad.whole_step import HEAP
 
@@ -61,7 +61,7 @@ def small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "LEAST", 64)
 
 
-@pytest.mark.parametrize("strategy", WHOLE)
+@pytest.mark.parametrize("strategy", ON_CPU)
 @pytest.mark.parametrize("name", CASES)
 def test_each_strategy_gives_what_whole_image_autograd_gives(name: str, strategy: str) -> None:
     torch.manual_seed(0)
@@ -94,7 +94,7 @@ def test_every_way_to_cut_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_metrics_and_running_statistics_come_with_it() -> None:
     found = {}
-    for strategy in ("stream", *WHOLE):
+    for strategy in ("stream", *ON_CPU):
         torch.manual_seed(0)
         model = Dropped().double()
         metrics = {"count": lambda out, target: (out > 0).sum()}
@@ -113,7 +113,7 @@ def test_metrics_and_running_statistics_come_with_it() -> None:
         torch.testing.assert_close(got[3], wanted[3], rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("strategy", WHOLE)
+@pytest.mark.parametrize("strategy", ON_CPU)
 def test_nothing_is_touched_where_a_gradient_is_not_finite(strategy: str) -> None:
     model = Dropped().double()
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_nothing_is_touched_where_a_gradient_is_not_finite(strategy: str) -> Non
 
 def test_a_strategy_that_does_not_fit_is_refused_with_the_smallest_budget_that_would_do() -> None:
     image = np.broadcast_to(np.uint8(0), (3, 4000, 4000))
-    for strategy in WHOLE:
+    for strategy in ON_CPU:
         with pytest.raises(BudgetError, match=f"too small for strategy {strategy}") as refused:
             wg.plan(unet4492(), LOSSES["bce"], image, image[:1], budget="700MiB", strategy=strategy)
         smallest = refused.value.smallest
@@ -159,7 +159,7 @@ def test_a_tensor_of_2_to_the_31_elements_is_refused_whatever_the_budget() -> No
 @pytest.mark.parametrize(
     ("fixed", "said"),
     [
-        ({"strategy": "fast"}, "'fast' is unknown; choose from auto, in-core, recompute, offload, stream"),
+        ({"strategy": "fast"}, "'fast' is unknown; choose from auto, in-core, recompute, offload, managed, stream"),
         ({"strategy": "in-core", "tile": (16, 16)}, "strategy in-core: holds maps whole and takes no tile"),
         ({"strategy": "offload", "placement": "disk"}, "takes no placement"),
     ],
@@ -291,7 +291,7 @@ print(json.dumps({"peak": peak_resident(), "projected": plan.projected, "counted
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet4492", "batch norm", "group norm, reflect"])
-@pytest.mark.parametrize("strategy", WHOLE)
+@pytest.mark.parametrize("strategy", ON_CPU)
 def test_the_measured_peak_stays_below_the_projected_one(name: str, strategy: str) -> None:
     command = [sys.executable, "-c", STEP, strategy, name, str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

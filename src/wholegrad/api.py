@@ -81,7 +81,8 @@ def plan(
             own gradient. Arithmetic and boundaries' gradients keep their dtype.
         strategy: how activations are held: ``"stream"`` (in tiles), ``"in-core"`` (whole-image autograd of the model as
             it is), ``"recompute"`` (whole maps, of which most are computed twice), ``"offload"`` (whole maps that wait
-            in a file of ``spill_dir``), or ``"auto"``: tiles, or whole maps where these fit into the budget and are
+            in a file of ``spill_dir``), ``"managed"`` (of an NVIDIA GPU: whole maps in memory that its driver pages
+            between the GPU and the host), or ``"auto"``: tiles, or whole maps where these fit into the budget and are
             predicted to save a fifth of more than a second. Tiles, boundaries, placement and ``boundary_dtype`` are of
             ``"stream"``.
         rates: of the machine, for predicted times; default what ``wholegrad plan --calibrate`` kept, else built in.
@@ -109,6 +110,8 @@ def plan(
         cause = f"holds maps whole and takes no {fixed[0]}" if fixed else "is for training steps, and there is no loss"
         raise PlanError(f"strategy {how}", cause, "use strategy stream")
     inputs, where = given(image, target, model_dtype(model)), device_of(model, device)
+    if how is Strategy.MANAGED:
+        where.check_managed()
     graph = _capture(model, loss_fn, inputs, metrics)
     tensors = joint_tensors(model, loss_fn, metrics)
     asked: dict[str, Any] = {"rates": rates, "device": where, "host_budget": host_budget}

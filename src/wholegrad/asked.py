@@ -22,6 +22,7 @@ from wholegrad.run import calibrate, process
 from wholegrad.run.blocks import drop_all
 from wholegrad.run.budget import budget_bytes, is_automatic
 from wholegrad.run.device import Device
+from wholegrad.run.device import Room as RoomThere
 from wholegrad.run.recordings import drop_recordings
 from wholegrad.run.sources import raw_images
 from wholegrad.run.workers import default_workers
@@ -100,12 +101,23 @@ def request_of(
         limit = int(held) - exchange + budget if isinstance(budget, Room) else budget_bytes(budget)
         return Request(limit, held, backward, default_workers(), sinks, raw=raw, rates=rates or calibrate.rates())
     sent = sum(tensor.nbytes for tensor in tensors.values() if tensor.device != device.torch)
-    limit, held_there = _of_device(device, budget)
+    there = device.room()
+    limit = _of_device(there, budget)
     still_to_load = 0 if process.has_run() else devices.RUNTIME
     on_host = int(Reserved(process.resident(), still_to_load, memory.of_readers(inputs.cache_bytes), exchange))
     at_once, graphs = device.options.at_once, device.options.graphs
-    apart = Apart(device.name, at_once, graphs, device.most_bytes, budget_bytes(host_budget), on_host)
-    reserved = Reserved(held_there + sent, devices.WORKSPACE)
+    apart = Apart(
+        name=device.name,
+        at_once=at_once,
+        graphs=graphs,
+        most_bytes=device.most_bytes,
+        host_budget=budget_bytes(host_budget),
+        host_reserved=on_host,
+        room=there.held + there.free,
+        safe=_safe(there),
+        named=not is_automatic(budget),
+    )
+    reserved = Reserved(there.held + sent, devices.WORKSPACE)
     return Request(limit, reserved, backward, apart.at_once, sinks, raw=raw, rates=devices.ASSUMED, apart=apart)
 
 
@@ -115,21 +127,25 @@ def room_there(device: Device, budget: str | int | None) -> int:
     Raises:
         PlanError: the budget cannot be read, or is held already.
     """
-    limit, held = _of_device(device, budget)
+    room = device.room()
+    limit, held = _of_device(room, budget), room.held
     if limit <= held:
         held_text = f"{show_bytes(held)} are held on {device.name} already"
         raise PlanError(f"budget {show_bytes(limit)}", held_text, "give a larger one")
     return limit - held
 
 
-def _of_device(device: Device, budget: str | int | None) -> tuple[int, int]:
-    """Bytes of a device's budget, and what it holds; of none or ``"auto"`` a share of what is free there."""
-    room = device.room()
+def _of_device(there: RoomThere, budget: str | int | None) -> int:
+    """Bytes of a device's budget; of none or ``"auto"`` a share of what is free there."""
     if isinstance(budget, Room):
-        return room.held + budget, room.held
+        return there.held + budget
     if is_automatic(budget):
-        return room.held + int(SHARE * room.free), room.held
-    return budget_bytes(budget), room.held
+        return _safe(there)
+    return budget_bytes(budget)
+
+
+def _safe(there: RoomThere) -> int:
+    return there.held + int(SHARE * there.free)
 
 
 def check_device(made: Plan, device: Device) -> None:

@@ -1,4 +1,4 @@
-"""Plan and run one step on whole maps: strategies ``in-core``, ``recompute`` and ``offload``."""
+"""Plan and run one step on whole maps: strategies ``in-core``, ``recompute``, ``offload`` and ``managed``."""
 
 from __future__ import annotations
 
@@ -92,14 +92,16 @@ def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
 
     def made(foot: Footprint, seconds: float, work: float, chunks: tuple[tuple[int, int], ...] = ()) -> WholePlan:
         scratch = UNFOLDED if _double(graph) else SCRATCH
-        own, host = 2 * sum(tensor.nbytes for tensor in job.tensors.values()), None
+        own, host, beyond = 2 * sum(tensor.nbytes for tensor in job.tensors.values()), None, 0
         if apart is None:
             needed = int(foot.peak * scratch) + min(foot.peak, HEAP) + own
             needed += memory.LIBRARIES - memory.libraries(graph) + memory.HEAP  # PyTorch runs all of it
         else:
             needed = int(foot.peak * devices.SLACK) + own
             away = sum(node.outputs[0].nbytes for node in graph.of_kind(*READERS)) + int(foot.moved * devices.PINNED)
-            host = Host(apart.host_budget, apart.host_reserved, apart.host_reserved + 2 * own + away)
+            if strategy is Strategy.MANAGED:
+                beyond = max(int(request.reserved + needed * devices.PIECES) - apart.safe, 0)
+            host = Host(apart.host_budget, apart.host_reserved, apart.host_reserved + 2 * own + away + beyond)
         return WholePlan(
             graph=graph,
             segments=(),
@@ -109,11 +111,12 @@ def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
             projected=request.reserved + needed,
             whole_image=memory.whole_image(graph),
             recompute=work,
-            seconds=seconds,
+            seconds=seconds + 2 * devices.ACROSS * beyond,
             backward=True,
             workers=threads,
             apart=apart,
             host=host,
+            beyond=beyond,
             spill_dir=request.spill_dir,
             strategy=strategy,
             footprint=foot,
@@ -172,6 +175,10 @@ def run_whole(made: WholePlan, job: Job, seed: int, progress: ProgressFn | None,
         if made.strategy == Strategy.RECOMPUTE:
             with torch.autocast("cpu", enabled=False):
                 outcome = _in_chunks(made, job, seed, tick, device)
+        elif made.strategy == Strategy.MANAGED:
+            with torch.autograd.set_multithreading_enabled(False):  # of this thread's tensors alone it is known
+                outcome = device.managed(partial(_in_one, made, job, seed, device), Outcome.copied)
+            tick("backward")
         else:
             outcome = _in_one(made, job, seed, device)
             tick("backward")

@@ -15,22 +15,23 @@ from wholegrad.explore.conclude import conclusions, label, size
 from wholegrad.explore.report import machine, write
 from wholegrad.explore.run import devices, explore, kinds
 from wholegrad.plan.plan import parse_bytes, show_bytes
-from wholegrad.plan.strategies import Strategy, check_strategy
+from wholegrad.plan.strategies import WHOLE, Strategy, check_strategy
 from wholegrad.run import process
 from wholegrad.train.made_up import model_and_loss
 
 TEXT = """\
-Measure one training step by every strategy (in-core, recompute, offload, stream) and on every device that there is, on
-images from a quarter of a megapixel to 16000 x 64000 pixels, each in a process of its own that is ended where it passes
-the limit of memory: running out of memory is a result. Writes a page with a picture (README.md, explore.svg), a table
-(explore.csv) and every figure (explore.json). A run that was stopped goes on where it was."""
+Measure one training step by every strategy (in-core, recompute, offload, stream, and managed on NVIDIA's GPUs) and on
+every device that there is, on images from a quarter of a megapixel to 16000 x 64000 pixels, each in a process of its
+own that is ended where it passes the limit of memory: running out of memory is a result. Writes a page with a picture
+(README.md, explore.svg), a table (explore.csv) and every figure (explore.json). A run that was stopped goes on where it
+was."""
 
 EXAMPLES = """\
   wholegrad explore --quick
   wholegrad explore --out out/explore --report docs/explore.md
   wholegrad explore --network mynets:make_unet --sizes 1,4,16 --strategies in-core,stream --budget 8GiB"""
 
-COMPARED = (Strategy.IN_CORE, Strategy.RECOMPUTE, Strategy.OFFLOAD, Strategy.STREAM)
+COMPARED = (*WHOLE, Strategy.STREAM)
 SHARE = 0.9  # of what is free, where nobody names a limit
 SECONDS, QUICK_SECONDS = 300.0, 20.0
 QUICK_ALL = 280.0  # seconds after which --quick measures nothing more: with the report it ends within five minutes

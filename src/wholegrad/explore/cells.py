@@ -70,7 +70,8 @@ class Result:
         seconds: of one step on the clock, after the first where there was time for several; None if none ended.
         steps: of each step.
         cpu_seconds: of all threads, for that step.
-        peak: the most bytes that the process held, so far as it came; on a GPU, of the device.
+        peak: the most bytes that the process held, so far as it came; on a GPU, of its tensors (those of ``managed``
+            wherever they lay).
         projected: bytes by the plan; also where it did not fit.
         predicted: seconds by the plan.
         saved: bytes kept for the backward pass (whole maps).

@@ -9,7 +9,9 @@ from html import escape
 
 PANEL, HEIGHT = 460, 380
 LEFT, RIGHT, TOP, BOTTOM = 62, 18, 74, 46  # margins of a panel
-COLOURS = ("#2563b8", "#c2571a", "#16805c", "#7a3cbe", "#8a6d1d", "#b02a5b")
+COLOURS = (
+    "#2563b8", "#c2571a", "#16805c", "#7a3cbe", "#8a6d1d", "#b02a5b", "#0e7c86", "#5f6b2d", "#8c564b", "#4b5563",
+)  # fmt: skip
 STYLE = """
 text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; fill: #39424c; }
 .title { font-size: 14px; font-weight: 600; fill: #1f242b; } .tick { fill: #66707b; font-size: 11px; }

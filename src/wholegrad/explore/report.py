@@ -8,6 +8,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 
 import wholegrad as wg
@@ -23,7 +24,7 @@ from wholegrad.explore.conclude import (
     label,
     size,
 )
-from wholegrad.explore.plot import Panel, Series, figure
+from wholegrad.explore.plot import COLOURS, Panel, Series, figure
 from wholegrad.plan.plan import show_bytes
 from wholegrad.run import process
 from wholegrad.train.state import write_whole
@@ -55,6 +56,8 @@ star is the paper's.
 - **recompute**: whole maps; what passes between chunks of the graph is kept, the rest is computed twice.
 - **offload**: whole-image autograd; what the backward pass needs waits in a file (of a GPU: in the host's pinned
   memory).
+- **managed** (of NVIDIA's GPUs): whole-image autograd with tensors in memory that the driver pages between the GPU and
+  the host; its peak is of tensors, wherever they lay.
 - **stream**: tiles, as wholegrad trains.
 
 Each process makes a plan, warms up on a small image, and times a step with Adam; where it takes less than 5 s, three
@@ -63,7 +66,8 @@ are a pattern repeated as it is read, so that no disk is timed but that of offlo
 
 {left}Measured {dates}: {machine}.
 """
-ORDER = ("in-core", "recompute", "offload", "stream", "auto")
+ORDER = ("in-core", "recompute", "offload", "managed", "stream", "auto")  # of rows
+COLOURED = ("in-core", "recompute", "offload", "stream", "auto")  # on the CPU; the rest take the colours that are left
 
 
 def machine() -> Machine:
@@ -71,11 +75,19 @@ def machine() -> Machine:
     return Machine(f"{process.machine()}, {platform.system()}", process.total_memory())
 
 
+def coloured(labels: Sequence[str]) -> dict[str, int]:
+    """Indices among ``COLOURS``: those of the CPU's strategies stay the same, whatever else is drawn."""
+    left = cycle(k for k in range(len(COLOURS)) if k >= len(COLOURED) or COLOURED[k] not in labels)
+    return {label: COLOURED.index(label) if label in COLOURED else next(left) for label in labels}
+
+
 def drawing(results: Sequence[Result], limit: int, memory: int) -> str:
     """Peak memory and seconds a step against area, as SVG."""
     peaks, times = [], []
-    for i, (name, found) in enumerate(by_label(results).items()):
-        colour = ORDER.index(name) if name in ORDER else len(ORDER) + i
+    labels = by_label(results)
+    colours = coloured(list(labels))
+    for name, found in labels.items():
+        colour = colours[name]
         done = [each for each in found if each.outcome == DONE]
         top = max((each.cell.pixels for each in done), default=0)
         beyond = [

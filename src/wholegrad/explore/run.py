@@ -36,8 +36,12 @@ def devices() -> list[str]:
 
 
 def kinds(strategies: Sequence[str], on: Sequence[str]) -> list[tuple[str, str]]:
-    """Strategies with the devices that they run on: all, but no ``offload`` where a device's memory is the host's."""
-    return [(name, device) for device in on for name in strategies if (name, device) != (Strategy.OFFLOAD, "mps")]
+    """Strategies with the devices that they run on: all, but no ``offload`` where a device's memory is the host's.
+
+    ``managed`` is CUDA's alone.
+    """
+    unknown = {("mps", Strategy.OFFLOAD), ("mps", Strategy.MANAGED), ("cpu", Strategy.MANAGED)}
+    return [(name, device) for device in on for name in strategies if (device, name) not in unknown]
 
 
 def explore(

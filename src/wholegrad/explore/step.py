@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import wholegrad as wg
-from wholegrad.errors import BudgetError, TooLargeError, WholegradError
+from wholegrad.errors import BudgetError, PlanError, TooLargeError, WholegradError
 from wholegrad.explore.cells import DONE, IMPOSSIBLE, KILLED, REFUSED, SLOW, Cell, Settings
 from wholegrad.explore.pixels import EDGE, Repeated, stained
 from wholegrad.plan.strategies import WHOLE, WholePlan
@@ -80,6 +80,9 @@ def _measure(cell: Cell, settings: Settings) -> None:
         plan = wg.plan(model, loss_fn, image, target, **{**options, "budget": error.smallest})
     except TooLargeError as error:
         _say(outcome=IMPOSSIBLE, said=str(error), projected=error.needed)
+        return
+    except PlanError as error:
+        _say(outcome=IMPOSSIBLE, said=str(error))
         return
     saved = plan.footprint.saved if isinstance(plan, WholePlan) else None
     pieces = max(len(plan.chunks), 1) if isinstance(plan, WholePlan) else plan.tiles

@@ -11,12 +11,12 @@ import wholegrad as wg
 from wholegrad.errors import BudgetError, ConfigError, TooLargeError
 from wholegrad.explore.plot import Panel, Series, figure
 from wholegrad.plan.plan import Plan, parse_bytes, show_bytes
-from wholegrad.plan.strategies import WHOLE, Strategy, WholePlan
+from wholegrad.plan.strategies import ON_CPU, Strategy, WholePlan
 
 PLENTY = 1 << 60  # bytes
 AN_OCTAVE = 2  # budgets
 GIB = float(2**30)
-SHOWN = (*WHOLE, Strategy.STREAM)
+SHOWN = (*ON_CPU, Strategy.STREAM)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def trade_off(make: Callable[[int, str], Plan], budgets: Sequence[int]) -> list[
     """
     rows: list[Row] = []
     for strategy in SHOWN:
-        if strategy in WHOLE:  # one plan, whatever the budget
+        if strategy in ON_CPU:  # one plan, whatever the budget
             rows += _whole(make, strategy, budgets)
         else:
             rows += [_row(make, strategy, budget) for budget in budgets]
@@ -111,15 +111,15 @@ def table(rows: Sequence[Row]) -> str:
     cells = [head]
     for row in rows:
         first = next((each for each in rows if each.strategy == row.strategy and each.fits), None)
-        if row.strategy in WHOLE and row is not (first or next(r for r in rows if r.strategy == row.strategy)):
+        if row.strategy in ON_CPU and row is not (first or next(r for r in rows if r.strategy == row.strategy)):
             continue
         budget = show_bytes(row.budget)
         if not row.fits:
             needs = f"needs {show_bytes(row.projected)}" if row.projected else "does not fit"
-            cells.append((budget if row.strategy not in WHOLE else "any", row.strategy, needs, "", "", "", ""))
+            cells.append((budget if row.strategy not in ON_CPU else "any", row.strategy, needs, "", "", "", ""))
             continue
         assert row.projected is not None and row.seconds is not None and row.recompute is not None
-        budget = f"from {budget}" if row.strategy in WHOLE else budget
+        budget = f"from {budget}" if row.strategy in ON_CPU else budget
         numbers = (show_bytes(row.projected), f"{row.seconds:.3g}", f"x {row.recompute:.2f}")
         cells.append((budget, row.strategy, *numbers, str(row.segments), "" if row.tiles is None else str(row.tiles)))
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]

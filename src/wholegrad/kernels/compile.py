@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,13 @@ def function(text: str, name: str, pointers: int) -> Callable[..., None]:
         return _loaded[key]
 
 
+def addresses(text: str, names: Sequence[str]) -> list[int]:
+    """Where functions of the module ``text`` lie, for callers that are not Python: their code is never freed."""
+    with _lock:
+        engine = _engine(_compiled(text))
+        return [_address(engine, name) for name in names]
+
+
 def _compiled(text: str) -> bytes:
     """Machine code, by LLVM's code generator alone: its passes reorder and merge what was blocked on purpose."""
     import llvmlite.binding as llvm
@@ -74,16 +81,25 @@ def _machine() -> Any:
 
 
 def _linked(code: bytes, name: str, pointers: int) -> Callable[..., None]:
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers)(_address(_engine(code), name))
+
+
+def _engine(code: bytes) -> Any:
+    """What holds machine code, linked and ready."""
     import llvmlite.binding as llvm
 
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
+    _kept.append(engine)
+    return engine
+
+
+def _address(engine: Any, name: str) -> int:
     address = engine.get_function_address(name)
     if not address:
         raise RuntimeError(f"{name} is missing from its machine code")
-    _kept.append(engine)
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers)(address)
+    return int(address)
 
 
 def _read(key: str) -> bytes | None:

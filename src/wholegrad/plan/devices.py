@@ -26,6 +26,7 @@ ACROSS = 4e-11  # seconds a byte between host and device
 SLACK = 1.25  # of a tile's bytes: what kernels take beside their results
 WORKSPACE = 256 << 20  # bytes that libraries' kernels take for themselves at once
 PINNED = 2.0  # of the bytes that pass through it: PyTorch rounds each piece of pinned memory up to a power of two
+PIECES = 1.25  # of a step's bytes in managed memory: what was freed, which the driver cannot tell from what is in use
 RUNTIME = 1 << 30  # bytes of the host's memory that a GPU's libraries take once they run
 
 
@@ -40,6 +41,9 @@ class Apart:
         most_bytes: a tensor there has fewer; None without such a limit.
         host_budget: bytes for the whole process; None for no limit.
         host_reserved: bytes that it holds whatever the plan.
+        room: bytes that this process could have there now, those that it holds included.
+        safe: a safe share of them, which is the budget where nobody names one.
+        named: whether somebody did.
     """
 
     name: str
@@ -48,6 +52,9 @@ class Apart:
     most_bytes: int | None = None
     host_budget: int | None = None
     host_reserved: int = 0
+    room: int = 0
+    safe: int = 0
+    named: bool = False
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ class Plan:
         budget: bytes allowed for the whole process (of tensors on the device, if that has memory of its own); None if
             nobody asked.
         reserved: bytes of interpreter and libraries (of what is on the device already).
-        projected: predicted peak of the same in bytes, at most ``budget``.
+        projected: predicted peak of the same in bytes, at most ``budget`` (but for managed memory, of which a part
+            lies in the host's: :attr:`wholegrad.plan.strategies.WholePlan.beyond`).
         whole_image: bytes of maps and gradients that whole-image autograd would hold; nothing is counted in for the
             process itself, as it is in ``projected``.
         recompute: multiply-adds of all forward runs over those of one whole-image forward.

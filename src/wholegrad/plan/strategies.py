@@ -4,6 +4,7 @@
 in-core     whole-image autograd of the model as it is: everything that the backward pass needs stays in memory
 recompute   whole maps; only what passes between chunks of the graph is kept, the rest is computed twice
 offload     whole-image autograd; what the backward pass needs waits in a file (of a GPU: in the host's memory)
+managed     of a GPU: whole-image autograd in memory that its driver pages between the GPU and the host
 stream      tiles (:mod:`wholegrad.plan.planner`)
 auto        whichever of these is predicted to be fastest of those that fit
 ==========  ==================================================================================================
@@ -39,10 +40,12 @@ class Strategy(StrEnum):
     IN_CORE = "in-core"
     RECOMPUTE = "recompute"
     OFFLOAD = "offload"
+    MANAGED = "managed"
     STREAM = "stream"
 
 
-WHOLE = (Strategy.IN_CORE, Strategy.RECOMPUTE, Strategy.OFFLOAD)
+ON_CPU = (Strategy.IN_CORE, Strategy.RECOMPUTE, Strategy.OFFLOAD)  # of those on whole maps
+WHOLE = (*ON_CPU, Strategy.MANAGED)
 CHUNKS = (
     0.7,
     0.5,
@@ -90,11 +93,14 @@ class WholePlan(Plan):
         footprint: what it holds.
         chunks: node indices of each chunk that is computed twice (``recompute``).
         interleaved: whether images lie in memory with their channels last.
+        beyond: bytes of managed memory for which the device may have no room; they count in ``host.projected``. The
+            driver decides what they are, and takes all of the device for the others.
     """
 
     footprint: Footprint = Footprint(0, 0, 0, 0, "")
     chunks: tuple[tuple[int, int], ...] = ()
     interleaved: bool = False
+    beyond: int = 0
 
     def __str__(self) -> str:
         foot = self.footprint
@@ -104,18 +110,24 @@ class WholePlan(Plan):
             Strategy.IN_CORE: f"whole-image autograd; {show_bytes(foot.saved)} kept for the backward pass",
             Strategy.RECOMPUTE: f"whole maps in {len(self.chunks)} chunks; {show_bytes(foot.saved)} kept between them",
             Strategy.OFFLOAD: f"whole-image autograd; {show_bytes(foot.moved)} kept in {where} for the backward pass",
+            Strategy.MANAGED: f"whole-image autograd in managed memory; {show_bytes(foot.saved)} kept for the backward "
+            f"pass; {show_bytes(self.beyond)} may have no room on {self.device} and lie in the host's memory",
         }[Strategy(self.strategy)]
         return "\n".join(
             [
                 f"{self.strategy}: {how}",
                 "",
                 f"image {shape}; forward work x {self.recompute:.2f}; predicted {self.seconds:.2f} s a step",
-                f"projected peak {self._of_device}{show_bytes(self.projected)} "
+                f"projected peak {self._of_tensors}{show_bytes(self.projected)} "
                 f"(of which reserved {show_bytes(self.reserved)})"
-                + (f" of a budget of {show_bytes(self.budget)}" if self.budget else ""),
+                + (f" of a budget of {show_bytes(self.budget)}" if self.budget and not self.beyond else ""),
                 *self._host_lines(),
             ]
         )
+
+    @property
+    def _of_tensors(self) -> str:
+        return "of tensors, wherever they lie, " if self.strategy == Strategy.MANAGED else self._of_device
 
 
 def check_strategy(name: str) -> Strategy:
@@ -163,11 +175,13 @@ def check_whole(plan: WholePlan) -> None:
     if host is not None and host.budget is not None and host.projected > host.budget:
         raise BudgetError(
             f"host budget {show_bytes(host.budget)}",
-            f"too small for strategy {plan.strategy} on an image of {shape}",
+            f"too small for strategy {plan.strategy} on an image of {shape}" + _beyond(plan),
             f"the smallest that would do is {show_bytes(host.projected)} ({host.projected} bytes)",
             host.projected,
         )
-    if plan.budget is not None and plan.projected > plan.budget:
+    if plan.strategy == Strategy.MANAGED:
+        _check_driver(plan, shape)
+    elif plan.budget is not None and plan.projected > plan.budget:
         smallest = plan.projected + MARGIN
         raise BudgetError(
             f"budget {show_bytes(plan.budget)}",
@@ -175,6 +189,25 @@ def check_whole(plan: WholePlan) -> None:
             f"the smallest that would do is {show_bytes(smallest)} ({smallest} bytes), or use strategy stream",
             smallest,
         )
+
+
+def _beyond(plan: WholePlan) -> str:
+    return f": {show_bytes(plan.beyond)} of it may have no room on {plan.device}" if plan.beyond else ""
+
+
+def _check_driver(plan: WholePlan, shape: str) -> None:
+    """Refuse a budget that somebody named for managed memory, and that its driver would not keep."""
+    apart, budget = plan.apart, plan.budget
+    if apart is None or budget is None or not apart.named or plan.projected <= budget or budget >= apart.room:
+        return
+    smallest = min(plan.projected + MARGIN, apart.room)
+    raise BudgetError(
+        f"budget {show_bytes(budget)}",
+        f"too small for strategy {plan.strategy} on an image of {shape}, and would not be kept: the driver takes all "
+        f"of {plan.device} before it pages anything out",
+        f"name none, or one of at least {show_bytes(smallest)} ({smallest} bytes), or use strategy stream",
+        smallest,
+    )
 
 
 # Time.

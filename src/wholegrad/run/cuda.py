@@ -19,8 +19,8 @@ import torch
 
 from wholegrad.errors import PlanError, WholegradError
 from wholegrad.kernels.choice import using_triton
-from wholegrad.run import pinned
-from wholegrad.run.device import Device, Gate, Moving, Options, Recording, Room
+from wholegrad.run import managed, pinned
+from wholegrad.run.device import Device, Gate, Moving, Options, Recording, Room, T
 from wholegrad.run.lanes import Lanes, StreamGate
 
 FILLS = "fill_uninitialized_memory"  # a setting of torch.utils.deterministic
@@ -133,6 +133,13 @@ class CudaDevice(Device):
         """Recordings are gone: what they held is free."""
         self._pools.clear()
         self._recorded_bytes = 0
+
+    def check_managed(self) -> None:
+        managed.check(self.torch)
+
+    def managed(self, work: Callable[[], T], out: Callable[[T], T]) -> T:
+        self.check_managed()
+        return managed.managed(self.torch, work, out)
 
     def room(self) -> Room:
         free, total = torch.cuda.mem_get_info(self.torch)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from wholegrad.errors import PlanError
 
 CPU = torch.device("cpu")
 AUTO = "auto"
+T = TypeVar("T")
 AT_ONCE = 2  # tiles in flight on an accelerator: while results of one come back, the next one's ops are there
 
 
@@ -150,6 +151,29 @@ class Device:
 
     def forget_recordings(self) -> None:
         """Nobody will replay what was recorded."""
+
+    def check_managed(self) -> None:
+        """Whether :meth:`managed` is safe here.
+
+        Raises:
+            PlanError: it is not.
+        """
+        cause = f"needs a GPU of NVIDIA's: the memory of {self.name} is the host's, and there is nothing to page"
+        raise PlanError("strategy managed", cause, "use strategy in-core")
+
+    def managed(self, work: Callable[[], T], out: Callable[[T], T]) -> T:
+        """Run ``work`` with tensors in memory that the driver pages between the device and the host.
+
+        Only what the calling thread makes lies there, and only until this returns.
+
+        Args:
+            out: makes a copy of what ``work`` gives; it runs when tensors are made in ordinary memory again.
+
+        Raises:
+            PlanError: that is not safe here.
+        """
+        self.check_managed()
+        return out(work())
 
     def room(self) -> Room:
         """What there is now.

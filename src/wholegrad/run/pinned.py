@@ -4,16 +4,14 @@ A boundary in such memory needs no staging and no thread that copies: a box of i
 a gradient is added to, by ops across the bus, in the order of their streams as if all of it lay on the device. Pages
 stay registered for as long as a tensor looks at them.
 
-CUDA lets ops use the host's own addresses of registered pages on Linux (CUDA Runtime API,
-``cudaDevAttrCanUseHostPointerForRegisteredMem``); PyTorch takes such an address through ``__cuda_array_interface__``
-(version 3, by Numba). A device is trusted with it once all kinds of ops that boundaries need gave the right numbers.
-Written without a GPU, and never run on one.
+Ops may use the host's own addresses of registered pages where CUDA says so; PyTorch takes such an address through
+``__cuda_array_interface__`` (version 3, by Numba). A device is trusted with it once all kinds of ops that boundaries
+need gave the right numbers. Written without a GPU, and never run on one.
 """
 
 from __future__ import annotations
 
 import mmap
-import sys
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +20,9 @@ from typing import Any, Protocol
 
 import torch
 
+from wholegrad.run import cudart
+
+SAME_ADDRESSES = 91  # cudaDevAttrCanUseHostPointerForRegisteredMem
 PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
 TRIED = (64, 96)  # rows and columns of the map with which a device is tried
 
@@ -77,8 +78,9 @@ def block(nbytes: int, where: torch.device) -> torch.Tensor | None:
 @cache
 def trusted(where: torch.device) -> bool:
     """Whether ops of this GPU read and write such memory rightly; tried once."""
-    if sys.platform != "linux" or torch.version.hip is not None:
-        return False
+    library = cudart.runtime()
+    if library is None or not cudart.attribute(library, SAME_ADDRESSES, where):
+        return False  # ROCm, too, has no such library
     try:
         pages = _pages(4 * TRIED[0] * TRIED[1], where)
         return right(pages.host, _of_device(pages, where), partial(torch.cuda.synchronize, where))

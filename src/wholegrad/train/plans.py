@@ -165,6 +165,7 @@ class Plans:
         self.where: dict[str, Any] = {"device": self.device, "host_budget": train.host_budget}
         automatic = is_automatic(train.budget)
         self.of_process = not automatic and not self.apart  # whether the budget is the process's, by its name
+        self.driven = automatic and train.strategy == "managed"  # whose driver takes what is free, budget or not
         adapts = automatic and not self.apart and self.group is None  # ranks that share a slide share its plan
         self.governor = Governor(conditions.budget) if adapts else None
         self._looked = 0.0
@@ -223,7 +224,8 @@ class Plans:
         beside = held_bytes(trained, self.team.alone, self.train.accumulate)
         options["ranks"] = replace(self.group or wg.Ranks(), held=beside)
         if self.apart:
-            self.made[key] = wg.plan(model, loss_fn, slide, mask, budget=self.budget(readers), **options)
+            budget = None if self.driven else self.budget(readers)
+            self.made[key] = wg.plan(model, loss_fn, slide, mask, budget=budget, **options)
             return self.made[key], True
         try:
             made = wg.plan(model, loss_fn, slide, mask, budget=self.budget(readers), **options)

@@ -179,7 +179,7 @@ class TrainConfig(_Table):
     triton: bool = False
     graphs: bool = False
     boundary_dtype: Literal["bfloat16", "float16"] | None = None
-    strategy: Literal["auto", "in-core", "recompute", "offload", "stream"] = "auto"
+    strategy: Literal["auto", "in-core", "recompute", "offload", "managed", "stream"] = "auto"
     seed: int = Field(default=0, ge=0)
     threads: int | None = Field(default=None, ge=1)
     checkpoint_minutes: float = Field(default=5.0, ge=0)
