@@ -186,7 +186,6 @@ def step(size: str) -> None:
         ("image on the host, tf32", {"tf32": True}, False, "8GiB"),
         ("image on the host, 2 GiB", {}, False, "2GiB"),
         ("image on the host, 2 GiB, graphs", {"graphs": True}, False, "2GiB"),
-        ("image and boundaries on the host", {}, False, "8GiB"),
         ("image on the host, 2 GiB, Triton, graphs", {"triton": True, "graphs": True}, False, "2GiB"),
         ("image on the device", {}, True, None),
         ("image on the device, Triton", {"triton": True}, True, None),
@@ -202,8 +201,7 @@ def step(size: str) -> None:
         held = torch.cuda.memory_allocated()
         try:
             device = wg.open_device("cuda", **options)
-            placed = {"placement": "host"} if "boundaries on the host" in name else {}
-            plan = wg.plan(model, bce_loss, *data, device=device, budget=budget or held + 8 * GIB, **placed)
+            plan = wg.plan(model, bce_loss, *data, device=device, budget=budget or held + 8 * GIB)
         except wg.WholegradError as error:
             say("step", name, error=str(error), size=size)
             continue
@@ -303,17 +301,22 @@ def wide(size: str) -> None:
     image, labels = pixels(height, width, False)
     for name, build, loss_fn, target in _networks(labels):
         model = build().cuda()
-        for options in ({}, {"tf32": True}):
+        for way, options, placed in (
+            ("tiles", {}, {}), ("tiles, tf32", {"tf32": True}, {}),
+            ("tiles, boundaries on the host", {}, {"placement": "host"}),
+        ):  # fmt: skip
             try:
                 device = wg.open_device("cuda", **options)
-                plan = wg.plan(model, loss_fn, image, target, device=device, budget="100GiB", strategy="stream")
+                plan = wg.plan(
+                    model, loss_fn, image, target, device=device, budget="100GiB", strategy="stream", **placed
+                )
             except wg.WholegradError as error:
-                say("wide", f"{name} {options}", error=str(error), size=size)
+                say("wide", f"{name}, {way}", error=str(error), size=size)
                 continue
             print(plan, file=sys.stderr, flush=True)
-            about = {"size": size, "projected_bytes": plan.projected, "predicted": plan.seconds, "tf32": bool(options)}
+            about = {"size": size, "projected_bytes": plan.projected, "predicted": plan.seconds}
             measured(
-                "wide", f"{name}, tiles", lambda m=model, f=loss_fn, t=target, p=plan: _train(m, f, (image, t), p),
+                "wide", f"{name}, {way}", lambda m=model, f=loss_fn, t=target, p=plan: _train(m, f, (image, t), p),
                 1, **about,
             )  # fmt: skip
         if height * width <= 1 << 28:
