@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from wholegrad.errors import PlanError
+from wholegrad.plan.devices import Apart
 
 CPU = torch.device("cpu")
 AUTO = "auto"
@@ -104,6 +105,11 @@ class Device:
         return str(self.torch)
 
     @property
+    def model(self) -> str:
+        """What it is, for rates that hold for all of its kind."""
+        return self.torch.type
+
+    @property
     def apart(self) -> bool:
         """Whether it has memory of its own."""
         return self.torch.type != "cpu"
@@ -158,8 +164,12 @@ class Device:
         """Wait until all that was asked for is done."""
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Open while a step runs: the precision and order of sums that :class:`Options` ask for."""
+    def running(self, plan: Apart | None = None) -> Iterator[None]:
+        """Open while a step runs: the precision and order of sums that :class:`Options` ask for.
+
+        Args:
+            plan: as the step's plan sees the device: which convolutions Triton's kernels run; None for none.
+        """
         yield
 
 
