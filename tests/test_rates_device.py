@@ -1,0 +1,472 @@
+"""Rates of a device with memory of its own: measured on the pretended one, kept apart, and what plans make of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # which Triton looks at when it is imported
+
+import pretend
+import wholegrad as wg
+from oracle import reference
+from test_rates import Normed
+from wholegrad.cli import main
+from wholegrad.commands.common import blank
+from wholegrad.doctor import folders
+from wholegrad.doctor.finding import State
+from wholegrad.errors import PlanError
+from wholegrad.graph import inline as inlining
+from wholegrad.graph.inline import Inlined, inline
+from wholegrad.kernels import choice
+from wholegrad.losses import LOSSES
+from wholegrad.nets import unet4492
+from wholegrad.plan import cost, strategies
+from wholegrad.plan.devices import ASSUMED, Apart, DeviceRates
+from wholegrad.plan.plan import Placement, Plan
+from wholegrad.plan.rates import BUILT_IN, CHANNELS, FEW, Rates
+from wholegrad.plan.strategies import whole_seconds
+from wholegrad.run import calibrate, calibrate_device
+from wholegrad.run.calibrate_device import Convolution
+from wholegrad.run.device import Device, Options, Room
+from wholegrad.run.executor import Executor
+from wholegrad.train.plans import Conditions
+from wholegrad.verify import EXACT
+
+pretend.install()
+MEASURED = ("wide", "product", "made", "passed", "summed", "stored", "pixels", "call", "parameter", "across", "disk")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and works small enough for a processor."""
+    monkeypatch.setenv("WHOLEGRAD_CACHE", str(tmp_path))
+    small = {"TRIES": 1, "CALLS": 1, "TINY_CALLS": 3, "ELEMENTS": 1 << 10, "ROWS": 4, "PRODUCT": 16}
+    for name, value in {**small, "PARAMETERS": 64, "SENT": 1 << 10}.items():
+        monkeypatch.setattr(calibrate_device, name, value)
+    monkeypatch.setattr(calibrate, "ON_DISK", 8 << 20)
+    return tmp_path
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("rates-*.json"))
+
+
+# What is kept.
+
+
+def test_everything_is_measured_there_kept_and_read_back(folder: Path) -> None:
+    device = pretend.device()
+    assert calibrate_device.rates(device) == ASSUMED
+    found = calibrate_device.calibrate(device)
+    assert calibrate_device.rates(pretend.device(at_once=4)) == found
+    assert all(0 < value < 1 for row in found.wide for value in row) and len(found.wide) == len(CHANNELS)
+    for name in MEASURED:
+        assert getattr(found, name) != getattr(ASSUMED, name), name
+    assert (found.thin, found.up_to, found.backward) == (ASSUMED.thin, choice.THIN, ASSUMED.backward)
+    assert found.passed == found.made  # of PyTorch's ops, where Triton's do not run
+    assert [path.name for path in calibrate_device.rates_file(device).parent.glob("rates-*")] == files(folder)
+
+
+def test_they_are_of_one_device_pytorch_and_set_of_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = replace(ASSUMED, call=7e-6)
+    device = pretend.device()
+    calibrate.keep(calibrate_device.key(device), found)
+    assert calibrate_device.rates(device) == found and calibrate.rates() == BUILT_IN
+    for options in ({"tf32": True}, {"deterministic": True}, {"triton": True}):
+        assert calibrate_device.rates(pretend.device(**options)) == ASSUMED, options
+    with monkeypatch.context() as patch:
+        patch.setattr(pretend.PretendDevice, "model", "another")
+        assert calibrate_device.rates(device) == ASSUMED
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    assert calibrate_device.rates(device) == ASSUMED
+
+
+def test_a_broken_file_counts_as_none(folder: Path) -> None:
+    device, path = pretend.device(), calibrate_device.rates_file(pretend.device())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    key, good = calibrate_device.key(device), json.loads(ASSUMED.to_json())
+    wrong: list[dict[str, Any]] = [{}, {**good, "up_to": 17}, {**good, "up_to": 2.5}, {**good, "across": -1.0}]
+    wrong += [json.loads(BUILT_IN.to_json()), {**good, "call": "fast"}]
+    for text in ("", "{}", "[]", '{"key": 1}', *(json.dumps({"key": key, "rates": each}) for each in wrong)):
+        path.write_text(text)
+        assert calibrate_device.rates(device) == ASSUMED, text
+    path.write_text(json.dumps({"key": key, "rates": {**good, "up_to": 4}}))
+    assert calibrate_device.rates(device) == replace(ASSUMED, up_to=4)
+    path.write_text(json.dumps({"key": "another", "rates": {**good, "up_to": 4}}))
+    assert calibrate_device.rates(device) == ASSUMED
+
+
+def test_the_processor_is_measured_otherwise() -> None:
+    with pytest.raises(PlanError, match="is the processor"):
+        calibrate_device.measured(Device())
+
+
+def test_the_command_measures_the_device_that_it_is_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--calibrate", "--device", "pretend", "--shape", "3x500x600", "--json"]) == 0
+    said = capsys.readouterr()
+    name = calibrate_device.rates_file(pretend.device()).name
+    assert files(folder) == [name] and name in said.err.replace("\n", "")
+    assert calibrate_device.rates(pretend.device()) != ASSUMED
+
+
+def test_a_cache_that_takes_nothing_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "file").write_text("")
+    monkeypatch.setattr(calibrate_device, "measured", lambda device: ASSUMED)
+    monkeypatch.setattr(calibrate, "cache_folder", lambda: folder / "file" / "kernels")
+    assert main(["plan", "--calibrate", "--device", "pretend", "--shape", "3x500x600"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_doctor_says_of_each_accelerator_whether_it_was_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "accelerators", lambda: ["pretend:0"])
+
+    def told() -> folders.Finding:
+        return next(each for each in folders.look_at_kernels(True) if each.name == "rates of pretend:0")
+
+    assert told().state is State.ABSENT and told().text == "assumed"
+    assert told().mend == "wholegrad plan --calibrate --device pretend:0 measures it, for predicted times"
+    calibrate.keep(calibrate_device.key(pretend.device()), ASSUMED)
+    assert told().state is State.OK and told().text == "measured without triton"
+
+
+def test_work_that_was_asked_for_is_done_before_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a look at the clock between asking and waiting, and with a run before that does not count."""
+    told: list[str] = []
+
+    class Noted(pretend.PretendDevice):
+        def finish(self) -> None:
+            told.append("finish")
+
+    monkeypatch.setattr(calibrate_device.time, "perf_counter", lambda: told.append("clock") or float(len(told)))
+    monkeypatch.setattr(calibrate_device, "TRIES", 1)
+    monkeypatch.setattr(calibrate_device, "CALLS", 3)
+    found = calibrate_device._best(Noted(torch.device("pretend", 0)), lambda: told.append("work"), 2.0)
+    each = ["finish", "clock", *["work"] * 3, "finish", "clock"]
+    assert told == ["work"] * 3 + each
+    assert found == 5 / (3 * 2.0)
+
+
+# What plans make of them.
+
+
+def step(model: nn.Module, size: tuple[int, int]) -> tuple[Any, ...]:
+    return model, LOSSES["bce"], blank(3, *size), blank(1, *size)
+
+
+def places(plan: Plan) -> set[Placement]:
+    return set(plan.placements.values())
+
+
+def test_what_crossing_costs_decides_where_boundaries_live(folder: Path) -> None:
+    """One device, three rates of crossing, little room: dear ones keep maps there, or compute them again."""
+    device, found = pretend.device(), {}
+    for across in (0.0, ASSUMED.across, 1e-3):
+        calibrate.keep(calibrate_device.key(device), replace(ASSUMED, across=across))
+        options: dict[str, Any] = {"device": device, "budget": "3GiB", "strategy": "stream"}
+        found[across] = wg.plan(*step(Normed(), (4000, 8000)), **options)
+    free, usual, dear = found.values()
+    assert Placement.HOST in places(free)
+    assert not places(dear) & {Placement.HOST, Placement.DISK}
+    assert free.seconds < usual.seconds < dear.seconds
+    assert free.recompute <= usual.recompute <= dear.recompute and free.recompute < dear.recompute
+
+
+def test_plans_for_a_device_go_by_its_own_rates_alone(folder: Path) -> None:
+    case, device = step(unet4492(seed=0), (2000, 3000)), pretend.device()
+    options: dict[str, Any] = {"device": device, "budget": "2GiB", "strategy": "stream"}
+    assumed = wg.plan(*case, **options).seconds
+    calibrate.keep(calibrate.key(), replace(BUILT_IN, call=1.0))
+    assert wg.plan(*case, **options).seconds == assumed
+    assert wg.plan(*case, **options, rates=replace(BUILT_IN, call=1.0)).seconds == assumed
+    slow = replace(ASSUMED, call=1.0)
+    calibrate.keep(calibrate_device.key(device), slow)
+    assert wg.plan(*case, **options).seconds > 10 + assumed
+    assert wg.plan(*case, **options, rates=ASSUMED).seconds == assumed
+    other = {**options, "device": pretend.device(at_once=4)}
+    assert wg.plan(*case, **other).seconds > 10 + assumed
+
+
+def test_tiles_in_flight_share_the_device() -> None:
+    """The same tiles, two or four at once: seconds are the device's, not a thread's."""
+    case = step(unet4492(seed=0), (2000, 3000))
+    options: dict[str, Any] = {"tile": (512, 512), "budget": "4GiB", "strategy": "stream", "rates": ASSUMED}
+    two, four = (wg.plan(*case, device=pretend.device(at_once=count), **options).seconds for count in (2, 4))
+    assert two == four
+
+
+def test_an_image_of_bytes_travels_as_bytes_and_becomes_floats_there() -> None:
+    case = [*step(unet4492(seed=0), (2000, 3000))]
+    options: dict[str, Any] = {"device": pretend.device(), "tile": (2000, 3000), "budget": "8GiB", "strategy": "stream"}
+
+    def seconds(**rates: float) -> float:
+        zero = dict.fromkeys(("made", "passed", "summed", "stored", "pixels", "call", "parameter", "product"), 0.0)
+        nothing = tuple((0.0, 0.0, 0.0) for _ in CHANNELS)
+        return wg.plan(
+            *case, **options, rates=replace(ASSUMED, **{**zero, "wide": nothing, "step": 0.0, **rates})
+        ).seconds
+
+    area = 2000 * 3000
+    whole = seconds(pixels=1.0)
+    assert whole == pytest.approx(area * (3 + 1 + 2))  # labels are counted before, which is priced in both sweeps
+    bytes_of = case[2]
+    case[2] = np.broadcast_to(np.float32(0), bytes_of.shape)
+    assert seconds(pixels=1.0) == pytest.approx(area * (3 * 4 + 1 + 2))
+    floats = seconds(made=1.0)
+    case[2] = bytes_of
+    assert seconds(made=1.0) == pytest.approx(floats + area * 2 * 3 * 4)
+
+
+def test_whole_maps_on_a_device_take_what_its_own_rates_say() -> None:
+    graph = wg.plan(*step(nn.Conv2d(3, 1, 3, padding=1), (100, 200)), budget="1GiB", strategy="stream").graph
+    apart = Apart("pretend:0", 2)
+    area, macs = 100 * 200, 100 * 200 * 27
+
+    def seconds(threads: int = 2, **rates: Any) -> tuple[float, float]:
+        zero = dict.fromkeys(("made", "summed", "pixels", "call", "product"), 0.0)
+        nothing = tuple((0.0, 0.0, 0.0) for _ in CHANNELS)
+        return whole_seconds(graph, threads, replace(ASSUMED, **{**zero, "wide": nothing, **rates}), apart)
+
+    table = ((1.0, 2.0, 4.0), *((9.0, 9.0, 9.0) for _ in CHANNELS[1:]))
+    assert seconds(wide=table) == pytest.approx((macs, 4.0 * macs))  # nobody wants the image's gradient
+    assert seconds(wide=table, threads=8) == seconds(wide=table)
+    assert seconds(pixels=1.0) == pytest.approx((area * (4 * 3 + 1), 0.0))
+    made = sum(strategies.made_bytes(node) for node in graph.nodes if node.kind not in strategies.SOURCES)
+    assert seconds(made=1.0)[0] == pytest.approx(made)
+    assert seconds() == (0.0, 0.0)  # nothing of the processor's constants
+
+
+def test_offload_to_the_hosts_memory_costs_what_crosses(folder: Path) -> None:
+    device, found = pretend.device(), []
+    for across in (0.0, 1.0):
+        calibrate.keep(calibrate_device.key(device), replace(ASSUMED, across=across))
+        options: dict[str, Any] = {"device": device, "strategy": "offload", "budget": "8GiB"}
+        found.append(wg.plan(*step(unet4492(seed=0), (1000, 1000)), **options))
+    assert found[1].seconds - found[0].seconds == pytest.approx(2.0 * found[0].footprint.moved)
+
+
+def test_a_run_keeps_the_devices_rates_of_its_start(tmp_path: Path) -> None:
+    for rates in (replace(ASSUMED, across=1e-9, up_to=4), Rates(call=5e-5)):
+        kept = Conditions(1 << 30, 1 << 28, 2, rates)
+        path = tmp_path / "run.json"
+        path.write_text(kept.to_json())
+        assert Conditions.read(path) == kept and type(Conditions.read(path).rates) is type(rates)
+
+
+# Triton's rule.
+
+
+class Interpreted(Device):
+    """A device with memory of its own that is the host's, where Triton's interpreter runs Triton's kernels."""
+
+    @property
+    def apart(self) -> bool:
+        return True
+
+    @property
+    def model(self) -> str:
+        return "interpreted"
+
+    def room(self) -> Room:
+        return Room(64 << 30, 0, 64 << 30)
+
+    @contextmanager
+    def running(self, plan: Apart | None = None) -> Iterator[None]:
+        up_to = None if plan is None else plan.triton
+        with choice.using_triton(up_to is not None, anywhere=True, up_to=up_to or 0):
+            yield
+
+
+def interpreted(**options: Any) -> Interpreted:
+    return Interpreted(torch.device("cpu"), Options(at_once=1, **options))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "most"),
+    [
+        ((1, 1, 1, 1, 1), (2, 2, 2, 2, 2), 16),
+        ((1, 1, 1, 1, 1), (1, 2, 2, 2, 2), 0),  # as fast is not faster
+        ((1, 1, 3, 1, 1), (2, 2, 2, 2, 2), 2),  # and a gap ends it
+        ((1, 1, 1, 1, 3), (2, 2, 2, 2, 2), 8),
+        ((3, 3, 3, 3, 3), (2, 2, 2, 2, 2), 0),
+    ],
+)
+def test_few_channels_are_those_up_to_which_our_kernels_take_less(
+    ours: tuple[float, ...], theirs: tuple[float, ...], most: int
+) -> None:
+    tried = zip(calibrate_device.TRIED, ours, theirs, strict=True)
+    assert calibrate_device.up_to(list(tried)) == most
+
+
+def test_all_three_parts_of_a_convolution_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins say what each part takes: our forward is quicker at 16 channels, all three together are not."""
+
+    def works(kind: str) -> Callable[..., Convolution]:
+        def made(device: Device, channels: int, *rest: int) -> Convolution:
+            slow = 5.0 if kind == "ours" and channels == 16 else 0.5
+            taken = (0.5, 0.5, slow) if kind == "ours" else (1.0, 1.0, 1.0)
+            return Convolution(*(lambda seconds=seconds: seconds for seconds in taken), 1.0)  # type: ignore[misc, arg-type]
+
+        return made
+
+    monkeypatch.setattr(calibrate_device, "_own", works("ours"))
+    monkeypatch.setattr(calibrate_device, "_convolution", works("theirs"))
+    monkeypatch.setattr(calibrate_device, "triton_runs", lambda x: True)
+    monkeypatch.setattr(calibrate_device, "passes", lambda x: None)
+
+    def best(work: Callable[[], Any], units: float) -> float:
+        return 0.25 if units > 1 else float(work())
+
+    found = calibrate_device._with_triton(interpreted(triton=True), best, ASSUMED)
+    assert found.up_to == 8 and found.passed == 0.25
+    assert found.thin == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (0.5, 0.5, 5.0))
+
+
+def test_triton_is_measured_where_it_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(calibrate_device, "ROWS", 1)  # the interpreter is slow
+    monkeypatch.setattr(calibrate_device, "ELEMENTS", 1 << 6)
+    device = interpreted(triton=True)
+    found = calibrate_device.calibrate(device)
+    assert calibrate_device.rates(device) == found and found.passed != found.made
+    assert len(found.thin) == len(FEW) and all(value > 0 for row in found.thin for value in row)
+    assert found.thin != ASSUMED.thin and found.up_to in (0, *calibrate_device.TRIED)
+    assert calibrate_device.rates(interpreted()) == ASSUMED
+    with pytest.raises(PlanError, match="runs no Triton"):
+        calibrate_device.measured(pretend.device(triton=True))
+
+
+def test_what_is_thin_to_triton_goes_by_the_number_and_never_beyond_thin() -> None:
+    def served(channels: int, up_to: int, wide: int = 0) -> bool:
+        weight = torch.zeros(max(channels, wide), channels, 3, 3)
+        with choice.using_triton(True, anywhere=True, up_to=up_to):
+            return choice.triton_serves(torch.zeros(1, channels, 4, 4), weight, 1)
+
+    assert served(4, 4) and not served(5, 4) and served(4, 4, wide=32) and not served(4, 4, wide=33)
+    assert not served(1, 0) and served(choice.THIN, 99) and not served(choice.THIN + 1, 99)
+
+
+class Several(nn.Module):
+    """Convolutions whose thinner side has 2, 2, 3 and 1 channels, an activation between each two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 2, 3, padding=1), nn.Conv2d(2, 4, 1)
+        self.c, self.d = nn.Conv2d(4, 3, (1, 3), padding=(0, 1)), nn.Conv2d(3, 1, 1)
+        self.act = nn.LeakyReLU(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.d(self.act(self.c(self.act(self.b(self.act(self.a(x)))))))
+        return found
+
+
+def thin(each: Sequence[Inlined], plan: Plan) -> str:
+    """The convolutions of few channels, by their names."""
+    return "".join(sorted({plan.graph.nodes[index].path for how in each for index in how.convolutions}))
+
+
+@contextmanager
+def noted() -> Iterator[tuple[list[Inlined], list[tuple[Inlined, int]]]]:
+    """How segments are priced; how they run, and up to how many channels count as few then."""
+    planned: list[Inlined] = []
+    ran: list[tuple[Inlined, int]] = []
+    bill, how = cost.Bill.__init__, Executor._how
+
+    def priced(self: cost.Bill, prices: Any, segment: Any, how: Inlined, *rest: Any) -> None:
+        planned.append(how)
+        bill(self, prices, segment, how, *rest)
+
+    def run(self: Executor, *given: Any) -> Inlined:
+        ran.append((how(self, *given), choice._Triton.up_to))
+        return ran[-1][0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost.Bill, "__init__", priced)
+        patch.setattr(Executor, "_how", run)
+        yield planned, ran
+
+
+@pytest.mark.parametrize(("up_to", "few"), [(16, "abcd"), (3, "abcd"), (2, "abd"), (1, "d"), (0, "")])
+def test_what_is_planned_goes_by_the_number(up_to: int, few: str, folder: Path) -> None:
+    with noted() as (planned, _):
+        options: dict[str, Any] = {"budget": "1GiB", "strategy": "stream", "rates": replace(ASSUMED, up_to=up_to)}
+        plan = wg.plan(*step(Several(), (64, 96)), device=pretend.device(triton=True), **options)
+    assert plan.apart is not None and plan.apart.triton == up_to
+    assert thin(planned, plan) == few
+    assert any(how.sums for how in planned)  # chains and sums are Triton's whatever the number
+
+
+@pytest.mark.parametrize(("up_to", "few"), [(2, "abd"), (0, "")])
+def test_the_executor_runs_what_the_plan_inlined(up_to: int, few: str, folder: Path) -> None:
+    """Planned, then run through Triton's interpreter: exact, by the same kernels, whatever was kept since."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    device, key = interpreted(triton=True), calibrate_device.key(interpreted(triton=True))
+    calibrate.keep(key, replace(ASSUMED, up_to=up_to))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 6, 16), dtype=np.uint8)
+    target = np.random.default_rng(1).integers(0, 2, (1, 6, 16), dtype=np.uint8)
+    torch.manual_seed(0)
+    case = Several().double(), LOSSES["bce"], pixels, target
+    with noted() as (planned, ran):
+        plan = wg.plan(*case, device=device, tile=(6, 8), strategy="stream", budget="1GiB")
+        calibrate.keep(key, replace(ASSUMED, up_to=16 - up_to))
+        wg.backward(*case, plan=plan)
+    assert ran and {number for _, number in ran} == {up_to}
+    assert thin(planned, plan) == thin([how for how, _ in ran], plan) == few
+    assert all(how in planned for how, _ in ran)
+    wanted = reference(*case).tensors
+    for name, parameter in case[0].named_parameters():
+        assert parameter.grad is not None
+        true = next(value for key, value in wanted.items() if key.endswith(name))
+        assert float((parameter.grad - true).abs().max()) <= EXACT * float(true.abs().max())
+
+
+def test_a_plan_is_run_by_the_rule_that_it_was_made_with() -> None:
+    case = step(unet4492(seed=0), (64, 96))
+    options: dict[str, Any] = {"budget": "2GiB", "strategy": "stream", "rates": replace(ASSUMED, up_to=3)}
+    plain, there = (wg.plan(*case, device=pretend.device(triton=on), **options) for on in (False, True))
+    assert plain.apart is not None and there.apart is not None
+    assert (plain.apart.triton, there.apart.triton) == (None, 3)
+    with pytest.raises(PlanError, match=r"was made for pretend:0 with triton; plan again, or open it with triton"):
+        wg.backward(*case, plan=there, device=pretend.device())
+    with pytest.raises(PlanError, match=r"was made for pretend:0 without triton"):
+        wg.backward(*case, plan=plain, device=pretend.device(triton=True))
+
+
+def test_a_plan_with_triton_predicts_tritons_rates_and_holds_what_one_without_does(folder: Path) -> None:
+    case = step(unet4492(seed=0), (2000, 3000))
+    options: dict[str, Any] = {"budget": "2GiB", "strategy": "stream", "tile": (512, 1024)}
+    slow = tuple((1e-6, 1e-6, 1e-6) for _ in FEW)
+
+    def plan(on: bool, rates: DeviceRates) -> Plan:
+        return wg.plan(*case, device=pretend.device(triton=on), rates=rates, **options)
+
+    quick, dear = plan(True, ASSUMED), plan(True, replace(ASSUMED, thin=slow))
+    assert dear.seconds > 100 * quick.seconds
+    assert plan(False, replace(ASSUMED, thin=slow)).seconds == plan(False, ASSUMED).seconds
+    none = plan(True, replace(ASSUMED, thin=slow, up_to=0))
+    assert none.seconds < dear.seconds / 100
+    assert {each.projected for each in (quick, dear, none)} == {plan(False, ASSUMED).projected}
+
+
+def test_a_processor_without_kernels_of_ours_takes_none_from_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = wg.plan(*step(Several(), (64, 96)), budget="1GiB", strategy="stream")
+    monkeypatch.setattr(inlining, "host", lambda: None)
+    monkeypatch.setattr(choice, "host", lambda: None)
+    segment = plan.segments[-1].segment
+    assert not inline(plan.graph, segment).convolutions
+    assert thin([inline(plan.graph, segment, triton=16)], plan) == "abcd"
