@@ -32,6 +32,8 @@ from wholegrad.plan.strategies import whole_seconds
 from wholegrad.run import calibrate, calibrate_device
 from wholegrad.run.device import Device
 from wholegrad.train.plans import Conditions
+from wholegrad.train.tables import TrainConfig
+from wholegrad.train.team import Place
 
 pretend.install()
 MEASURED = ("wide", "product", "made", "passed", "summed", "stored", "pixels", "call", "parameter", "across", "disk")
@@ -194,6 +196,7 @@ def test_plans_for_a_device_go_by_its_own_rates_alone(folder: Path) -> None:
     calibrate.keep(calibrate_device.key(device), slow)
     assert wg.plan(*case, **options).seconds > 10 + assumed
     assert wg.plan(*case, **options, rates=ASSUMED).seconds == assumed
+    assert wg.plan(*case, **options, rates=BUILT_IN).seconds == assumed  # as in a run that began without
     other = {**options, "device": pretend.device(at_once=4)}
     assert wg.plan(*case, **other).seconds > 10 + assumed
 
@@ -254,6 +257,25 @@ def test_offload_to_the_hosts_memory_costs_what_crosses(folder: Path) -> None:
         options: dict[str, Any] = {"device": device, "strategy": "offload", "budget": "8GiB"}
         found.append(wg.plan(*step(unet4492(seed=0), (1000, 1000)), **options))
     assert found[1].seconds - found[0].seconds == pytest.approx(2.0 * found[0].footprint.moved)
+
+
+def test_a_step_on_whole_maps_there_goes_by_the_same(folder: Path) -> None:
+    case, device = step(unet4492(seed=0), (500, 600)), pretend.device()
+    options: dict[str, Any] = {"device": device, "strategy": "in-core", "budget": "8GiB"}
+    assumed = wg.plan(*case, **options).seconds
+    calibrate.keep(calibrate_device.key(device), replace(ASSUMED, call=1.0))
+    assert wg.plan(*case, **options).seconds > 10 + assumed
+
+
+def test_a_run_starts_with_the_rates_of_where_its_tiles_run(folder: Path) -> None:
+    kept = replace(ASSUMED, call=7e-6)
+    calibrate.keep(calibrate_device.key(pretend.device()), kept)
+    train = TrainConfig(device="pretend", budget="1GiB", steps=1)
+    first = Conditions.now(train, Place())
+    assert first.rates == kept
+    calibrate.keep(calibrate_device.key(pretend.device()), ASSUMED)
+    assert Conditions.now(train, Place(size=2, local_size=2), first).rates == kept
+    assert Conditions.now(TrainConfig(budget="1GiB", steps=1), Place()).rates == calibrate.rates()
 
 
 def test_a_run_keeps_the_devices_rates_of_its_start(tmp_path: Path) -> None:

@@ -135,6 +135,9 @@ def test_what_is_thin_to_triton_goes_by_the_number_and_never_beyond_thin() -> No
         with choice.using_triton(True, anywhere=True, up_to=up_to):
             return choice.triton_serves(torch.zeros(1, channels, 4, 4), weight, 1)
 
+    with choice.using_triton(True, anywhere=True, up_to=3):
+        assert served(4, 4)
+        assert not choice.triton_serves(torch.zeros(1, 4, 4, 4), torch.zeros(4, 4, 3, 3), 1)  # what was before is back
     assert served(4, 4) and not served(5, 4) and served(4, 4, wide=32) and not served(4, 4, wide=33)
     assert not served(1, 0) and served(choice.THIN, 99) and not served(choice.THIN + 1, 99)
 
@@ -246,5 +249,6 @@ def test_a_processor_without_kernels_of_ours_takes_none_from_a_gpu(monkeypatch: 
     monkeypatch.setattr(inlining, "host", lambda: None)
     monkeypatch.setattr(choice, "host", lambda: None)
     segment = plan.segments[-1].segment
-    assert not inline(plan.graph, segment).convolutions
-    assert thin([inline(plan.graph, segment, triton=16)], plan) == "abcd"
+    none, there = inline(plan.graph, segment), inline(plan.graph, segment, triton=16)
+    assert not none.convolutions and not none.sums
+    assert thin([there], plan) == "abcd" and there.sums
