@@ -28,8 +28,8 @@ class DeviceRates(Rates):
         wide: of PyTorch's convolutions in the layout of tiles there: planar up to ``THIN`` channels, else interleaved.
         thin: of Triton's kernels, and ``passed`` of their passes, where these run; ``made`` is of PyTorch's ops.
         stored: of a byte of a boundary in the device's memory, written.
-        pixels: of a byte of an image or target as it travels (8-bit images as bytes), from the system's cache to the
-            device; decoding is not in it. What it costs there to make floats of bytes is counted with ``made``.
+        pixels: of a byte of an image or target as it travels (8-bit images as bytes), from the host's ordinary memory
+            to the device; reading and decoding files is not in it. Making floats of it there is counted with ``made``.
         across: of a byte of a boundary between ordinary host memory and the device, through staging, either way.
         up_to: channels of the thinner side up to which Triton's kernels run a convolution (0: none), at most ``THIN``.
     """
