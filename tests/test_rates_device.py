@@ -16,7 +16,6 @@ import pretend
 import wholegrad as wg
 from pretend_streams import streamed
 from test_rates import Normed
-from wholegrad import whole_step
 from wholegrad.cli import main
 from wholegrad.commands.common import blank
 from wholegrad.doctor import folders
@@ -107,7 +106,7 @@ def test_a_broken_file_counts_as_none(folder: Path) -> None:
     assert calibrate_device.rates(device) == ASSUMED
 
 
-def test_the_processor_is_measured_otherwise() -> None:
+def test_the_processor_is_measured_otherwise(folder: Path) -> None:
     with pytest.raises(PlanError, match="is the processor"):
         calibrate_device.measured(Device())
 
@@ -260,21 +259,12 @@ def test_offload_to_the_hosts_memory_costs_what_crosses(folder: Path) -> None:
     assert found[1].seconds - found[0].seconds == pytest.approx(2.0 * found[0].footprint.moved)
 
 
-def test_a_step_on_whole_maps_there_goes_by_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_on_whole_maps_there_goes_by_the_same(folder: Path) -> None:
     case, device = step(unet4492(seed=0), (500, 600)), pretend.device()
     options: dict[str, Any] = {"device": device, "strategy": "in-core", "budget": "8GiB"}
     assumed = wg.plan(*case, **options).seconds
     calibrate.keep(calibrate_device.key(device), replace(ASSUMED, call=1.0))
     assert wg.plan(*case, **options).seconds > 10 + assumed
-    asked: list[Apart | None] = []
-
-    def noted(graph: Any, threads: int, rates: Rates, apart: Apart | None = None) -> tuple[float, float]:
-        asked.append(apart)
-        return whole_seconds(graph, threads, rates, apart)
-
-    monkeypatch.setattr(whole_step, "whole_seconds", noted)
-    wg.plan(*case, **{**options, "strategy": "auto"})
-    assert asked and all(apart is not None for apart in asked)
 
 
 def test_a_run_starts_with_the_rates_of_where_its_tiles_run(folder: Path) -> None:
