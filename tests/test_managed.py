@@ -288,7 +288,7 @@ def test_the_footprint_is_in_cores_and_what_has_no_room_is_the_hosts(monkeypatch
         assert made.beyond == max(taken - made.apart.safe, 0) and abs(made.beyond - short) <= 1
         assert made.projected == core.projected, "of tensors, wherever they lie"
         assert made.host.projected - made.host.reserved == core.host.projected - core.host.reserved + made.beyond
-        assert made.seconds == pytest.approx(core.seconds + 2 * devices.ACROSS * made.beyond, rel=1e-12)
+        assert made.seconds == pytest.approx(core.seconds + 2 * made.apart.across * made.beyond, rel=1e-12)
     said = str(made)
     assert "1.0 MiB may have no room on pretend:0 and lie in the host's" in said
     assert "projected peak of tensors, wherever they lie, " in said

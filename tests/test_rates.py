@@ -124,11 +124,11 @@ def test_the_disk_is_timed_by_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_pat
             time.sleep(0.01)
 
     monkeypatch.setattr(calibrate, "ON_DISK", 16 << 20)
-    usual = calibrate._disk(tmp_path)
+    usual = calibrate.disk(tmp_path)
     assert 0 < usual < 1e-6
     monkeypatch.setattr(spill_file, "SpillFile", Slow)
-    assert calibrate._disk(tmp_path) > 0.04 / (32 << 20)
-    assert calibrate._disk(tmp_path / "none") == BUILT_IN.disk
+    assert calibrate.disk(tmp_path) > 0.04 / (32 << 20)
+    assert calibrate.disk(tmp_path / "none") == BUILT_IN.disk
 
 
 def test_what_is_timed_of_boundaries_is_a_copy_between_like_layouts(monkeypatch: pytest.MonkeyPatch) -> None:

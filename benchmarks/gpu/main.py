@@ -29,6 +29,7 @@ ROOT = HERE.parent.parent
 TESTS = ("tests/test_gpu.py", "tests/test_triton.py", "tests/test_triton_mixed.py")
 STAGES = (  # name, command, seconds at most: the claims first
     ("machine", ["stages.py", "machine"], 60),
+    ("calibrate", ["stages.py", "calibrate"], 60),
     ("step", ["stages.py", "step"], 150),
     ("whole", ["stages.py", "whole"], 60),
     ("errors", ["stages.py", "errors", "--size", "2048x3072"], 40),

@@ -20,6 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 import wholegrad as wg
 from wholegrad.losses import bce_loss
 from wholegrad.nets import unet4492
+from wholegrad.run import calibrate_device
 from wholegrad.run import pinned as pinned_memory
 from wholegrad.run.process import peak_resident
 from wholegrad.run.recordings import drop_recordings, recordings_of
@@ -99,6 +100,22 @@ def machine(size: str) -> None:
         torch.backends.cuda.matmul.allow_tf32 = tf32
         each = statistics.median(seconds(lambda: a @ b, 5))
         say("machine", f"float32 product, tf32 {tf32}", flops_per_second=2 * 8192**3 / each)
+
+
+# Rates.
+
+
+def calibrate(size: str) -> None:
+    """Rates of the device with every set of options that steps are measured with, kept for the plans to come."""
+    for options in ({}, {"triton": True}, {"deterministic": True}, {"tf32": True}):
+        name = " and ".join(options) or "no options"
+        start = time.perf_counter()
+        try:
+            found = calibrate_device.calibrate(wg.open_device("cuda", **options))
+        except Exception as error:
+            say("calibrate", name, error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            continue
+        say("calibrate", name, took=time.perf_counter() - start, **json.loads(found.to_json()))
 
 
 # Kernels.
@@ -390,7 +407,8 @@ def errors(size: str) -> None:
         say("errors", name, size=size, worst=max(worst.values()), each=worst)
 
 
-STAGES = {each.__name__: each for each in (machine, kernels, step, profile, training, whole, wide, errors)}
+EVERY = (machine, calibrate, kernels, step, profile, training, whole, wide, errors)
+STAGES = {each.__name__: each for each in EVERY}
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def plan(
             between the GPU and the host), or ``"auto"``: tiles, or whole maps where these fit into the budget and are
             predicted to save a fifth of more than a second. Tiles, boundaries, placement and ``boundary_dtype`` are of
             ``"stream"``.
-        rates: of the machine, for predicted times; default what ``wholegrad plan --calibrate`` kept, else built in.
+        rates: of the machine or device, for predicted times; default what ``wholegrad plan --calibrate`` kept.
         device: where tiles run: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"auto"`` or a
             :class:`wholegrad.Device` with options; default where the model's parameters are. On a device with memory of
             its own, ``budget`` is for what tensors take there (default: a safe share of what is free), and boundaries
@@ -264,7 +264,7 @@ def _in_tiles(
     """One step tile by tile."""
     executor = _executor(made, tensors, inputs, device=device, **options)
     try:
-        with _as_captured(device, keep=made.keeps_heap), torch.enable_grad():
+        with _as_captured(device, made), torch.enable_grad():
             executor.forward()
             executor.backward()
     finally:
@@ -312,17 +312,13 @@ def _executor(
 
 
 @contextmanager
-def _as_captured(device: Device, keep: bool = False) -> Iterator[None]:
-    """Run the graph as it stands: autocast's casts are nodes of it, and memory is kept between tiles.
-
-    Args:
-        keep: whether the host's memory is kept for the plan's next step too.
-    """
+def _as_captured(device: Device, made: Plan) -> Iterator[None]:
+    """Run the graph as it stands: autocast's casts are nodes of it, and memory is kept between tiles."""
     kind = device.torch.type
     if kind in ("cuda", "mps") and torch.is_autocast_enabled(kind):
         raise PlanError(f"torch.autocast({kind!r})", "is not seen by the trace", "use torch.autocast('cpu', dtype)")
-    reused = process.reuse_memory(keep)
-    with reused, torch.inference_mode(False), torch.autocast("cpu", enabled=False), device.running():
+    reused = process.reuse_memory(made.keeps_heap)
+    with reused, torch.inference_mode(False), torch.autocast("cpu", enabled=False), device.running(made.apart):
         yield
 
 
@@ -403,7 +399,7 @@ def _run_forward(
         seed = together.checked(made, tensors, inputs, seed, lambda: _seed(made, seed))
         executor = _executor(made, tensors, inputs, device=device, seed=seed, wire=together.tiles, **options)
         try:
-            with _as_captured(device), torch.no_grad():
+            with _as_captured(device, made), torch.no_grad():
                 executor.forward()
         finally:
             executor.close()

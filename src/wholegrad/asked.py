@@ -12,13 +12,13 @@ from wholegrad.given import Given
 from wholegrad.graph.graph import Graph, Kind, Ref
 from wholegrad.plan import devices, memory
 from wholegrad.plan.boundaries import storable
-from wholegrad.plan.devices import Apart
+from wholegrad.plan.devices import Apart, DeviceRates
 from wholegrad.plan.memory import Reserved
 from wholegrad.plan.plan import Placement, Plan, Room, show_bytes
 from wholegrad.plan.planner import Request
 from wholegrad.plan.rates import Rates
 from wholegrad.plan.storage import NARROW
-from wholegrad.run import calibrate, process
+from wholegrad.run import calibrate, calibrate_device, process
 from wholegrad.run.blocks import drop_all
 from wholegrad.run.budget import budget_bytes, is_automatic
 from wholegrad.run.device import Device
@@ -84,6 +84,8 @@ def request_of(
     Args:
         tensors: parameters and buffers by name.
         budget: of the memory in which tiles run.
+        rates: of the machine, or of a device (:class:`~wholegrad.plan.devices.DeviceRates`: others say nothing of one);
+            None for what was measured there and kept, else what is built in or assumed.
         host_budget: of the whole process, where tiles run on a device with memory of its own.
         exchange: bytes of the host's memory that bringing several slides' gradients together takes.
 
@@ -105,11 +107,14 @@ def request_of(
     limit = _of_device(there, budget)
     still_to_load = 0 if process.has_run() else devices.RUNTIME
     on_host = int(Reserved(process.resident(), still_to_load, memory.of_readers(inputs.cache_bytes), exchange))
-    at_once, graphs = device.options.at_once, device.options.graphs
+    of_device = calibrate_device.rates(device) if rates is None else rates
+    known = of_device if isinstance(of_device, DeviceRates) else devices.ASSUMED
     apart = Apart(
         name=device.name,
-        at_once=at_once,
-        graphs=graphs,
+        at_once=device.options.at_once,
+        graphs=device.options.graphs,
+        triton=known.up_to if device.options.triton else None,
+        across=known.across,
         most_bytes=device.most_bytes,
         host_budget=budget_bytes(host_budget),
         host_reserved=on_host,
@@ -118,7 +123,7 @@ def request_of(
         named=not is_automatic(budget),
     )
     reserved = Reserved(there.held + sent, devices.WORKSPACE)
-    return Request(limit, reserved, backward, apart.at_once, sinks, raw=raw, rates=devices.ASSUMED, apart=apart)
+    return Request(limit, reserved, backward, apart.at_once, sinks, raw=raw, rates=known, apart=apart)
 
 
 def room_there(device: Device, budget: str | int | None) -> int:
@@ -160,3 +165,6 @@ def check_device(made: Plan, device: Device) -> None:
         raise PlanError(
             "plan", f"was made for {made.device} without graphs, which take memory", "plan again with graphs"
         )
+    if made.apart is not None and device.options.triton != (made.apart.triton is not None):
+        word = "without" if device.options.triton else "with"
+        raise PlanError("plan", f"was made for {made.device} {word} triton", f"plan again, or open it {word} triton")

@@ -56,7 +56,7 @@ class Job:
 
 def fastest_whole(job: Job, request: Request, than: float) -> WholePlan | None:
     """The plan on whole maps that is predicted to take at most ``FASTER`` of ``than`` seconds, if one fits."""
-    ahead, back = whole_seconds(job.graph, request.workers, request.rates)
+    ahead, back = whole_seconds(job.graph, request.workers, request.rates, request.apart)
     if than < SHORT or ahead + back > FASTER * than:
         return None
     for strategy in (Strategy.IN_CORE, Strategy.RECOMPUTE):
@@ -88,7 +88,7 @@ def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
     if apart is not None and strategy is Strategy.OFFLOAD and apart.name.startswith("mps"):
         raise PlanError(f"strategy {strategy}", "has nowhere to go: the device's memory is the host's", "use in-core")
     interleaved = _may_interleave(graph)
-    ahead, back = whole_seconds(graph, threads, request.rates)
+    ahead, back = whole_seconds(graph, threads, request.rates, apart)
 
     def made(foot: Footprint, seconds: float, work: float, chunks: tuple[tuple[int, int], ...] = ()) -> WholePlan:
         scratch = UNFOLDED if _double(graph) else SCRATCH
@@ -111,7 +111,7 @@ def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
             projected=request.reserved + needed,
             whole_image=memory.whole_image(graph),
             recompute=work,
-            seconds=seconds + 2 * devices.ACROSS * beyond,
+            seconds=seconds + 2 * apart.across * beyond if apart else seconds,
             backward=True,
             workers=threads,
             apart=apart,
@@ -128,7 +128,7 @@ def planned(job: Job, strategy: Strategy, request: Request) -> WholePlan:
         away = strategy is Strategy.OFFLOAD
         rehearsal = partial(rehearse_whole, job.parts, job.tensors, job.inputs.inputs, away, interleaved)
         foot = _counted(graph, away, rehearsal)
-        moving = foot.moved * (strategies.SECONDS_PER_MOVED_BYTE if apart is None else 2 * devices.ACROSS)
+        moving = foot.moved * (strategies.SECONDS_PER_MOVED_BYTE if apart is None else 2 * apart.across)
         return made(foot, ahead + back + moving, 1.0)
     found = []
     for chunks in choices_of_chunks(graph):
@@ -171,7 +171,7 @@ def run_whole(made: WholePlan, job: Job, seed: int, progress: ProgressFn | None,
         if progress is not None:
             progress(Progress(sweep, done[0], total))
 
-    with clock.span("between ops", "whole maps"), device.running():
+    with clock.span("between ops", "whole maps"), device.running(made.apart):
         if made.strategy == Strategy.RECOMPUTE:
             with torch.autocast("cpu", enabled=False):
                 outcome = _in_chunks(made, job, seed, tick, device)

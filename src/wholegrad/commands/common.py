@@ -84,11 +84,13 @@ def add_device(parser: Parser, budget: bool = True) -> None:
     parser.add_argument("--tf32", action="store_true", help="let a GPU round factors of float32 products to 10 bits")
     help_text = "refuse ops of a GPU that sum in no fixed order, so that two runs give the same bits"
     parser.add_argument("--deterministic", action="store_true", help=help_text)
+    help_text = "convolutions of few channels on a GPU by the project's Triton kernels"
+    parser.add_argument("--triton", action="store_true", help=help_text)
 
 
 def where_of(args: argparse.Namespace) -> dict[str, Any]:
     """What :func:`add_device` added, as calls of the library take it."""
-    how = {"tf32": args.tf32, "deterministic": args.deterministic}
+    how = {name: getattr(args, name) for name in ("tf32", "deterministic", "triton")}
     device = open_device(args.device, **how) if args.device else None
     for name, wanted in how.items():
         if wanted and (device is None or not device.apart):

@@ -28,7 +28,8 @@ from wholegrad.errors import ConfigError, PlanError
 from wholegrad.explore.tradeoff import Row, as_json, drawing, planner, read_budgets, table, trade_off
 from wholegrad.plan.storage import NARROW
 from wholegrad.plan.strategies import Strategy
-from wholegrad.run.calibrate import calibrate, rates_file
+from wholegrad.run import calibrate, calibrate_device
+from wholegrad.run.device import Device
 from wholegrad.slide.slide import open_slide
 from wholegrad.train.made_up import model_and_loss, target_of
 from wholegrad.train.state import write_whole
@@ -46,6 +47,7 @@ EXAMPLES = """\
   wholegrad plan --slide case.svs --mpp 0.5 --region 20000,8000,30000,30000
   wholegrad plan --budgets 0.6GiB..64GiB --plot budgets.svg
   wholegrad plan --shape 100000x150000 --budget 8GiB --ranks 16
+  wholegrad plan --calibrate --device cuda --triton
   wholegrad plan --network mynets:make_unet --loss torch.nn:BCEWithLogitsLoss --target mask"""
 
 
@@ -70,9 +72,8 @@ def add(commands: Commands) -> None:
     help_text = "for so many processes that share the image, or RxC blocks of it; budget and times are then of each"
     parser.add_argument("--ranks", type=ranks, metavar="N|RxC", help=help_text)
     parser.add_argument("--json", action="store_true", help="print the plan, or that, as JSON")
-    parser.add_argument(
-        "--calibrate", action="store_true", help="measure this machine first (seconds), for predicted times from now on"
-    )
+    help_text = "measure this machine or the --device first (seconds), for predicted times from now on"
+    parser.add_argument("--calibrate", action="store_true", help=help_text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--budgets", "compares strategies of one process", "leave out --ranks")
     where = where_of(args)
     if args.calibrate:
-        _calibrate()
+        _calibrate(where["device"])
     how = {"mpp": args.mpp, "level": args.level, "region": args.region, "slide_mpp": args.slide_mpp}
     given = next((name for name, value in how.items() if value is not None), None)
     if given and not args.slide:
@@ -122,12 +123,18 @@ def _trade_off(args: argparse.Namespace, rows: list[Row]) -> int:
     return 0 if any(row.fits for row in rows) else 2
 
 
-def _calibrate() -> None:
+def _calibrate(device: Device | None) -> None:
+    """Measure where tiles run: a device with memory of its own, or this machine."""
+    there = device is not None and device.apart
+    path = calibrate_device.rates_file(device) if device is not None and there else calibrate.rates_file()
     try:
-        calibrate()
+        if device is not None and there:
+            calibrate_device.calibrate(device)
+        else:
+            calibrate.calibrate()
     except OSError as error:
-        raise PlanError(str(rates_file()), f"cannot be written: {error.strerror}", "set WHOLEGRAD_CACHE") from error
-    NOTES.print(f"measured and kept in {rates_file()}")
+        raise PlanError(str(path), f"cannot be written: {error.strerror}", "set WHOLEGRAD_CACHE") from error
+    NOTES.print(f"measured and kept in {path}")
 
 
 def area(text: str) -> tuple[int, int, int]:

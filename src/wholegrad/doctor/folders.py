@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 
 from wholegrad.doctor.finding import Finding, Findings, State
-from wholegrad.errors import SpillError
+from wholegrad.doctor.machine import accelerators
+from wholegrad.errors import SpillError, WholegradError
 from wholegrad.kernels.compile import cache_folder, is_whole
 from wholegrad.plan.plan import show_bytes
-from wholegrad.run.calibrate import rates_file
+from wholegrad.run import calibrate, calibrate_device
+from wholegrad.run.device import open_device
 from wholegrad.run.spill_file import TRIED, spill_folder, trial
 
 BLOCKS, QUICK = 32, 4  # written and read: how many
@@ -83,12 +86,30 @@ def look_at_kernels(quick: bool) -> Findings:
     yield _cache(folder)
     if not quick:
         yield _kernel()
-    rates = rates_file()
+    rates = calibrate.rates_file()
     if rates.exists():
         yield Finding("rates", f"measured, in {rates}", str(rates))
     else:
         mend = "wholegrad plan --calibrate measures this machine, for predicted times"
         yield Finding("rates", "built in", None, State.ABSENT, mend)
+    for name in accelerators():
+        yield _rates_there(name)
+
+
+def _rates_there(name: str) -> Finding:
+    """Whether an accelerator was measured, with Triton's kernels or without, all other options left out."""
+    what, command = f"rates of {name}", f"wholegrad plan --calibrate --device {name}"
+    try:
+        plain = open_device(name)
+        files = {"without triton": calibrate_device.rates_file(plain)}
+        if find_spec("triton") and plain.torch.type == "cuda":
+            files["with triton"] = calibrate_device.rates_file(open_device(name, triton=True))
+    except WholegradError as error:
+        return Finding(what, f"not known: {error.cause}", None, State.ABSENT, error.remedy)
+    kept = {how: str(path) for how, path in files.items() if path.exists()}
+    if not kept:
+        return Finding(what, "assumed", None, State.ABSENT, f"{command} measures it, for predicted times")
+    return Finding(what, f"measured {' and '.join(kept)}", kept)
 
 
 def _cache(folder: Path) -> Finding:

@@ -67,6 +67,13 @@ def _vectors() -> Finding:
     return Finding("vectors", text, {"bits": found.width * 8, "features": features})
 
 
+def accelerators() -> list[str]:
+    """Those that PyTorch finds and tiles can run on, by name."""
+    found = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    mps = getattr(torch.backends, "mps", None)
+    return [*found, "mps"] if mps is not None and mps.is_available() else found
+
+
 def look_at_devices() -> Findings:
     """Where tiles can run; each accelerator is asked for one sum."""
     yield Finding("cpu", "tiles run here by default")

@@ -23,7 +23,7 @@ from wholegrad.graph.segment import Segment, reduction_rule
 from wholegrad.graph.strips import Strip, find
 from wholegrad.graph.tails import Tail
 from wholegrad.graph.tails import find as find_tail
-from wholegrad.kernels.choice import THIN, suits
+from wholegrad.kernels.choice import THIN, suits, triton_suits
 from wholegrad.kernels.expression import IDENTITY, Leaf
 from wholegrad.kernels.host import host
 from wholegrad.kernels.stage import Part
@@ -89,16 +89,18 @@ def inline(
     strips: bool = False,
     as_bytes: frozenset[Ref] = frozenset(),
     tails: bool = False,
+    triton: int | None = None,
 ) -> Inlined:
     """Decide it for one segment; :class:`Inliner` for many.
 
     Args:
         raw: the images whose pixels are 8-bit fractions of 255.
+        triton: on a GPU, channels up to which a convolution is thin to Triton's kernels; None for the CPU's.
         strips: whether convolutions may run strip by strip: where no gradient is wanted.
         as_bytes: outputs that a strip may store as bytes.
         tails: whether convolutions and sums may run block by block: where tiles are pulled back.
     """
-    return Inliner(graph, raw).inline(segment, strips, as_bytes, tails)
+    return Inliner(graph, raw, triton).inline(segment, strips, as_bytes, tails)
 
 
 class Way(Enum):
@@ -113,8 +115,9 @@ class Way(Enum):
 class Inliner:
     """Decides it for segments of one graph: what they share is found once."""
 
-    def __init__(self, graph: Graph, raw: frozenset[Ref]) -> None:
-        self.graph, self.raw = graph, raw
+    def __init__(self, graph: Graph, raw: frozenset[Ref], triton: int | None = None) -> None:
+        self.graph, self.raw, self.triton = graph, raw, triton
+        self.compiles = triton is not None or host() is not None  # whether there are kernels at all
         self.programs = Programs(graph, raw)
         self._ways: dict[int, Way] = {}
 
@@ -123,7 +126,7 @@ class Inliner:
         known = self._ways
         for index in nodes:
             if index not in known:
-                known[index] = _way(self.graph, self.graph.nodes[index])
+                known[index] = _way(self.graph, self.graph.nodes[index], self.triton)
         return {index: known[index] for index in nodes}
 
     def inline(
@@ -153,20 +156,22 @@ def with_tail(graph: Graph, segment: Segment, how: Inlined) -> Inlined:
     return replace(how, nodes=tuple(i for i in how.nodes if i not in tail.inside), sums=sums, tail=tail)
 
 
-def _way(graph: Graph, node: Node) -> Way:
-    if _thin(graph, node):
+def _way(graph: Graph, node: Node, triton: int | None) -> Way:
+    if _thin(graph, node, triton):
         return Way.THIN
     if node.op in OPS:
         return Way.WRITTEN
     return Way.JOINED if node.op is aten.cat.default else Way.OPAQUE
 
 
-def _thin(graph: Graph, node: Node) -> bool:
+def _thin(graph: Graph, node: Node, triton: int | None) -> bool:
     """Whether a node is a convolution that the thin kernels serve."""
     if node.op is not aten.convolution.default or len(node.outputs[0].shape) != 4:
         return False
     weight = graph.spec(node.operands[1])
     same = weight.dtype == node.outputs[0].dtype == graph.spec(node.operands[0]).dtype
+    if triton is not None:
+        return same and weight.dtype in REALS and triton_suits(weight.shape, node.args[8], triton)
     return same and suits(weight.shape, weight.dtype, node.args[3], node.args[8])
 
 
@@ -181,6 +186,7 @@ class _Inliner:
 
     def __init__(self, every: Inliner, segment: Segment) -> None:
         self.graph, self.segment, self.raw, self.programs = every.graph, segment, every.raw, every.programs
+        self.compiles = every.compiles
         self.ways = every.ways(segment.nodes)
         self.known: dict[int, bool] = {}
         self.forced = self._forced()
@@ -268,7 +274,7 @@ class _Inliner:
 
     def _chain(self, node: Node) -> Found | None:
         """A pointwise node as one pass over maps, planar if there are bytes; None if it cannot be."""
-        if self.ways[node.index] is not Way.WRITTEN or host() is None:
+        if self.ways[node.index] is not Way.WRITTEN or not self.compiles:
             return None
         ref = Ref(node.index)
         found = self.programs.find(self.free, ref, top=True)
@@ -279,7 +285,7 @@ class _Inliner:
     def _sum(self, node: Node) -> Reading | None:
         """A sum over everything, computed while its terms are."""
         rule, spec = reduction_rule(self.graph, node.index), self.graph.spec(node.operands[0])
-        if host() is None or not isinstance(rule, SumOrMean) or math.prod(node.outputs[0].shape) != 1:
+        if not self.compiles or not isinstance(rule, SumOrMean) or math.prod(node.outputs[0].shape) != 1:
             return None
         made = node.outputs[0].dtype
         whole = spec.dtype.is_floating_point and not made.is_floating_point  # each term is cut to a whole number first

@@ -7,8 +7,9 @@ are 1.3 to 7 times faster. The input gradient of 3 -> 64 channels (7x7) was half
 
 16 channels count as thin for the sake of what is around a convolution: its input may be computed as it is read, and its
 maps need not change between planar and interleaved. MONAI's UNet (16 channels first) takes 0.84 to 0.91 of the time so,
-its boundaries planar too; with 32 as thin it took 1.05 of it (``benchmarks/wide``, 2026-11-29). Triton's kernels go by
-the same number, and never ran on a GPU.
+its boundaries planar too; with 32 as thin it took 1.05 of it (``benchmarks/wide``, 2026-11-29). Triton's kernels, which
+never ran on a GPU, go by the same number until a calibration of the device finds a smaller one (:func:`triton_suits`);
+how boundaries lie goes by ``THIN`` whatever it finds.
 """
 
 from __future__ import annotations
@@ -52,21 +53,23 @@ class _Triton:
 
     on = False
     anywhere = False  # on CPU tensors too: in Triton's interpreter
+    up_to = THIN
 
 
 @contextmanager
-def using_triton(use: bool, anywhere: bool = False) -> Iterator[None]:
+def using_triton(use: bool, anywhere: bool = False, up_to: int = THIN) -> Iterator[None]:
     """While open, :mod:`wholegrad.kernels.triton_thin` serves thin convolutions on a GPU, or not; for all threads.
 
     Args:
         anywhere: on the CPU too, where Triton's interpreter runs them, for tests.
+        up_to: channels of the thinner side that count as thin.
     """
-    before = _Triton.on, _Triton.anywhere
-    _Triton.on, _Triton.anywhere = use, anywhere
+    before = _Triton.on, _Triton.anywhere, _Triton.up_to
+    _Triton.on, _Triton.anywhere, _Triton.up_to = use, anywhere, up_to
     try:
         yield
     finally:
-        _Triton.on, _Triton.anywhere = before
+        _Triton.on, _Triton.anywhere, _Triton.up_to = before
 
 
 def triton_runs(x: torch.Tensor) -> bool:
@@ -74,8 +77,16 @@ def triton_runs(x: torch.Tensor) -> bool:
     return _Triton.on and (x.device.type == "cuda" or _Triton.anywhere)
 
 
+def triton_suits(shape: Sequence[int], groups: int, up_to: int) -> bool:
+    """Whether Triton's kernels should compute a convolution with a weight of this shape, on a GPU.
+
+    Args:
+        up_to: channels of the thinner side at most: as many as a calibration found, or ``THIN``.
+    """
+    thin = groups == 1 and len(shape) == 4 and min(shape[:2]) <= min(up_to, THIN) and max(shape[:2]) <= THICK
+    return thin and prod(shape[2:]) <= MOST_TAPS
+
+
 def triton_serves(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
     """Whether :mod:`wholegrad.kernels.triton_thin` should compute this convolution, transposed or not."""
-    shape = weight.shape
-    thin = groups == 1 and len(shape) == 4 and min(shape[:2]) <= THIN and max(shape[:2]) <= THICK
-    return triton_runs(x) and thin and prod(shape[2:]) <= MOST_TAPS and x.dtype == weight.dtype
+    return triton_runs(x) and triton_suits(weight.shape, groups, _Triton.up_to) and x.dtype == weight.dtype

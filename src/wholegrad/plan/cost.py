@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from wholegrad.graph.graph import READERS, Graph, Node
+from wholegrad.graph.graph import READERS, Graph, Node, Ref
 from wholegrad.graph.inline import Inlined
 from wholegrad.graph.recall import recallable
 from wholegrad.graph.rules import rule_for
@@ -33,6 +33,7 @@ from wholegrad.plan.tiles import AxisTiles
 BLOCKS = 0.8  # of what kernels take by themselves: those that run block by block (``benchmarks/gigapixel_step``)
 ADDED, READ = 1.7, 0.7  # of what writing takes: adding to a boundary's gradient, and reading that
 AWAITED = 1.5  # bytes on their way for which tiles wait, of one that is kept on disk (``benchmarks/wide``)
+FLOATS = 2  # passes of PyTorch's by which bytes of an image become fractions on a device
 LARGE = 1 << 25  # bytes of a tensor from which on glibc takes fresh pages for each
 
 Table = npt.NDArray[np.float64]
@@ -139,10 +140,15 @@ class Prices:
 
 
 class Bill:
-    """What a segment costs for each pixel of each of its nodes, forward and backward, ready for any tiles."""
+    """What a segment costs for each pixel of each of its nodes, forward and backward, ready for any tiles.
 
-    def __init__(self, prices: Prices, segment: Segment, how: Inlined) -> None:
+    Args:
+        sent: images that travel to a device as the bytes that they are, whatever becomes of them there.
+    """
+
+    def __init__(self, prices: Prices, segment: Segment, how: Inlined, sent: frozenset[Ref] = frozenset()) -> None:
         self.graph, self.segment, self.how, self.rates = prices.graph, segment, how, prices.rates
+        self.sent = sent
         graph, rates = self.graph, self.rates
         summed = [graph.nodes[i].operands[0].node for i in segment.reductions if i not in how.summed]
         self.nodes = sorted({*segment.nodes, *(ref.node for ref in segment.maps), *summed})
@@ -192,8 +198,11 @@ class Bill:
             if node.kind in READERS:
                 elements = spec.pixel_bytes // spec.dtype.itemsize
                 size = elements if ref in self.how.raw else spec.pixel_bytes
-                forward[at] += size * rates.pixels
-                backward[at] += size * rates.pixels
+                read = rates.pixels * (elements if ref in self.sent else size)
+                if ref in self.sent and (ref not in self.how.raw or ref in self.how.floats):
+                    read += FLOATS * spec.pixel_bytes * rates.made
+                forward[at] += read
+                backward[at] += read
                 fresh[at] += size * rates.fresh
                 pixel[at] = size
                 rows[at] = elements * rates.row

@@ -14,7 +14,7 @@ from wholegrad.graph import fusion
 from wholegrad.graph.graph import Graph, Ref
 from wholegrad.graph.recall import is_wide
 from wholegrad.graph.segment import Cutter, Segment
-from wholegrad.plan import cost, devices, memory
+from wholegrad.plan import cost, memory
 from wholegrad.plan.halos import halos
 from wholegrad.plan.pieces import Ground, Option, Piece, Terms
 from wholegrad.plan.plan import Placement
@@ -197,7 +197,7 @@ class Cutting:
         for ref in (ref for ref, place in places.items() if place is not self.near):
             each = self.boundaries[ref]
             if self.terms.apart is not None:  # written and read twice; the gradient added to and read
-                seconds += devices.ACROSS * (3 * each.stored + 2 * each.gradient)
+                seconds += self.terms.apart.across * (3 * each.stored + 2 * each.gradient)
             if places[ref] is Placement.DISK:
                 seconds += cost.disk_seconds(self.terms.rates, each.stored, each.gradient)
         return seconds

@@ -27,6 +27,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "backward": plan.backward,
         "workers": plan.workers,
         "device": plan.device,
+        "triton": None if plan.apart is None else plan.apart.triton,
         "host": None if plan.host is None else asdict(plan.host),
         "ranks": None if plan.bands is None else _ranks(plan),
         "segments": [_segment(plan, number) for number in range(len(plan.segments))],

@@ -7,22 +7,53 @@ those on disk in the second.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
+from wholegrad.kernels.choice import THIN
 from wholegrad.plan.rates import Rates
 
 BEYOND = 2  # tiles that are read ahead beyond those in flight
 
+
+@dataclass(frozen=True)
+class DeviceRates(Rates):
+    """Seconds of the whole device, by the clock, while it always has more to do: what its tiles take one after another.
+
+    Tiles in flight share the device, so that a step's seconds are the sum over its tiles, whatever ``at_once`` is; on
+    a CPU they are of one thread, and threads share the tiles. What is read ahead and what crosses is added too, though
+    it overlaps with arithmetic: of a step that waits for nothing the sum is too large.
+
+    Attributes:
+        wide: of PyTorch's convolutions in the layout of tiles there: planar up to ``THIN`` channels, else interleaved.
+        thin: of Triton's kernels, and ``passed`` of their passes, where these run; ``made`` is of PyTorch's ops.
+        stored: of a byte of a boundary in the device's memory, written.
+        pixels: of a byte of an image or target as it travels (8-bit images as bytes), from the host's ordinary memory
+            to the device; reading and decoding files is not in it. Making floats of it there is counted with ``made``.
+        across: of a byte of a boundary between ordinary host memory and the device, through staging, either way.
+        up_to: channels of the thinner side up to which Triton's kernels run a convolution (0: none), at most ``THIN``.
+    """
+
+    across: float = 4e-11
+    up_to: int = THIN
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        found = super().of(values)
+        if found.up_to not in range(THIN + 1):
+            raise ValueError("channels that cannot be")
+        return replace(found, up_to=int(found.up_to))
+
+
 # Assumed, not measured: that a GPU's kernels reach a part of what its data sheet says (for an H200 60e12 float32 and
 # 4.3e12 bytes a second), and what a launch costs. They decide between plans; no promise follows from them.
-ASSUMED = Rates(
+ASSUMED = DeviceRates(
     wide=((6e-12, 8e-12, 8e-12), (1e-12, 1.2e-12, 1.2e-12), (4e-13, 5e-13, 5e-13), (1.5e-13, 2e-13, 2e-13),
           (8e-14, 1e-13, 1e-13), (6e-14, 8e-14, 8e-14)),
     thin=((6e-12, 8e-12, 8e-12), (2e-12, 3e-12, 3e-12), (1e-12, 1.2e-12, 1.2e-12)),
     product=5e-14, made=6e-13, passed=6e-13, summed=4e-13, backward=2.5, fresh=0.0, stored=6e-13, disk=2.4e-9,
-    pixels=4e-11, row=0.0, call=1e-5, parameter=1e-12,
+    pixels=4e-11, row=0.0, call=1e-5, parameter=1e-12, across=4e-11,
 )  # fmt: skip
-ACROSS = 4e-11  # seconds a byte between host and device
 SLACK = 1.25  # of a tile's bytes: what kernels take beside their results
 WORKSPACE = 256 << 20  # bytes that libraries' kernels take for themselves at once
 PINNED = 2.0  # of the bytes that pass through it: PyTorch rounds each piece of pinned memory up to a power of two
@@ -38,6 +69,9 @@ class Apart:
         name: as PyTorch has it.
         at_once: tiles in flight.
         graphs: whether tiles are recorded: a recording keeps the working set of its tiles, from step to step.
+        triton: channels of the thinner side up to which Triton's kernels run convolutions (and all that is computed
+            where it is read); None where PyTorch's own ops run everything. Decided with the plan, which runs by it.
+        across: seconds of a byte of a boundary that goes to the host's memory or comes back.
         most_bytes: a tensor there has fewer; None without such a limit.
         host_budget: bytes for the whole process; None for no limit.
         host_reserved: bytes that it holds whatever the plan.
@@ -49,6 +83,8 @@ class Apart:
     name: str
     at_once: int
     graphs: bool = False
+    triton: int | None = None
+    across: float = ASSUMED.across
     most_bytes: int | None = None
     host_budget: int | None = None
     host_reserved: int = 0

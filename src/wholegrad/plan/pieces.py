@@ -87,7 +87,7 @@ class Ground:
     def __init__(self, graph: Graph, terms: Terms) -> None:
         self.graph, self.terms = graph, terms
         self.prices = cost.Prices(graph, terms.rates)
-        self.inliner = Inliner(graph, terms.raw)
+        self.inliner = Inliner(graph, terms.raw, None if terms.apart is None else terms.apart.triton)
         self.extents = Extents(graph, terms.bands)
         self.upkeep = Upkeep(graph)
         first = [node.outputs[0] for node in graph.nodes]
@@ -130,9 +130,18 @@ class Piece:
 
     @cached_property
     def _how(self) -> Inlined:
-        if self.terms.apart is not None:
-            return plain(self.segment)
+        """How tiles run forward: as the executor will find it."""
+        apart = self.terms.apart
+        if apart is not None:
+            return plain(self.segment) if apart.triton is None else self.ground.inliner.inline(self.segment)
         return self.ground.inliner.inline(self.segment, not self.terms.backward, self.terms.as_bytes)
+
+    @property
+    def _held(self) -> tuple[Inlined, ...]:
+        """Whose bytes count: those, and pulled back if that differs. What Triton saves stands for what it takes."""
+        if self.terms.apart is not None:
+            return (plain(self.segment),)
+        return (self._how,) if self._pulled is self._how else (self._how, self._pulled)
 
     @cached_property
     def _pulled(self) -> Inlined:
@@ -143,7 +152,8 @@ class Piece:
 
     @cached_property
     def _bill(self) -> cost.Bill:
-        return cost.Bill(self.ground.prices, self.segment, self._how)
+        sent = self.terms.raw if self.terms.apart else frozenset[Ref]()
+        return cost.Bill(self.ground.prices, self.segment, self._how, sent)
 
     @cached_property
     def _bill_pulled(self) -> cost.Bill:
@@ -157,7 +167,7 @@ class Piece:
     def _walks(self) -> list[tuple[Walk, Walk]]:
         """Of tiles that run forward, and if those differ of tiles that are pulled back; each also without padding."""
         slack, found = devices.SLACK if self.terms.apart else None, []
-        for how in (self._how,) if self._pulled is self._how else (self._how, self._pulled):
+        for how in self._held:
             given = self.ground.upkeep, self.segment, how, slack, self.new
             walk = Walk(*given)
             found.append((walk, Walk(*given, True) if self._pads else walk))
@@ -167,7 +177,7 @@ class Piece:
     def _pads(self) -> list[tuple[int, int]]:
         """Places among the bill's nodes of what pads at its map's ends, and of what it reads."""
         place, graph = self._bill.place, self.graph
-        found = [i for i in self._how.nodes if self.ground.upkeep.pads[i]]
+        found = [i for i in self._held[0].nodes if self.ground.upkeep.pads[i]]
         return [(place[i], place[graph.nodes[i].operands[0].node]) for i in found]
 
     @cached_property

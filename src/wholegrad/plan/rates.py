@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 CHANNELS = (1, 8, 16, 32, 64, 128)  # of the thinner side of a convolution, up to which a rate of ``wide`` holds
 FEW = (2, 4, 16)  # the same for the project's own kernels
@@ -73,21 +73,21 @@ class Rates:
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
-    @staticmethod
-    def of(values: dict[str, Any]) -> Rates:
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
         """Those that :meth:`to_json` wrote.
 
         Raises:
             ValueError: something else is there.
         """
-        names = {field.name: field.default for field in fields(Rates)}
+        names = {field.name: field.default for field in fields(cls)}
         if values.keys() != names.keys():
             raise ValueError("other rates than these")
         made: dict[str, Any] = {
             name: tuple(tuple(float(v) for v in row) for row in value) if isinstance(value, list) else float(value)
             for name, value in values.items()
         }
-        found = Rates(**made)
+        found = cls(**made)
         flat = [v for value in made.values() for v in (sum(value, ()) if isinstance(value, tuple) else (value,))]
         if len(found.wide) != len(CHANNELS) or len(found.thin) != len(FEW) or not all(0 <= v < 1e3 for v in flat):
             raise ValueError("rates that cannot be")

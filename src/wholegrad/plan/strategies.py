@@ -23,8 +23,9 @@ from itertools import pairwise
 import torch
 
 from wholegrad.errors import BudgetError, PlanError, TooLargeError
-from wholegrad.graph.graph import SOURCES, Graph, Kind, Node
+from wholegrad.graph.graph import READERS, SOURCES, Graph, Kind, Node
 from wholegrad.plan import cost
+from wholegrad.plan.devices import Apart
 from wholegrad.plan.pieces import ELEMENT_LIMIT
 from wholegrad.plan.plan import Plan, show_bytes
 from wholegrad.plan.planner import MARGIN
@@ -213,11 +214,14 @@ def _check_driver(plan: WholePlan, shape: str) -> None:
 # Time.
 
 
-def whole_seconds(graph: Graph, threads: int, rates: Rates) -> tuple[float, float]:
+def whole_seconds(graph: Graph, threads: int, rates: Rates, apart: Apart | None = None) -> tuple[float, float]:
     """Predicted seconds of the forward and of the backward sweep by whole-image autograd.
 
-    This file's rates are those of the machine of ``BUILT_IN``: on another they are taken in proportion.
+    This file's rates are those of the machine of ``BUILT_IN``: on another they are taken in proportion. On a device
+    with memory of its own none of them holds: there whole maps take what tiles of PyTorch's ops take, on any threads.
     """
+    if apart is not None:
+        return _seconds_there(graph, rates)
     slower = rates.wide[-1][0] / BUILT_IN.wide[-1][0]
     macs = cost.pixel_macs(graph)
     ahead = back = 0.0
@@ -231,6 +235,22 @@ def whole_seconds(graph: Graph, threads: int, rates: Rates) -> tuple[float, floa
             back += work * MACS_BACKWARD + made * BYTES_BACKWARD + 2 * SECONDS_PER_CALL
             back += _far_macs(graph, node, each) * SECONDS_PER_FAR_MAC / threads
     return ahead * slower, back * slower
+
+
+def _seconds_there(graph: Graph, rates: Rates) -> tuple[float, float]:
+    """On a device, by its own rates: inputs cross once, as the floats that the model sees."""
+    prices = cost.Prices(graph, rates)
+    ahead = back = 0.0
+    for node in graph.nodes:
+        if node.kind in READERS:
+            ahead += node.outputs[0].nbytes * rates.pixels
+        if node.kind in SOURCES:
+            continue
+        area, made = node.outputs[0].rows * node.outputs[0].cols, made_bytes(node) * rates.made
+        forward, backward = prices.multiplied(node.index, thin=False, recalled=True)
+        ahead += area * forward + made + rates.call
+        back += (area * backward + made * rates.backward + 2 * rates.call) * node.needs_grad
+    return ahead, back
 
 
 def _far_macs(graph: Graph, node: Node, macs: float) -> float:

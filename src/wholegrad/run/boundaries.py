@@ -17,18 +17,12 @@ from wholegrad.plan.plan import Placement, Plan
 from wholegrad.plan.storage import dtype_name, stored_bytes
 from wholegrad.plan.tiles import Tile
 from wholegrad.run import process
-from wholegrad.run.blocks import anonymous, left_by
+from wholegrad.run.blocks import left_by
 from wholegrad.run.device import Device
 from wholegrad.run.spill_store import DiskStore, ask_ahead, owners_cuts, spill_of
-from wholegrad.run.store import AwayStore, DeviceStore, HostStore, MapStore, overflows
+from wholegrad.run.store import AwayStore, DeviceStore, HostStore, MapStore, host_block, overflows
 
 NOTHING = Box(0, 0, 0, 0)
-
-
-def _block(device: Device, nbytes: int) -> torch.Tensor:
-    """Memory of the host's for a boundary: such as ops of the device reach, if there is any."""
-    found = device.host_block(nbytes)
-    return anonymous(nbytes) if found is None else found
 
 
 class Boundaries:
@@ -46,7 +40,7 @@ class Boundaries:
     def __init__(self, plan: Plan, device: Device, rank: int = 0) -> None:
         self.plan, self.graph, self.device, self.rank = plan, plan.graph, device, rank
         self.blocks, self.heap = left_by(plan)
-        self.blocks.most, self.blocks.make = plan.most_of_boundaries, partial(_block, device)
+        self.blocks.most, self.blocks.make = plan.most_of_boundaries, partial(host_block, device)
         self._beside = 0 if device.apart else plan.memory.parameters + plan.memory.whole + plan.memory.messages
         self.maps: dict[Ref, MapStore] = {}
         self.grads: dict[Ref, MapStore] = {}

@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Barrier
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -49,6 +49,7 @@ ON_DISK = 128 << 20  # bytes written and read past the page cache
 FRESH = 1 << 26  # bytes of a tensor, which glibc takes anew each time
 
 Work = Callable[[], object]
+R = TypeVar("R", bound=Rates)
 
 
 def key() -> str:
@@ -60,16 +61,12 @@ def key() -> str:
 
 def rates_file() -> Path:
     """Where they are kept."""
-    return cache_folder().parent / f"rates-{hashlib.sha256(key().encode()).hexdigest()[:16]}.json"
+    return file_of(key())
 
 
 def rates() -> Rates:
     """Those of this machine if they were measured, else those that are built in."""
-    try:
-        kept = json.loads(rates_file().read_text())
-        return Rates.of(kept["rates"]) if kept["key"] == key() else BUILT_IN
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError):
-        return BUILT_IN
+    return kept(key(), Rates) or BUILT_IN
 
 
 def calibrate() -> Rates:
@@ -78,10 +75,32 @@ def calibrate() -> Rates:
     Raises:
         OSError: the cache folder cannot be written.
     """
-    found = measured(default_workers())
-    path = rates_file()
+    return keep(key(), measured(default_workers()))
+
+
+def file_of(key: str) -> Path:
+    """Where rates are kept that hold for this key."""
+    return cache_folder().parent / f"rates-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def kept(key: str, kind: type[R]) -> R | None:
+    """Rates of this kind that were kept for a key; None if there are none, or the file is damaged."""
+    try:
+        found = json.loads(file_of(key).read_text())
+        return kind.of(found["rates"]) if found["key"] == key else None
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def keep(key: str, found: R) -> R:
+    """Write rates for other processes, whole or not at all.
+
+    Raises:
+        OSError: the cache folder cannot be written.
+    """
+    path = file_of(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"key": key(), "rates": json.loads(found.to_json())}, indent=2)
+    text = json.dumps({"key": key, "rates": json.loads(found.to_json())}, indent=2)
     descriptor, aside = tempfile.mkstemp(dir=path.parent)
     try:
         with os.fdopen(descriptor, "w") as file:
@@ -114,7 +133,7 @@ def measured(threads: int) -> Rates:
         fresh=max(fresh - passed, 0.0),
         stored=stored,
         pixels=pixels,
-        disk=_disk(spill_folder(None)),
+        disk=disk(spill_folder(None)),
         product=product,
     )
 
@@ -203,17 +222,22 @@ def _passes() -> list[tuple[Work, float]]:
     x = interleaved(torch.rand(1, 32, 256, 512))
     out = torch.empty_like(x)
     size = x.numel() * x.element_size()
+    return [
+        (lambda: torch.nn.functional.max_pool2d(x, 3, 1, 1), 3.0 * size),
+        (lambda: torch.add(x, x, out=out), float(size)),
+        (statistics(x), float(size)),
+        (lambda: torch.empty(FRESH, dtype=torch.uint8).zero_(), float(FRESH)),
+    ]
+
+
+def statistics(x: torch.Tensor) -> Work:
+    """A norm's sums over a map ``(1, C, H, W)``."""
     op = aten.var_mean.correction
     spec = Spec(plain(x.shape[1:2]), torch.float32)
     norm = Node(0, "", Kind.REDUCTION, op, (Ref(0), [0, 2, 3]), {}, (Ref(0),), (spec, spec), "", False)
     sums = rule_for(op)
     assert isinstance(sums, ReductionRule)
-    return [
-        (lambda: torch.nn.functional.max_pool2d(x, 3, 1, 1), 3.0 * size),
-        (lambda: torch.add(x, x, out=out), float(size)),
-        (lambda: sums.partial(norm, x), float(size)),
-        (lambda: torch.empty(FRESH, dtype=torch.uint8).zero_(), float(FRESH)),
-    ]
+    return lambda: sums.partial(norm, x)
 
 
 def _storing() -> tuple[Work, float]:
@@ -243,7 +267,7 @@ def _reading(file: Any) -> tuple[Work, float]:
     return work, float(MIB_READ << 20)
 
 
-def _disk(folder: Path) -> float:
+def disk(folder: Path) -> float:
     """Seconds of a byte that boundaries write there or read; as they are built in where the folder takes none."""
     try:
         tried = trial(folder, ON_DISK)

@@ -19,6 +19,7 @@ import torch
 
 from wholegrad.errors import PlanError, WholegradError
 from wholegrad.kernels.choice import using_triton
+from wholegrad.plan.devices import Apart
 from wholegrad.run import managed, pinned
 from wholegrad.run.device import Device, Gate, Moving, Options, Recording, Room, T
 from wholegrad.run.lanes import Lanes, StreamGate
@@ -45,6 +46,11 @@ class CudaDevice(Device):
         self._lanes: Lanes | None = None
         self._pools: dict[int, Any] = {}  # of recordings, by lane
         self._recorded_bytes = 0
+
+    @property
+    def model(self) -> str:
+        built = torch.version.cuda or getattr(torch.version, "hip", None)
+        return f"{torch.cuda.get_device_name(self.torch)} by {built}"
 
     def _stream(self) -> torch.cuda.Stream:
         with self._lock:
@@ -157,10 +163,11 @@ class CudaDevice(Device):
         torch.cuda.synchronize(self.torch)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, plan: Apart | None = None) -> Iterator[None]:
+        up_to = None if plan is None else plan.triton
         with settings(self.options):
             try:
-                with torch.cuda.device(self.torch), using_triton(self.options.triton):
+                with torch.cuda.device(self.torch), using_triton(up_to is not None, up_to=up_to or 0):
                     yield
             except torch.OutOfMemoryError as error:
                 raise _out_of_memory(self, error) from error

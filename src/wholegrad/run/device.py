@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from wholegrad.errors import PlanError
+from wholegrad.plan.devices import Apart
 
 CPU = torch.device("cpu")
 AUTO = "auto"
@@ -103,6 +104,11 @@ class Device:
     def name(self) -> str:
         """``cpu``, ``cuda:0``."""
         return str(self.torch)
+
+    @property
+    def model(self) -> str:
+        """What it is, for rates that hold for all of its kind."""
+        return self.torch.type
 
     @property
     def apart(self) -> bool:
@@ -194,8 +200,12 @@ class Device:
         """Wait until all that was asked for is done."""
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Open while a step runs: the precision and order of sums that :class:`Options` ask for."""
+    def running(self, plan: Apart | None = None) -> Iterator[None]:
+        """Open while a step runs: the precision and order of sums that :class:`Options` ask for.
+
+        Args:
+            plan: as the step's plan sees the device: which convolutions Triton's kernels run; None for none.
+        """
         yield
 
 

@@ -350,7 +350,8 @@ class Executor:
         with clock.span("preparing", "what is read as it is computed"):
             raw = raw_images(graph, self.sources)
             if self.device.apart:
-                return inline(graph, segment, raw) if self.device.options.triton else plain(segment)
+                triton = None if self.plan.apart is None else self.plan.apart.triton
+                return plain(segment) if triton is None else inline(graph, segment, raw, triton=triton)
             return inline(graph, segment, raw, not self.plan.backward, tails=pulled)
 
     def _pulled(self, i: int, again: Recall, how: Inlined, pull: Pull, fused: bool) -> Iterator[tuple[Tile, _Pulled]]:

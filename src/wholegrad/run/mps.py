@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from wholegrad.errors import PlanError
+from wholegrad.plan.devices import Apart
 from wholegrad.run.device import Device, Options, Room
 
 MOST_BYTES = 1 << 32
@@ -45,7 +46,7 @@ class MpsDevice(Device):
         torch.mps.synchronize()
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, plan: Apart | None = None) -> Iterator[None]:
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(self.options.deterministic)
         try:

@@ -19,7 +19,7 @@ import torch
 from wholegrad.graph.geometry import Box
 from wholegrad.graph.graph import Spec
 from wholegrad.kernels.choice import THIN
-from wholegrad.run.blocks import Blocks
+from wholegrad.run.blocks import Blocks, anonymous
 from wholegrad.run.device import Device
 
 
@@ -165,6 +165,12 @@ class DeviceStore(HostStore):
 
     def close(self) -> None:
         self._map = None
+
+
+def host_block(device: Device, nbytes: int) -> torch.Tensor:
+    """New memory of the host's, zeros: such as ops of the device reach, if there is any."""
+    found = device.host_block(nbytes)
+    return anonymous(nbytes) if found is None else found
 
 
 class AwayStore(MapStore):

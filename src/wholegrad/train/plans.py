@@ -25,12 +25,13 @@ import wholegrad as wg
 from wholegrad.asked import room_there
 from wholegrad.errors import BudgetError, ConfigError
 from wholegrad.losses import Loss
+from wholegrad.plan.devices import DeviceRates
 from wholegrad.plan.memory import LIBRARIES, of_readers
 from wholegrad.plan.plan import Room
 from wholegrad.plan.rates import BUILT_IN, Rates
 from wholegrad.plan.storage import NARROW
+from wholegrad.run import calibrate, calibrate_device
 from wholegrad.run.budget import budget_bytes, is_automatic
-from wholegrad.run.calibrate import rates
 from wholegrad.run.device import Device, open_device
 from wholegrad.run.limits import available
 from wholegrad.run.pressure import SHARE, Governor, Look
@@ -59,7 +60,7 @@ class Conditions:
         budget: bytes of the process's peak; of a device with memory of its own, those beyond what is held there.
         held: bytes that the process held, and libraries will.
         threads: of PyTorch.
-        rates: of the machine, for predicted times, on which plans depend.
+        rates: of the machine or of the device, for predicted times, on which plans depend.
         ranks: that share a machine.
     """
 
@@ -80,14 +81,15 @@ class Conditions:
         held = resident() + LIBRARIES // (4 if has_run() else 1)
         device, ranks, threads = device_of_run(train, place), place.local_size, threads_of_rank(place)
         if device is not None and device.apart:
-            return before or Conditions(room_there(device, train.budget), held, threads, rates(), ranks)
+            of_device = calibrate_device.rates(device)
+            return before or Conditions(room_there(device, train.budget), held, threads, of_device, ranks)
         budget = budget_bytes(train.budget) if before is None else before.budget
         if is_automatic(train.budget):
             mine, shared = (held, 1) if before is None else (before.held, before.ranks)
             budget = mine + max(budget - mine, 0) * shared // ranks
         if before is not None:
             return replace(before, budget=budget, threads=threads, ranks=ranks)
-        return Conditions(budget, held, threads, rates(), ranks)
+        return Conditions(budget, held, threads, calibrate.rates(), ranks)
 
     @staticmethod
     def agreed(ranks: Sequence[Conditions]) -> Conditions:
@@ -113,7 +115,8 @@ class Conditions:
         """
         try:
             values = json.loads(path.read_text())
-            kept = Rates.of(values.pop("rates")) if "rates" in values else BUILT_IN
+            rates = values.pop("rates", None)
+            kept = BUILT_IN if rates is None else (DeviceRates if "across" in rates else Rates).of(rates)
             return Conditions(**{k: int(v) for k, v in values.items()}, rates=kept)
         except (OSError, ValueError, TypeError, AttributeError):
             raise ConfigError(str(path), "is not what a run saved", "restore it, or start the run anew") from None
