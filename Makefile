@@ -28,7 +28,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist wo
 # in the interpreter of 3.9.0 a mask that is partly a scalar is no mask.
 ifeq ($(shell uname -sm),Linux x86_64)
 TRITON := $(VENV)/triton
-ON_TRITON := tests/test_triton.py tests/test_triton_mixed.py
+ON_TRITON := tests/test_triton.py tests/test_triton_mixed.py tests/test_rates_triton.py
 endif
 
 test: lint $(TRITON)
