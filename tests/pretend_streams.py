@@ -74,7 +74,8 @@ class Streams(Watch):
         before = getattr(self._own, "stream", None)
         self._own.stream = stream
         try:
-            yield
+            with torch.autograd.set_multithreading_enabled(False):  # CUDA pulls an op back on the stream of its forward
+                yield
         finally:
             if before is None:
                 del self._own.stream
@@ -210,7 +211,8 @@ class StreamedDevice(PretendDevice):
         super().__init__(where, options)
         self.streams = Streams()
         self.uploads = Stream("uploads")
-        self.lanes = Lanes([Stream(f"lane {i}") for i in range(options.at_once)])
+        self.of_tiles = [Stream(f"lane {i}") for i in range(options.at_once)]
+        self.lanes = Lanes(self.of_tiles)
         self.recordings: list[_Replay] = []
         self.kept: dict[int, int] = {}  # bytes that each lane's recordings share
         self.refused = 0
@@ -270,7 +272,8 @@ class StreamedDevice(PretendDevice):
     def finish(self) -> None:
         """All streams have done all: whatever comes is after it."""
         with self.streams.lock:
-            every = {memory.owner for memory in self.streams.memory.values()} | {self.streams.default, self.uploads}
+            every = {memory.owner for memory in self.streams.memory.values()}
+            every |= {self.streams.default, self.uploads, *self.of_tiles}
             now = {stream: stream.clock for stream in every}
             for stream in every:
                 stream.known.update(now)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import pretend
 import wholegrad as wg
@@ -29,6 +30,9 @@ from wholegrad.plan.plan import Placement
 from wholegrad.proof import random_labels
 from wholegrad.run.boundaries import Boundaries
 from wholegrad.run.device import open_device
+from wholegrad.train.plans import device_of_run
+from wholegrad.train.tables import TrainConfig
+from wholegrad.train.team import Place
 from wholegrad.verify import EXACT, Case, errors
 from zoo import Entry
 from zoo_networks import NETWORKS
@@ -367,3 +371,47 @@ def test_pixels_that_lie_there_do_not_cross() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert (parameter.grad - wanted[name]).abs().max() <= 2e-4 * wanted[name].abs().max()
+
+
+@pytest.mark.parametrize("option", ["tf32", "triton", "graphs"])
+def test_a_processor_takes_no_option_of_other_devices(option: str) -> None:
+    with pytest.raises(PlanError, match=f"{option}=True: is an option of other devices than cpu; leave it out"):
+        wg.open_device("cpu", **{option: True})
+    with pytest.raises(PlanError, match=f"{option}=True"):
+        device_of_run(TrainConfig(lr=0.1, **{option: True}), Place())
+    assert device_of_run(TrainConfig(lr=0.1, deterministic=True), Place()) is None
+    assert wg.open_device("cpu", deterministic=True).name == "cpu", "as its plans are"
+
+
+@pytest.mark.parametrize("at_once", [0, 1.5, "2"])
+def test_tiles_in_flight_are_counted(at_once: Any) -> None:
+    with pytest.raises(PlanError, match=f"at_once: is {at_once!r}; give 1 or more"):
+        wg.open_device("pretend", at_once=at_once)
+
+
+def test_the_hosts_budget_is_called_by_its_name() -> None:
+    model, image, target = bytes_case()
+    with pytest.raises(PlanError, match=r"^host_budget: "):
+        wg.plan(model, LOSSES["bce"], image, target, device=pretend.device(), host_budget="lots")
+
+
+def test_workspaces_of_products_are_counted_where_there_are_products() -> None:
+    """A library keeps one for each thread with each stream."""
+    image, target = torch.rand(3, 64, 64), torch.rand(64, 64)
+    loss = lambda found, wanted: (found[0, 0] - wanted).square().mean()  # noqa: E731
+
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mix(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+    reserved = []
+    for at_once in (1, 2):
+        each = wg.plan(Mixing(), loss, image, target, device=pretend.device(at_once=at_once), budget="8GiB")
+        reserved.append(each.reserved - devices.WORKSPACE - LEDGER.now)
+    assert reserved[1] - reserved[0] == 6 * devices.OF_PRODUCTS and reserved[0] >= 4 * devices.OF_PRODUCTS
+    without = wg.plan(nn.Conv2d(3, 1, 1), loss, image, target, device=pretend.device(), budget="8GiB")
+    assert without.reserved - devices.WORKSPACE - LEDGER.now < devices.OF_PRODUCTS

@@ -5,6 +5,7 @@ The device is a pretended one whose streams raise for what a GPU might do in the
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -135,17 +136,18 @@ OPS = {  # and whether several tiles share a recording; "average, ceil" makes a 
 }
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("name", OPS)
-def test_tiles_of_one_kind_are_computed_alike(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_tiles_of_one_kind_are_computed_alike(monkeypatch: pytest.MonkeyPatch, name: str, at_once: int) -> None:
     """A kind is recorded with its first tile and replayed for all: one that says too little gives wrong values."""
     monkeypatch.setattr(recordings, "FEWEST", 1)
     each = named_cases()[name]
     data = each.build(), each.image(), each.target()
-    with streamed(at_once=1, graphs=True) as there:
+    with streamed(at_once=at_once, graphs=True) as there:
         tried = Case(data[0], each.loss, *data[1:], torch.float64, SEED, there)
         found = tried.run(tried.plan(tile=(4, 4)), (4, 4))
     assert max(errors(found, reference(data[0], each.loss, *data[1:]).tensors).values()) <= EXACT
-    assert any(record.replays > 1 for record in there.recordings) == OPS[name]
+    assert any(record.replays > 1 for record in there.recordings) == OPS[name] or at_once > 1
 
 
 def test_recordings_last_from_step_to_step_and_see_new_weights() -> None:
@@ -203,6 +205,42 @@ def test_a_plan_without_recordings_does_not_run_with_them() -> None:
     plan = wg.plan(model, LOSSES["bce"], image, target, device=pretend.device())
     with pytest.raises(PlanError, match="without graphs, which take memory; plan again"):
         wg.backward(model, LOSSES["bce"], image, target, plan=plan, device=pretend.device(graphs=True))
+
+
+def test_no_more_tiles_are_recorded_side_by_side_than_the_plan_counted() -> None:
+    """Every one that is in flight keeps memory for recordings, so that eight would pass a peak projected for one."""
+    model, image, target = bytes_case()
+    plan = wg.plan(model, LOSSES["bce"], image, target, device=pretend.device(at_once=1, graphs=True))
+    with pytest.raises(PlanError, match="recordings of 2 tiles in flight, of which 1 are counted; plan again"):
+        wg.backward(model, LOSSES["bce"], image, target, plan=plan, device=pretend.device(at_once=2, graphs=True))
+    without = wg.plan(model, LOSSES["bce"], image, target, device=pretend.device(at_once=1))
+    wg.backward(model, LOSSES["bce"], image, target, plan=without, device=pretend.device(at_once=2))
+
+
+@pytest.mark.parametrize("where", ["pretend", "streams", "cpu"])
+@pytest.mark.parametrize("sweep", ["forward", "backward", "fused"])
+def test_no_tile_runs_on_when_a_step_has_failed(where: str, sweep: str) -> None:
+    """Whoever keeps the error keeps the frames that took tiles: their threads must end all the same."""
+    torch.set_num_threads(3)
+    data = bytes_case(96, 96)
+    model, image, target = data
+    kept: list[BaseException] = []
+
+    def stop(progress: Any) -> None:
+        if progress.phase == sweep and progress.done > 3:
+            raise KeyError("enough")
+
+    with streamed(at_once=3) as streams:
+        there = {"pretend": pretend.device(at_once=3), "streams": streams, "cpu": "cpu"}[where]
+        loss = LOSSES["bce" if sweep == "fused" else "dice"]
+        plan = wg.plan(model, loss, image, target, device=there, tile=(16, 16), boundaries=["down"])
+        for _ in range(3):
+            try:
+                wg.backward(model, loss, image, target, plan=plan, progress=stop)
+            except KeyError as error:
+                kept.append(error)
+            assert not [each for each in threading.enumerate() if each.name.startswith("wholegrad-tile")]
+    assert len(kept) == 3
 
 
 def allocated(there: Any) -> int:

@@ -72,6 +72,7 @@ def test_boundaries_are_exact_wherever_they_live(placement: str) -> None:
 def test_memory_of_the_hosts_is_reached_and_given_back() -> None:
     """Where CUDA says so; elsewhere boundaries in the host's memory pass through staging, which is tested above."""
     where, size = torch.device("cuda", torch.cuda.current_device()), 64 << 20
+    torch.ones(1, device=where).add_(1)  # libraries are there
     library = cudart.runtime()
     if library is None or not cudart.attribute(library, pinned.SAME_ADDRESSES, where):
         assert pinned.block(size, where) is None
@@ -173,6 +174,21 @@ def test_tiles_are_recorded_and_replayed(monkeypatch: pytest.MonkeyPatch) -> Non
     made = recordings_of(plan, there)
     assert made.count >= 2
     assert there.peak() <= plan.projected
+
+
+def test_work_that_waits_is_not_recorded_and_other_work_still_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording that breaks off leaves PyTorch's allocator unfit for the next: it is found before one begins."""
+    recorded_all(monkeypatch)
+    each = named_cases()["Pooling: average, ceil, not counted"]  # makes a tensor on the host
+    there = opened(at_once=1, graphs=True)
+    data = each.build(), each.image(), each.target()
+    assert max(gpu_errors(data, each.loss, there, tile=(4, 4)).values()) <= EXACT
+    torch.cuda.empty_cache()
+    model, image, target = bytes_case(512, 512)
+    plan = wg.plan(model, LOSSES["bce"], image, target, tile=(64, 64), device=there)
+    wg.backward(model, LOSSES["bce"], image, target, plan=plan)
+    assert recordings_of(plan, there).count >= 1
+    torch.cuda.empty_cache()
 
 
 def test_a_callers_stream_is_waited_for_and_waits() -> None:

@@ -203,11 +203,11 @@ def test_the_pool_is_open_for_the_work_and_gone_after_the_copy(
     monkeypatch.setattr(torch.cuda, "use_mem_pool", using)
     monkeypatch.setattr(torch.cuda, "device", current)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda where: said.append("done"))
-    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: said.append("handle"))
+    monkeypatch.setattr(managed, "warm", lambda where: said.append("libraries"))
     device = CudaDevice.__new__(CudaDevice)
     device.torch = torch.device("cuda", 0)
     found = device.managed(lambda: said.append("work") or 7, lambda value: said.append("copy") or value + 1)
-    order = ["handle", "made by functions", "open on cuda:0", "work", "closed", "copy", "done", "freed"]
+    order = ["libraries", "made by functions", "open on cuda:0", "work", "closed", "copy", "done", "freed"]
     assert found == 8 and said == order
     safe["value"] = 0
     with pytest.raises(PlanError, match="is not safe on cuda:0"):

@@ -177,6 +177,24 @@ def test_pages_are_registered_and_let_go_when_the_device_is_done() -> None:
     assert asked.calls[1:] == [("finish",), ("unregister", address)]
 
 
+@pytest.mark.parametrize("why", ["the device is lost", "CUDA keeps them"])
+def test_pages_that_are_not_let_go_stay(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """To unmap what the device may still write into would be worse."""
+    asked, stuck = Asked(), []  # type: ignore[var-annotated]
+    monkeypatch.setattr(pinned, "_stuck", stuck)
+
+    def lost() -> None:
+        raise RuntimeError("unspecified launch failure")
+
+    if why == "CUDA keeps them":
+        monkeypatch.setattr(asked, "cudaHostUnregister", lambda address: 1)
+    pages = pinned.Pages(5000, asked, lost if why == "the device is lost" else asked.finish)
+    address = pages.host.data_ptr()
+    del pages
+    gc.collect()
+    assert [host.data_ptr() for host in stuck] == [address]
+
+
 def test_pages_that_cannot_be_registered_are_not_unregistered() -> None:
     asked = Asked(most=4096)
     with pytest.raises(MemoryError, match="5000 bytes"):

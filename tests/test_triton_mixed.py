@@ -99,6 +99,25 @@ def test_convolutions_of_what_is_computed_as_it_is_read(monkeypatch: pytest.Monk
         same(triton_mixed.input_gradient(grad.to(WHERE), mine.to(WHERE), (5, 19), *given, factor=part), wanted)
 
 
+@pytest.mark.parametrize("planes", [0.9, 1.2, 2.5])
+def test_views_of_far_larger_maps_are_read_where_they_lie(planes: float) -> None:
+    """A channel times its step passes 2**31 in a slide that lies on the device; few of its pages are there."""
+    edge = int((planes * 2**30) ** 0.5)
+    whole = torch.empty(3, edge, edge, dtype=torch.uint8, device=WHERE)
+    for rows in (slice(0, 8), slice(edge - 8, edge)):
+        tile = whole[None, :, rows, 5:37]
+        tile.copy_(torch.randint(0, 256, tile.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
+        there, here = (Mixed((Part(BYTES, 3),), (each,)) for each in (tile, tile.contiguous()))
+        weight, grad = random(2, 3, 3, 3).to(WHERE), random(1, 2, 8, 32).to(WHERE)
+        how = (1, 1), (1, 1, 1, 1), (1, 1)
+        forward = [triton_mixed.forward(each, weight, None, *how) for each in (there, here)]
+        assert torch.equal(*forward)
+        back = [triton_mixed.weight_gradient(grad, each, (3, 3), *how) for each in (there, here)]
+        assert torch.equal(*back)
+        values = [triton_mixed.values(each, torch.float64) for each in (there, here)]
+        assert torch.equal(*values)
+
+
 def test_transposed_convolutions() -> None:
     x, weight, bias = mixed(3, 4), random(7, 2, 4, 4, seed=6), random(2, seed=7)
     given = (8, 10), (2, 2), (0, 0, 1, 1), (1, 1)

@@ -26,7 +26,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-TESTS = ("tests/test_gpu.py", "tests/test_triton.py", "tests/test_triton_mixed.py")
+PYTEST = ("-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider")  # processes, whose references are the CPU's work
+GPU, TRITON = "tests/test_gpu.py", ("tests/test_triton.py", "tests/test_triton_mixed.py")
 STAGES = (  # name, command, seconds at most: the claims first
     ("machine", ["stages.py", "machine"], 60),
     ("calibrate", ["stages.py", "calibrate"], 60),
@@ -36,7 +37,9 @@ STAGES = (  # name, command, seconds at most: the claims first
     ("profile", ["stages.py", "profile"], 40),
     ("training", ["stages.py", "training"], 45),
     ("kernels", ["stages.py", "kernels"], 45),
-    ("tests", ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *TESTS], 150),
+    ("tests", [*PYTEST, GPU, *TRITON, "-k", "not every_supported_op and not zoo"], 100),
+    ("tests of ops", [*PYTEST, GPU, "-k", "every_supported_op"], 100),
+    ("tests of networks", [*PYTEST, GPU, "-k", "zoo"], 150),
     ("wide", ["stages.py", "wide", "--size", "16384x16384"], 60),
     ("explore", ["-m", "wholegrad", "explore", "--devices", "cuda", "--sizes", "1,16,64,256,1024", "--seconds", "10",
                  "--out", "{out}/explore"], 90),
@@ -71,6 +74,7 @@ def run(name: str, words: list[str], limit: float, args: argparse.Namespace, log
     started = time.monotonic()
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    environment["WHOLEGRAD_CACHE"] = str(args.out.resolve() / "cache")  # rates stay with the results, for later stages
     with log.open("a") as errors, tempfile.TemporaryFile("w+") as output:
         errors.write(f"==== {name}\n")
         errors.flush()
@@ -86,10 +90,10 @@ def run(name: str, words: list[str], limit: float, args: argparse.Namespace, log
             ended = f"stopped after {limit:.0f} s"
         output.seek(0)
         lines = output.read().splitlines()
-        if name in ("tests", "explore"):
+        if words[0] == "-m":
             errors.write("\n".join(lines) + "\n")
     found = [json.loads(line) for line in lines if line.startswith("{")]
-    last = next((line for line in reversed(lines) if line.strip()), "") if name in ("tests", "explore") else ""
+    last = next((line for line in reversed(lines) if line.strip()), "") if words[0] == "-m" else ""
     found.append({"stage": name, "name": "end", "exit": ended, "took": time.monotonic() - started, "last": last})
     return found
 

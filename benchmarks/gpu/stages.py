@@ -18,6 +18,9 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import wholegrad as wg
+from wholegrad.kernels.expression import Leaf, Program, Step
+from wholegrad.kernels.stage import Part
+from wholegrad.kernels.thin import Mixed
 from wholegrad.losses import bce_loss
 from wholegrad.nets import unet4492
 from wholegrad.run import calibrate_device
@@ -157,18 +160,31 @@ def _convolution(
 
 
 def _triton(x: torch.Tensor, w: torch.Tensor, grad: torch.Tensor, stride: int, pad: int, about: dict[str, Any]) -> None:
+    """The kernels of tiles (on a map, and on bytes with an activation), and those of a convolution by itself."""
     try:
-        from wholegrad.kernels import triton_thin
+        from wholegrad.kernels import triton_mixed, triton_thin
     except ImportError as error:
         say("kernels", "Triton", error=str(error), **about)
         return
-    window = triton_thin.Window((stride, stride), (pad, pad, pad, pad), (1, 1))
-    for part, run in (
-        ("forward", lambda: triton_thin.forward(x, w, None, window)),
-        ("input gradient", lambda: triton_thin.input_gradient(grad, w, tuple(x.shape[2:]), window)),
-        ("weight gradient", lambda: triton_thin.weight_gradient(grad, x, tuple(w.shape[2:]), window)),
+    padding, window = (pad, pad, pad, pad), triton_thin.Window((stride, stride), (pad, pad, pad, pad), (1, 1))
+    how, size, kernel = ((stride, stride), padding, (1, 1)), tuple(x.shape[2:]), tuple(w.shape[2:])
+    program = Program((Leaf(bytes=1),), (Step("u8", (0,)), Step("leaky", (1,), (0.1,))))
+    pixels = (x.abs() * 80).clamp(0, 255).to(torch.uint8)
+    fused = Mixed((Part(program, x.shape[1]),), (pixels,))
+    for name, run in (
+        ("Triton: forward", lambda: triton_mixed.forward(x, w, None, *how)),
+        ("Triton: input gradient", lambda: triton_mixed.input_gradient(grad, w, size, *how)),
+        ("Triton: weight gradient", lambda: triton_mixed.weight_gradient(grad, x, kernel, *how)),
+        ("Triton, bytes and activation: forward", lambda: triton_mixed.forward(fused, w, None, *how)),
+        (
+            "Triton, bytes and activation: weight gradient",
+            lambda: triton_mixed.weight_gradient(grad, fused, kernel, *how),
+        ),
+        ("Triton, by itself: forward", lambda: triton_thin.forward(x, w, None, window)),
+        ("Triton, by itself: input gradient", lambda: triton_thin.input_gradient(grad, w, size, window)),
+        ("Triton, by itself: weight gradient", lambda: triton_thin.weight_gradient(grad, x, kernel, window)),
     ):
-        measured("kernels", f"Triton: {part}", run, 10, **about)
+        measured("kernels", name, run, 10, **about)
 
 
 # Steps.

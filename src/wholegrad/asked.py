@@ -116,13 +116,14 @@ def request_of(
         triton=known.up_to if device.options.triton else None,
         across=known.across,
         most_bytes=device.most_bytes,
-        host_budget=budget_bytes(host_budget),
+        host_budget=budget_bytes(host_budget, "host_budget"),
         host_reserved=on_host,
         room=there.held + there.free,
         safe=_safe(there),
         named=not is_automatic(budget),
     )
-    reserved = Reserved(there.held + sent, devices.WORKSPACE)
+    products = any(node.op in memory.PRODUCTS for node in graph.nodes)
+    reserved = Reserved(there.held + sent, devices.workspace(products, apart.at_once))
     return Request(limit, reserved, backward, apart.at_once, sinks, raw=raw, rates=known, apart=apart)
 
 
@@ -165,6 +166,10 @@ def check_device(made: Plan, device: Device) -> None:
         raise PlanError(
             "plan", f"was made for {made.device} without graphs, which take memory", "plan again with graphs"
         )
+    if made.apart is not None and device.options.graphs and device.options.at_once > made.apart.at_once:
+        counted = f"of which {made.apart.at_once} are counted"
+        cause = f"is run with recordings of {device.options.at_once} tiles in flight, {counted}"
+        raise PlanError("plan", cause, "plan again for this device, or open it with fewer at once")
     if made.apart is not None and device.options.triton != (made.apart.triton is not None):
         word = "without" if device.options.triton else "with"
         raise PlanError("plan", f"was made for {made.device} {word} triton", f"plan again, or open it {word} triton")

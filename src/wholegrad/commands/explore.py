@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     areas = read_areas(args.sizes) if args.sizes else [area(each) for each in QUICK] if args.quick else all_areas()
     cells = grid(areas, kinds(names, _devices(args)))
     if not cells:
-        raise ConfigError("explore", "has nothing to measure", "choose other --strategies or --devices")
+        given = f"strategies {args.strategies} run on none of devices {', '.join(_devices(args))}"
+        raise ConfigError("explore", f"has nothing to measure: {given}", "choose other --strategies or --devices")
     where = f"{len(cells)} cells, each within {show_bytes(settings.limit)}; results in {args.out}"
     NOTES.print(where)
     done = [0]

@@ -58,7 +58,7 @@ class _Triton:
 
 @contextmanager
 def using_triton(use: bool, anywhere: bool = False, up_to: int = THIN) -> Iterator[None]:
-    """While open, :mod:`wholegrad.kernels.triton_thin` serves thin convolutions on a GPU, or not; for all threads.
+    """While open, the Triton kernels serve thin convolutions and programs on a GPU, or not; for all threads.
 
     Args:
         anywhere: on the CPU too, where Triton's interpreter runs them, for tests.
@@ -88,5 +88,5 @@ def triton_suits(shape: Sequence[int], groups: int, up_to: int) -> bool:
 
 
 def triton_serves(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
-    """Whether :mod:`wholegrad.kernels.triton_thin` should compute this convolution, transposed or not."""
+    """Whether Triton's kernels should compute this convolution, transposed or not."""
     return triton_runs(x) and triton_suits(weight.shape, groups, _Triton.up_to) and x.dtype == weight.dtype

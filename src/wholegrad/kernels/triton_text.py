@@ -231,16 +231,20 @@ def names(of: str, parts: Sequence[Part]) -> list[str]:
 def loads(text: Text, of: str, first: int, program: Program, place: tuple[str, str, str, str], mask: str) -> list[str]:
     """Read every leaf of a program whose first leaf is number ``first``.
 
+    Steps of a view are those of what it looks at, so that channels and rows times theirs may pass 2**31.
+
     Args:
-        place: sample, channel, row and column, scalars or blocks that broadcast to the block that is wanted.
+        place: sample (64 bits), channel, row and column, scalars or blocks that broadcast to the block that is wanted.
         mask: where elements are; elsewhere zero is read.
     """
     sample, channel, row, column = place
-    found = []
+    found, far, down = [], "", ""
+    if any(leaf.kind == MAP for leaf in program.leaves):
+        far, down = text.set(f"{sample} * 0 + {channel}"), text.set(f"{sample} * 0 + {row}")
     for k, leaf in enumerate(program.leaves, first):
         name = f"{of}{k}"
         if leaf.kind == MAP:
-            at = f"{sample} * {name}_n + {channel} * {name}_c + {row} * {name}_y + {column} * {name}_X"
+            at = f"{sample} * {name}_n + {far} * {name}_c + {down} * {name}_y + {column} * {name}_X"
             found.append(text.set(f"tl.load({name} + ({at}), mask={mask}, other=0).to(REAL)"))
         elif leaf.kind == EACH:
             found.append(text.set(f"tl.load({name} + {channel}).to(REAL)"))

@@ -56,6 +56,7 @@ ASSUMED = DeviceRates(
 )  # fmt: skip
 SLACK = 1.25  # of a tile's bytes: what kernels take beside their results
 WORKSPACE = 256 << 20  # bytes that libraries' kernels take for themselves at once
+OF_PRODUCTS = 32 << 20  # bytes that a library of products of matrices keeps for each thread with each stream (Hopper)
 PINNED = 2.0  # of the bytes that pass through it: PyTorch rounds each piece of pinned memory up to a power of two
 PIECES = 1.25  # of a step's bytes in managed memory: what was freed, which the driver cannot tell from what is in use
 RUNTIME = 1 << 30  # bytes of the host's memory that a GPU's libraries take once they run
@@ -100,3 +101,13 @@ class Host:
     budget: int | None
     reserved: int
     projected: int
+
+
+def workspace(products: bool, at_once: int) -> int:
+    """Bytes of the device that libraries take for themselves.
+
+    Args:
+        products: whether tiles have products of matrices.
+        at_once: tiles in flight: so many threads, and PyTorch's for the backward sweep, meet as many streams.
+    """
+    return WORKSPACE + OF_PRODUCTS * (2 * at_once * at_once + 2) * products

@@ -57,7 +57,7 @@ class Ahead:
 
     def forget(self) -> None:
         """Drop what was asked for and never taken."""
-        for asked in self._asked.values():
+        for asked in list(self._asked.values()):
             asked.cancel()
         self._asked.clear()
 

@@ -43,10 +43,13 @@ def is_automatic(budget: str | int | None) -> bool:
     return budget is None or (isinstance(budget, str) and budget.strip().lower() == AUTO)
 
 
-def budget_bytes(budget: str | int | None) -> int:
+def budget_bytes(budget: str | int | None, name: str = "budget") -> int:
     """Bytes of a budget; of none or ``"auto"``, a safe share of what is free, on top of what this process has already.
 
     What is free is counted under the limits of control groups (containers, jobs).
+
+    Args:
+        name: what the caller knows it by.
 
     Raises:
         PlanError: the budget cannot be read.
@@ -57,7 +60,7 @@ def budget_bytes(budget: str | int | None) -> int:
     try:
         return parse_bytes(budget)
     except (ValueError, AttributeError) as error:
-        raise PlanError("budget", str(error), 'write for example "1.5GiB", or "auto"') from error
+        raise PlanError(name, str(error), 'write for example "1.5GiB", or "auto"') from error
 
 
 def limit_note(budget: int) -> str | None:

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -45,6 +45,8 @@ class CudaDevice(Device):
         self._uploads: torch.cuda.Stream | None = None
         self._lanes: Lanes | None = None
         self._pools: dict[int, Any] = {}  # of recordings, by lane
+        self._recording: dict[int, torch.cuda.Stream] = {}  # likewise
+        self._broken: list[Any] = []  # graphs whose recording failed
         self._recorded_bytes = 0
 
     @property
@@ -102,17 +104,23 @@ class CudaDevice(Device):
         """A CUDA graph; what is recorded for one lane shares one pool of memory, since a lane replays one at a time.
 
         It is made where asking for the work takes at least ``LAUNCHING`` of the time that the work takes: of one run
-        after one that warms up, in which libraries choose their kernels and make their handles.
+        after one that warms up, in which libraries choose their kernels and make their handles. Work that waits for the
+        device is found before anything is recorded: PyTorch's allocator does not get over a recording that breaks off.
         """
+        if self._broken:
+            return None
         with torch.cuda.device(self.torch):
             callers = torch.cuda.current_stream(self.torch)
-            stream = torch.cuda.Stream(self.torch)  # type: ignore[no-untyped-call]
+            if lane not in self._recording:  # one for each lane: memory is used again by ops of its own stream alone
+                self._recording[lane] = torch.cuda.Stream(self.torch)  # type: ignore[no-untyped-call]
+            stream = self._recording[lane]
             stream.wait_stream(callers)
             with torch.cuda.stream(stream):
                 work()
                 stream.synchronize()
                 start = time.perf_counter()
-                work()
+                if not _waits_for_nothing(work):
+                    return None
                 asked = time.perf_counter()
                 stream.synchronize()
                 done = time.perf_counter()
@@ -126,14 +134,22 @@ class CudaDevice(Device):
             try:
                 with torch.cuda.graph(graph, pool=self._pools[lane], stream=stream, capture_error_mode="thread_local"):
                     work()
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # an op that waits for the device, or that no graph can hold
+            except RuntimeError as error:  # an op that no graph can hold
                 torch.cuda.set_stream(callers)  # which PyTorch leaves undone where the end of a capture fails
-                torch.cuda.synchronize(self.torch)
+                self._break_off(graph, self._pools.pop(lane))
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
                 return None
             self._recorded_bytes += max(torch.cuda.memory_reserved(self.torch) - before, 0)
         return graph
+
+    def _break_off(self, graph: Any, pool: Any) -> None:
+        """Record nothing more; end for PyTorch's allocator what a graph that failed has begun and not ended."""
+        self._broken.append(graph)  # its allocator still knows it
+        torch.cuda.synchronize(self.torch)
+        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with suppress(RuntimeError):
+                end(self.torch.index, pool)
 
     def forget_recordings(self) -> None:
         """Recordings are gone: what they held is free."""
@@ -175,6 +191,21 @@ class CudaDevice(Device):
                 if "deterministic implementation" in str(error):
                     raise _no_order(error) from error
                 raise
+
+
+def _waits_for_nothing(work: Callable[[], None]) -> bool:
+    """Do the work, unless one of its ops makes the host wait for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return True
 
 
 class CudaStreams:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-NEEDED = ("cudaMallocManaged", "cudaFree", "cudaDeviceGetAttribute")
+NEEDED = ("cudaMallocManaged", "cudaFree", "cudaDeviceGetAttribute", "cudaGetLastError")
 MAPS = Path("/proc/self/maps")
 
 
@@ -44,3 +44,10 @@ def attribute(library: Any, number: int, where: torch.device) -> int | None:
     value = ctypes.c_int(0)
     failed = library.cudaDeviceGetAttribute(ctypes.byref(value), number, where.index or 0)
     return None if failed else value.value
+
+
+def forget_error() -> None:
+    """Have CUDA forget its last error, which it would tell whoever asks next."""
+    library = runtime()
+    if library is not None:
+        library.cudaGetLastError()

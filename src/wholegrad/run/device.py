@@ -32,7 +32,8 @@ class Options:
         tf32: whether float32 products of matrices and convolutions may round their factors to 10 bits.
         deterministic: whether ops whose sums come in no fixed order are refused, so that the same plan twice gives the
             same bits (rule 6). PyTorch has no other kernel for some ops of a GPU.
-        triton: whether thin convolutions run in the project's own Triton kernels (CUDA).
+        triton: whether convolutions of few channels, chains of pointwise ops and sums run in the project's own Triton
+            kernels (CUDA).
         at_once: tiles in flight, each on a stream of its own where the device has streams.
         graphs: whether tiles that are computed alike are recorded once and replayed (CUDA graphs), so that a tile costs
             one launch; each tile in flight then holds its working set twice.
@@ -221,6 +222,7 @@ def _mps(where: torch.device, options: Options) -> Device:
     return MpsDevice(where, options)
 
 
+TAKES = {"cpu": ("deterministic",), "mps": ("deterministic",)}  # of options that are on or off; others take all
 KINDS: dict[str, Callable[[torch.device, Options], Device]] = {"cpu": Device, "cuda": _cuda, "mps": _mps}
 
 
@@ -272,10 +274,11 @@ def open_device(
 
     Args:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or ``"auto"`` for the accelerator that PyTorch finds.
-        tf32, deterministic, triton, at_once, graphs: see :class:`Options`; nothing of them is of the CPU.
+        tf32, deterministic, triton, at_once, graphs: see :class:`Options`; a CPU's plans are deterministic, and take
+            nothing else of them.
 
     Raises:
-        PlanError: there is no such device, or the project does not know how to use it.
+        PlanError: there is no such device, the project does not know how to use it, or it does not take an option.
     """
     if device == AUTO:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -288,6 +291,9 @@ def open_device(
     if where.type not in KINDS:
         known = ", ".join(KINDS)
         raise PlanError("device", f"is {where}, on which tiles do not run", f"choose from {known}") from None
-    if at_once < 1:
-        raise PlanError("at_once", f"is {at_once}", "give 1 or more tiles in flight")
+    if not isinstance(at_once, int) or at_once < 1:
+        raise PlanError("at_once", f"is {at_once!r}", "give 1 or more tiles in flight")
+    for name, on in (("tf32", tf32), ("deterministic", deterministic), ("triton", triton), ("graphs", graphs)):
+        if on and name not in TAKES.get(where.type, (name,)):
+            raise PlanError(f"{name}=True", f"is an option of other devices than {where}", "leave it out")
     return KINDS[where.type](where, Options(tf32, deterministic, triton, at_once, graphs))

@@ -12,7 +12,7 @@ tile runs forward and backward once, in the backward sweep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -112,6 +112,7 @@ class Executor:
         self.ahead = Ahead(plan.graph, sources, self.device) if self.device.apart else None
         self.bodies = None if self.ahead is None else self._bodies(self.ahead)
         self.level = levels(plan)
+        self.running: Generator[object, None, None] = in_order((), 0, lambda tile: None, 1)
         self.done, self.ceiling = 0, process.Ceiling(plan.host_peak)
         self.total = self._count_tiles()
 
@@ -129,7 +130,8 @@ class Executor:
         return self.plan.grid(i)
 
     def close(self) -> None:
-        """Give all boundaries back, once no op uses them any more."""
+        """Give all boundaries back, once no tile and no op uses them any more."""
+        self.running.close()  # whose threads run on where whoever took its tiles has raised
         self.device.finish()
         self.bodies = None  # which knows this executor: what both hold goes now, not when Python next looks for cycles
         if self.ahead is not None:
@@ -229,12 +231,11 @@ class Executor:
                 return work(tile)
 
         spill = self.kept.spill
-        if spill is None and self.ahead is None:
-            yield from in_order(tiles, len(tiles), counted, self.plan.workers)
-        else:
-            yield from in_order(announced(tiles, soon), len(tiles), counted, self.plan.workers)
-            if spill is not None:
-                spill.forget()
+        each = tiles if spill is None and self.ahead is None else announced(tiles, soon)
+        self.running = in_order(each, len(tiles), counted, self.plan.workers)
+        yield from self.running
+        if spill is not None:
+            spill.forget()
 
     def _on_device(self, i: int, each: Pass, soon: Callable[[Tile], None], sweep: str) -> Iterator[tuple[Tile, Made]]:
         """:meth:`_tiles` on a device, several in flight; what they made is there for the calling thread's ops."""

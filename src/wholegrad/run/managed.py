@@ -102,6 +102,12 @@ def allocator() -> Any:
     return make(*functions(allocate, release))
 
 
+def warm(where: torch.device) -> None:
+    """Have libraries take the workspaces that they keep: of products of matrices, without and with a bias."""
+    one = torch.ones(16, 16, device=where)
+    torch.nn.functional.linear(one, one, one[0]).add_(one @ one)
+
+
 def managed(where: torch.device, work: Callable[[], T], out: Callable[[T], T]) -> T:
     """Run ``work`` with what the calling thread takes on the GPU in managed memory; all of it is free afterwards.
 
@@ -109,7 +115,7 @@ def managed(where: torch.device, work: Callable[[], T], out: Callable[[T], T]) -
         out: makes a copy of what ``work`` gives, in ordinary memory.
     """
     with torch.cuda.device(where):
-        torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]  # and its workspace, which outlives the step
+        warm(where)
         pool = torch.cuda.MemPool(allocator())
         try:
             with torch.cuda.use_mem_pool(pool, where):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -60,9 +59,17 @@ class Pages:
         return {"shape": (len(self.host),), "typestr": "|u1", "data": (self.host.data_ptr(), False), "version": 3}
 
 
+_stuck: list[torch.Tensor] = []  # pages that CUDA did not let go of: to unmap them would be worse
+
+
 def _forget(runtime: Runtime, finish: Callable[[], None], host: torch.Tensor) -> None:
-    finish()
-    runtime.cudaHostUnregister(host.data_ptr())
+    try:
+        finish()
+        failed = bool(int(runtime.cudaHostUnregister(host.data_ptr())))
+    except RuntimeError:
+        failed = True
+    if failed:
+        _stuck.append(host)
 
 
 def block(nbytes: int, where: torch.device) -> torch.Tensor | None:
@@ -93,8 +100,7 @@ def _pages(nbytes: int, where: torch.device) -> Pages:
         try:
             return Pages(nbytes, torch.cuda.cudart(), partial(torch.cuda.synchronize, where))  # type: ignore[no-untyped-call]
         except MemoryError:
-            with suppress(RuntimeError):  # CUDA says its last error once more, to whoever asks next
-                torch.empty(1, device=where).zero_()
+            cudart.forget_error()
             raise
 
 

@@ -8,7 +8,7 @@ caller's thread in tile order, so that the number of threads does not change a b
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -49,8 +49,11 @@ def announced(items: Iterable[Item], soon: Callable[[Item], None]) -> Iterator[I
 
 def in_order(
     items: Iterable[Item], count: int, work: Callable[[Item], Result], workers: int
-) -> Iterator[tuple[Item, Result]]:
-    """``(item, work(item))`` for each of ``count`` items, in order, computed by up to ``workers`` threads."""
+) -> Generator[tuple[Item, Result], None, None]:
+    """``(item, work(item))`` for each of ``count`` items, in order, computed by up to ``workers`` threads.
+
+    Closed before its end, it waits for what runs.
+    """
     if workers <= 1 or count <= 1:
         for item in items:
             yield item, work(item)

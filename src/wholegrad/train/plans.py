@@ -137,11 +137,12 @@ def device_of_run(train: TrainConfig, place: Place) -> Device | None:
     """Where tiles run; None for the CPU.
 
     Raises:
-        PlanError: there is no such device.
+        PlanError: there is no such device, or it does not take an option.
     """
     how = {name: getattr(train, name) for name in ("tf32", "deterministic", "triton", "graphs")}
     name = device_name(train.device, place)
-    return None if name is None else open_device(name, **how)
+    found = open_device(name or "cpu", **how)
+    return None if name is None else found
 
 
 def device_name(name: str | None, place: Place) -> str | None:
