@@ -415,3 +415,21 @@ def test_workspaces_of_products_are_counted_where_there_are_products() -> None:
     assert reserved[1] - reserved[0] == 6 * devices.OF_PRODUCTS and reserved[0] >= 4 * devices.OF_PRODUCTS
     without = wg.plan(nn.Conv2d(3, 1, 1), loss, image, target, device=pretend.device(), budget="8GiB")
     assert without.reserved - devices.WORKSPACE - LEDGER.now < devices.OF_PRODUCTS
+
+
+def test_all_is_closed_although_the_device_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error of a GPU every call to it raises; files and memory of the host's go back all the same."""
+    model, image, target = bytes_case()
+    there, closed = pretend.device(), []
+    plan = wg.plan(model, LOSSES["bce"], image, target, device=there, boundaries=["middle"], placement="disk")
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    own = Boundaries.close
+    monkeypatch.setattr(Boundaries, "close", lambda kept: closed.append(own(kept)))
+    monkeypatch.setattr(there, "finish", lost)
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        wg.backward(model, LOSSES["bce"], image, target, plan=plan, device=there)
+    assert closed == [None]
+    assert not [each for each in threading.enumerate() if each.name.startswith("wholegrad")]

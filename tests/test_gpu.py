@@ -33,6 +33,7 @@ except ImportError:  # MONAI or transformers is not there: the rest is worth hav
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU (torch.cuda.is_available())"),
     pytest.mark.filterwarnings("ignore:TF32 acceleration"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
     pytest.mark.filterwarnings("ignore:.*reduce argument of torch.scatter"),
 ]
 Data = tuple[torch.nn.Module, Any, Any]
@@ -188,6 +189,7 @@ def test_work_that_waits_is_not_recorded_and_other_work_still_is(monkeypatch: py
     plan = wg.plan(model, LOSSES["bce"], image, target, tile=(64, 64), device=there)
     wg.backward(model, LOSSES["bce"], image, target, plan=plan)
     assert recordings_of(plan, there).count >= 1
+    assert torch.cuda.get_sync_debug_mode() == 0
     torch.cuda.empty_cache()
 
 

@@ -65,8 +65,8 @@ def _slide(
     REAL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A stretch of a row of the output ``(N, OUT, rows, columns)`` of ``x`` ``(N, CHANNELS, height, width)``."""
-    row, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    col = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    row, sample = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    col = tl.program_id(1) * LANES + tl.arange(0, LANES)
     channel = tl.arange(0, OUT_PADDED)
     inside = channel < OUT
     total = tl.zeros([OUT_PADDED, LANES], REAL)
@@ -94,8 +94,8 @@ def _spread(
 
     ``grad`` is ``(N, CHANNELS, height, width)``, ``weight`` ``(CHANNELS, OUT, KH, KW)``.
     """
-    row, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    col = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    row, sample = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    col = tl.program_id(1) * LANES + tl.arange(0, LANES)
     channel = tl.arange(0, OUT_PADDED)
     inside = channel < OUT
     total = tl.zeros([OUT_PADDED, LANES], REAL)
@@ -126,7 +126,8 @@ def _correlate(
 
     Programs that read the same block follow each other, so that it comes from the cache. ``blocks`` lie along a row.
     """
-    which, number, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    which, number = tl.program_id(0) % (CHANNELS * KH), tl.program_id(0) // (CHANNELS * KH)
+    sample = tl.program_id(2).to(tl.int64)
     c, i = which // KH, which % KH
     band, col = number // blocks, (number % blocks) * LANES + tl.arange(0, LANES)
     channel, tap = tl.arange(0, OUT_PADDED), tl.arange(0, KW_PADDED)
@@ -143,7 +144,7 @@ def _correlate(
         factor = tl.load(place, mask=(channel < OUT)[:, None] & here[None, :], other=0.0).to(REAL)
         total += value[:, None, :] * factor[None, :, :]
     found = tl.sum(total.to(tl.float64), 2)
-    part = sample * tl.num_programs(1) + number
+    part = sample * (tl.num_programs(0) // (CHANNELS * KH)) + number
     place = parts + (((part * OUT + channel[None, :]) * CHANNELS + c) * KH + i) * KW + tap[:, None]
     tl.store(place, found, mask=(channel < OUT)[None, :] & (tap < KW)[:, None])
 
@@ -185,7 +186,7 @@ def _launched(
     n, channels, height, width = given.shape
     made = given.new_empty((n, out, *size))
     if made.numel():
-        kernel_of[(triton.cdiv(size[1], LANES), size[0], n)](
+        kernel_of[(size[0], triton.cdiv(size[1], LANES), n)](  # rows first: a grid's others have fewer than 65536
             given, weight, weight if bias is None else bias.contiguous(), made,
             size[1], height, width, size[0], window.padding[0], window.padding[2],
             CHANNELS=channels, OUT=out, OUT_PADDED=triton.next_power_of_2(out), KH=kernel[0], KW=kernel[1],
@@ -209,7 +210,7 @@ def weight_gradient(sat: torch.Tensor, read: torch.Tensor, kernel: tuple[int, in
     count = triton.cdiv(rows, ROWS) * blocks
     parts = torch.zeros((n * count, out, channels, *kernel), dtype=torch.float64, device=sat.device)
     if sat.numel():
-        _correlate[(channels * kernel[0], count, n)](
+        _correlate[(channels * kernel[0] * count, 1, n)](
             sat, read, parts, height, width, rows, columns, blocks, window.padding[0], window.padding[2],
             CHANNELS=channels, OUT=out, OUT_PADDED=triton.next_power_of_2(out), KH=kernel[0], KW=kernel[1],
             KW_PADDED=triton.next_power_of_2(kernel[1]), SY=window.stride[0], SX=window.stride[1],

@@ -108,6 +108,7 @@ def workspace(products: bool, at_once: int) -> int:
 
     Args:
         products: whether tiles have products of matrices.
-        at_once: tiles in flight: so many threads, and PyTorch's for the backward sweep, meet as many streams.
+        at_once: tiles in flight. So many threads, and autograd's, meet as many streams; the caller's, and autograd's,
+            meet its own stream and those on which tiles are recorded.
     """
-    return WORKSPACE + OF_PRODUCTS * (2 * at_once * at_once + 2) * products
+    return WORKSPACE + OF_PRODUCTS * (at_once * (at_once + 1) + 2 * (at_once + 1)) * products

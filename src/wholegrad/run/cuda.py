@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -25,6 +26,8 @@ from wholegrad.run.device import Device, Gate, Moving, Options, Recording, Room,
 from wholegrad.run.lanes import Lanes, StreamGate
 
 FILLS = "fill_uninitialized_memory"  # a setting of torch.utils.deterministic
+_broken: list[Any] = []  # graphs whose recording did not end, which PyTorch may still look at
+_asking = threading.Lock()  # for a setting of the whole process
 LAUNCHING = 0.5  # of the time of a tile's work, which asking for it must take for a recording to be worth its memory
 
 
@@ -46,7 +49,6 @@ class CudaDevice(Device):
         self._lanes: Lanes | None = None
         self._pools: dict[int, Any] = {}  # of recordings, by lane
         self._recording: dict[int, torch.cuda.Stream] = {}  # likewise
-        self._broken: list[Any] = []  # graphs whose recording failed
         self._recorded_bytes = 0
 
     @property
@@ -107,7 +109,7 @@ class CudaDevice(Device):
         after one that warms up, in which libraries choose their kernels and make their handles. Work that waits for the
         device is found before anything is recorded: PyTorch's allocator does not get over a recording that breaks off.
         """
-        if self._broken:
+        if _broken:
             return None
         with torch.cuda.device(self.torch):
             callers = torch.cuda.current_stream(self.torch)
@@ -119,12 +121,13 @@ class CudaDevice(Device):
                 work()
                 stream.synchronize()
                 start = time.perf_counter()
-                if not _waits_for_nothing(work):
-                    return None
-                asked = time.perf_counter()
-                stream.synchronize()
+                try:
+                    alone = _waits_for_nothing(work)
+                    asked = time.perf_counter()
+                finally:
+                    stream.synchronize()  # what it asked for so far reads what others may write next
                 done = time.perf_counter()
-            if asked - start < LAUNCHING * (done - start):
+            if not alone or asked - start < LAUNCHING * (done - start):
                 return None
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(self.torch)
@@ -136,20 +139,29 @@ class CudaDevice(Device):
                     work()
             except RuntimeError as error:  # an op that no graph can hold
                 torch.cuda.set_stream(callers)  # which PyTorch leaves undone where the end of a capture fails
-                self._break_off(graph, self._pools.pop(lane))
+                self._break_off(graph, lane)
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 return None
             self._recorded_bytes += max(torch.cuda.memory_reserved(self.torch) - before, 0)
         return graph
 
-    def _break_off(self, graph: Any, pool: Any) -> None:
-        """Record nothing more; end for PyTorch's allocator what a graph that failed has begun and not ended."""
-        self._broken.append(graph)  # its allocator still knows it
+    def _break_off(self, graph: Any, lane: int) -> None:
+        """Give a graph back that came to nothing. Where its recording did not even end, nothing is recorded any more.
+
+        PyTorch's allocator then still expects its end, and is told of it; nobody can tell the one of pinned memory.
+        """
         torch.cuda.synchronize(self.torch)
-        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-            with suppress(RuntimeError):
-                end(self.torch.index, pool)
+        try:
+            graph.pool()
+        except RuntimeError:
+            _broken.append(graph)
+            pool = self._pools.pop(lane)
+            for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                with suppress(RuntimeError):
+                    end(self.torch.index, pool)
+        else:
+            graph.reset()
 
     def forget_recordings(self) -> None:
         """Recordings are gone: what they held is free."""
@@ -195,16 +207,19 @@ class CudaDevice(Device):
 
 def _waits_for_nothing(work: Callable[[], None]) -> bool:
     """Do the work, unless one of its ops makes the host wait for the device."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        work()
-    except RuntimeError as error:
-        if "synchronizing CUDA operation" not in str(error):
-            raise
-        return False
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+    with _asking:
+        before = torch.cuda.get_sync_debug_mode()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch says once that the setting is a prototype
+                torch.cuda.set_sync_debug_mode("error")
+            work()
+        except RuntimeError as error:
+            if "synchronizing CUDA operation" not in str(error):
+                raise
+            return False
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
     return True
 
 

@@ -13,6 +13,7 @@ tile runs forward and backward once, in the backward sweep.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -131,12 +132,13 @@ class Executor:
 
     def close(self) -> None:
         """Give all boundaries back, once no tile and no op uses them any more."""
-        self.running.close()  # whose threads run on where whoever took its tiles has raised
-        self.device.finish()
         self.bodies = None  # which knows this executor: what both hold goes now, not when Python next looks for cycles
-        if self.ahead is not None:
-            self.ahead.close()
-        self.kept.close()
+        with ExitStack() as last:  # the last named comes first; each of them, whatever others raise
+            last.callback(self.kept.close)
+            if self.ahead is not None:
+                last.callback(self.ahead.close)
+            last.callback(self.device.finish)
+            last.callback(self.running.close)  # its threads run on where whoever took its tiles has raised
 
     def _tick(self, phase: str) -> None:
         self.done += 1
