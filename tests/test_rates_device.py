@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import wholegrad as wg
 from pretend import LEDGER
 from pretend_streams import streamed
 from test_rates import Normed
+from wholegrad import ranked
 from wholegrad.cli import main
 from wholegrad.commands.common import blank
 from wholegrad.doctor import folders
@@ -28,6 +29,7 @@ from wholegrad.nets import unet4492
 from wholegrad.plan import strategies
 from wholegrad.plan.devices import ASSUMED, Apart
 from wholegrad.plan.plan import Placement, Plan
+from wholegrad.plan.planner import Request
 from wholegrad.plan.rates import BUILT_IN, CHANNELS, Rates
 from wholegrad.plan.strategies import whole_seconds
 from wholegrad.run import calibrate, calibrate_device
@@ -293,3 +295,41 @@ def test_a_run_keeps_the_devices_rates_of_its_start(tmp_path: Path) -> None:
         path = tmp_path / "run.json"
         path.write_text(kept.to_json())
         assert Conditions.read(path) == kept and type(Conditions.read(path).rates) is type(rates)
+
+
+class Alone:
+    """A wire on which rank 0 said what it said, and this process is rank 1."""
+
+    def __init__(self, first: Request) -> None:
+        self.first = first
+
+    def meet(self, told: torch.Tensor) -> list[torch.Tensor]:
+        mine = json.loads(bytes(told.tolist()))
+        other = json.dumps(mine | {"rates": asdict(self.first.rates)}).encode()
+        return [torch.frombuffer(bytearray(other), dtype=torch.uint8), told]
+
+
+def asked(device: Any, rates: Rates | None = None) -> Request:
+    """What a plan of a small network is asked with there."""
+    image, target = torch.rand(3, 32, 32), torch.rand(1, 32, 32)
+    made: list[Request] = []
+
+    def caught(graph: Any, request: Request) -> Any:
+        made.append(request)
+        raise KeyError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr("wholegrad.api.make_plan", caught)
+        wg.plan(nn.Conv2d(3, 1, 1), LOSSES["bce"], image, target, device=device, rates=rates)
+    return made[0]
+
+
+def test_ranks_on_devices_plan_by_the_first_ones_rates() -> None:
+    theirs = replace(ASSUMED, across=3e-10, up_to=2)
+    for triton in (False, True):
+        first, mine = (asked(pretend.device(triton=triton), rates) for rates in (theirs, ASSUMED))
+        found = ranked._agreed(Alone(first), mine)  # type: ignore[arg-type]
+        assert found.rates == theirs and found.apart is not None
+        assert (found.apart.across, found.apart.triton) == (3e-10, 2 if triton else None)
+    with pytest.raises(PlanError, match="ranks: have tiles on processors and on other devices"):
+        ranked._agreed(Alone(asked("cpu")), mine)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -13,9 +14,9 @@ from wholegrad.errors import PlanError
 from wholegrad.given import Given
 from wholegrad.graph.graph import Graph, Kind
 from wholegrad.plan.bands import bands
+from wholegrad.plan.devices import DeviceRates
 from wholegrad.plan.plan import Plan
 from wholegrad.plan.planner import Request
-from wholegrad.plan.rates import Rates
 from wholegrad.plan.traffic import Link, bucket_bytes
 from wholegrad.run.distributed.agreement import agree, pixels_digest, plan_digest, tensors_digest, versions
 from wholegrad.run.distributed.norms import BatchNorms, batch_norms
@@ -107,16 +108,27 @@ def layout_of(size: tuple[int, int], ranks: int, one_axis: bool = False) -> tupl
 def _agreed(wire: Wire, request: Request) -> Request:
     """The least room and the fewest workers of any rank, rank 0's rates, and what the rank holds that writes."""
     room = None if request.budget is None else request.budget - request.reserved
-    mine = {"room": room, "workers": request.workers, "rates": asdict(request.rates), "link": asdict(request.link)}
+    mine: dict[str, Any] = {
+        "room": room,
+        "workers": request.workers,
+        "rates": asdict(request.rates),
+        "link": asdict(request.link),
+    }
     text = json.dumps(mine | {"sink": [request.sink_bytes, request.sink_held]}).encode()
     told = wire.meet(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     found = [json.loads(bytes(each.tolist())) for each in told]
     rooms = [each["room"] for each in found if each["room"] is not None]
+    if any(each["rates"].keys() != mine["rates"].keys() for each in found):
+        raise PlanError("ranks", "have tiles on processors and on other devices", "give all ranks device= of one kind")
+    rates, apart = type(request.rates).of(found[0]["rates"]), request.apart
+    if apart is not None and isinstance(rates, DeviceRates):
+        apart = replace(apart, across=rates.across, triton=None if apart.triton is None else rates.up_to)
     return replace(
         request,
         budget=request.reserved + min(rooms) if rooms else None,
         workers=min(each["workers"] for each in found),
-        rates=Rates.of(found[0]["rates"]),
+        rates=rates,
+        apart=apart,
         link=Link(**found[0]["link"]),
         sink_bytes=max(each["sink"][0] for each in found),
         sink_held=max(each["sink"][1] for each in found),
