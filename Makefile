@@ -24,7 +24,7 @@ demo: $(STAMP)
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # Kernels for GPUs run in Triton's interpreter, which needs none. Triton lies in a folder of its own, seen by these tests
-# alone: PyTorch imports it wherever it finds it, and any process would hold 80 MB more. Its builds are for Linux;
+# alone: PyTorch imports it wherever it finds it, and any process would hold more memory. Its builds are for Linux;
 # in the interpreter of 3.9.0 a mask that is partly a scalar is no mask.
 ifeq ($(shell uname -sm),Linux x86_64)
 TRITON := $(VENV)/triton

@@ -30,7 +30,8 @@ class DeviceRates(Rates):
         stored: of a byte of a boundary in the device's memory, written.
         pixels: of a byte of an image or target as it travels (8-bit images as bytes), from the host's ordinary memory
             to the device; reading and decoding files is not in it. Making floats of it there is counted with ``made``.
-        across: of a byte of a boundary between ordinary host memory and the device, through staging, either way.
+        across: of a byte of a boundary between the host's memory and the device, either way: by the device's ops where
+            they reach that memory, else through staging.
         up_to: channels of the thinner side up to which Triton's kernels run a convolution (0: none), at most ``THIN``.
     """
 

@@ -11,7 +11,6 @@ need gave the right numbers. Written without a GPU, and never run on one.
 
 from __future__ import annotations
 
-import mmap
 import weakref
 from collections.abc import Callable
 from functools import cache, partial
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from wholegrad.run import cudart
+from wholegrad.run.blocks import anonymous
 
 SAME_ADDRESSES = 91  # cudaDevAttrCanUseHostPointerForRegisteredMem
 PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
@@ -48,7 +48,7 @@ class Pages:
     """
 
     def __init__(self, nbytes: int, runtime: Runtime, finish: Callable[[], None]) -> None:
-        self.host = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+        self.host = anonymous(nbytes)
         code = int(runtime.cudaHostRegister(self.host.data_ptr(), nbytes, PORTABLE_AND_MAPPED))
         if code:
             raise MemoryError(f"CUDA did not register {nbytes} bytes of host memory (error {code})")
